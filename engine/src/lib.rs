@@ -1,0 +1,8 @@
+//! The post-copy paging engine.
+//!
+//! A guest resumes at the destination at once; this crate brings its memory. It knows no KVM: a
+//! VMM hands it memory and device state, and is told when to stop and when to run.
+
+#![warn(missing_docs)]
+
+pub mod memory;

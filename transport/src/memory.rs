@@ -1,0 +1,95 @@
+//! Host memory that a wire may read from or land in.
+//!
+//! A [`HostMemory`] is a shared mapping of a file (a memfd). It is memory that a peer, a device or
+//! a guest can change at any moment, so no Rust reference into it is ever made: only raw pointers
+//! and the volatile accessors here.
+
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+
+use memmap2::{MmapOptions, MmapRaw};
+
+/// A shared mapping of a whole file, and the file. Cloning is cheap and shares both.
+#[derive(Clone)]
+pub struct HostMemory {
+    mapping: Arc<MmapRaw>,
+    file: Arc<std::fs::File>,
+}
+
+impl std::fmt::Debug for HostMemory {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("HostMemory").field("base", &self.base()).field("len", &self.len()).finish()
+    }
+}
+
+impl HostMemory {
+    /// Maps the first `len` bytes of `file`, readable and writable.
+    ///
+    /// Errors: what mmap(2) reports.
+    pub fn map(file: Arc<std::fs::File>, len: usize) -> std::io::Result<Self> {
+        let mapping = MmapOptions::new().len(len).map_raw(&*file)?;
+        Ok(Self { mapping: Arc::new(mapping), file })
+    }
+
+    /// Makes an anonymous file of `len` bytes (a memfd named `name`) and maps it.
+    ///
+    /// Errors: what memfd_create(2), ftruncate(2) or mmap(2) report.
+    pub fn anonymous(name: &str, len: usize) -> std::io::Result<Self> {
+        let fd = rustix::fs::memfd_create(name, rustix::fs::MemfdFlags::CLOEXEC)?;
+        let file = std::fs::File::from(fd);
+        file.set_len(len as u64)?;
+        Self::map(Arc::new(file), len)
+    }
+
+    /// A second mapping of the same bytes of the same file.
+    ///
+    /// Errors: what mmap(2) reports.
+    pub fn map_again(&self) -> std::io::Result<Self> {
+        Self::map(self.file.clone(), self.len())
+    }
+
+    /// First address of the mapping in this process.
+    pub fn base(&self) -> *mut u8 {
+        self.mapping.as_mut_ptr()
+    }
+
+    /// Length in bytes.
+    pub fn len(&self) -> usize {
+        self.mapping.len()
+    }
+
+    /// True if the mapping has no bytes (mmap refuses such a mapping, so it never is).
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The file behind the mapping.
+    pub fn file(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+
+    /// Address of `offset`, if `len` bytes from there lie inside the mapping.
+    pub fn at(&self, offset: u64, len: usize) -> Option<*mut u8> {
+        let end = offset.checked_add(len as u64)?;
+        (end <= self.len() as u64).then(|| self.base().wrapping_add(offset as usize))
+    }
+
+    /// Copies `bytes` to `offset`. Returns false, and writes nothing, if they do not fit.
+    #[must_use]
+    pub fn write(&self, offset: u64, bytes: &[u8]) -> bool {
+        let Some(to) = self.at(offset, bytes.len()) else { return false };
+        // SAFETY: `at` checked that the whole target lies inside the mapping, which is writable
+        // and lives as long as `self`; `bytes` is a distinct Rust slice, so they cannot overlap.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), to, bytes.len()) };
+        true
+    }
+
+    /// Copies from `offset` into `bytes`. Returns false, and reads nothing, if out of range.
+    #[must_use]
+    pub fn read(&self, offset: u64, bytes: &mut [u8]) -> bool {
+        let Some(from) = self.at(offset, bytes.len()) else { return false };
+        // SAFETY: as in `write`, with the directions exchanged.
+        unsafe { std::ptr::copy_nonoverlapping(from, bytes.as_mut_ptr(), bytes.len()) };
+        true
+    }
+}
