@@ -15,6 +15,18 @@
 //!    Lane ═════ one-sided reads ═════╛             (no control channel on this path)
 //! ```
 
+mod endpoint;
+mod error;
+mod lane;
 mod memory;
+mod region;
+pub mod shm;
+pub mod tcp;
+#[cfg(feature = "rdma")]
+pub mod verbs;
 
+pub use endpoint::{AnyLane, EndpointOptions, Exporter, Importer, LaneRequest, Transport};
+pub use error::{LaneError, ReadError, SetupError};
+pub use lane::{Completion, Lane, Read, Token};
 pub use memory::HostMemory;
+pub use region::{LocalRegion, LocalSlice, MAX_READ, RemoteRegion, RemoteSlice};

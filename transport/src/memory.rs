@@ -31,13 +31,29 @@ impl HostMemory {
         Ok(Self { mapping: Arc::new(mapping), file })
     }
 
-    /// Makes an anonymous file of `len` bytes (a memfd named `name`) and maps it.
+    /// Maps the first `len` bytes of a peer's memfd for reading only.
+    ///
+    /// Errors: the file is shorter than `len` or not sealed against shrinking (a peer could then
+    /// make our reads fault), or what mmap(2) reports.
+    pub(crate) fn map_peer(file: std::fs::File, len: usize) -> std::io::Result<Self> {
+        let sealed = rustix::fs::fcntl_get_seals(&file)?.contains(rustix::fs::SealFlags::SHRINK);
+        if !sealed || file.metadata()?.len() < len as u64 {
+            return Err(std::io::Error::other("the peer's memfd is short or not sealed"));
+        }
+        let mapping = MmapOptions::new().len(len).map_raw_read_only(&file)?;
+        Ok(Self { mapping: Arc::new(mapping), file: Arc::new(file) })
+    }
+
+    /// Makes an anonymous file of `len` bytes (a memfd named `name`, sealed in its length) and
+    /// maps it.
     ///
     /// Errors: what memfd_create(2), ftruncate(2) or mmap(2) report.
     pub fn anonymous(name: &str, len: usize) -> std::io::Result<Self> {
-        let fd = rustix::fs::memfd_create(name, rustix::fs::MemfdFlags::CLOEXEC)?;
+        use rustix::fs::{MemfdFlags, SealFlags};
+        let fd = rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
         let file = std::fs::File::from(fd);
         file.set_len(len as u64)?;
+        rustix::fs::fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW)?;
         Self::map(Arc::new(file), len)
     }
 
@@ -75,6 +91,8 @@ impl HostMemory {
     }
 
     /// Copies `bytes` to `offset`. Returns false, and writes nothing, if they do not fit.
+    ///
+    /// Not for a mapping of a peer's memory, which is read-only.
     #[must_use]
     pub fn write(&self, offset: u64, bytes: &[u8]) -> bool {
         let Some(to) = self.at(offset, bytes.len()) else { return false };

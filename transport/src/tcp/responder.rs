@@ -1,0 +1,145 @@
+//! The exporting side of a TCP lane: one thread that answers reads from registered memory.
+
+use std::io::{self, ErrorKind, Read as _};
+use std::net::{Shutdown, TcpStream};
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use zerocopy::{FromBytes, IntoBytes};
+
+use super::vectored::{self, Vectors};
+use super::wire::{OP_READ, REQUEST_BYTES, RESPONSE_BYTES, Request, Response, STATUS_OK, STATUS_REFUSED};
+use crate::memory::HostMemory;
+use crate::region::MAX_READ;
+
+/// Requests taken from the socket at once.
+const BATCH: usize = 32;
+const _: () = assert!(BATCH * 2 <= vectored::MAX_ENTRIES);
+
+/// What a refused read is padded with, in pieces of this many bytes.
+const PADDING: usize = 64 << 10;
+
+/// Memory that a responder may serve: each with the key that opens it.
+pub(crate) struct Exports {
+    pub(crate) regions: Vec<(u64, HostMemory)>,
+}
+
+impl Exports {
+    /// The memory that a request may read, if key and bounds are right.
+    fn find(&self, request: &Request) -> Option<&HostMemory> {
+        let (_, memory) = self.regions.iter().find(|(key, _)| *key == request.key.get())?;
+        memory.at(request.addr.get(), request.len.get() as usize)?;
+        Some(memory)
+    }
+}
+
+/// A running responder. Dropping it closes the connection and ends the thread.
+pub(crate) struct Responder {
+    stream: TcpStream,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Responder {
+    pub(crate) fn start(stream: TcpStream, exports: Arc<Exports>, lane: usize) -> io::Result<Self> {
+        stream.set_nodelay(true)?;
+        stream.set_nonblocking(false)?;
+        let serving = stream.try_clone()?;
+        let thread = std::thread::Builder::new().name(format!("lane-{lane}")).spawn(move || {
+            if let Err(error) = serve(&serving, &exports) {
+                tracing::debug!(lane, %error, "responder ended");
+            }
+            // The reader must not wait for answers that will not come.
+            drop(serving.shutdown(Shutdown::Both));
+        })?;
+        Ok(Self { stream, thread: Some(thread) })
+    }
+}
+
+impl Drop for Responder {
+    fn drop(&mut self) {
+        drop(self.stream.shutdown(Shutdown::Both));
+        if let Some(thread) = self.thread.take() {
+            drop(thread.join());
+        }
+    }
+}
+
+/// Answers until the peer goes away or breaks the protocol.
+fn serve(mut stream: &TcpStream, exports: &Exports) -> io::Result<()> {
+    let mut buffer = [0u8; BATCH * REQUEST_BYTES];
+    let mut filled = 0;
+    loop {
+        match stream.read(&mut buffer[filled..]) {
+            Ok(0) => return Ok(()),
+            Ok(got) => filled += got,
+            Err(error) if error.kind() == ErrorKind::Interrupted => continue,
+            Err(error) => return Err(error),
+        }
+        let whole = filled - filled % REQUEST_BYTES;
+        let requests = <[Request]>::ref_from_bytes(&buffer[..whole]).map_err(|_| ErrorKind::InvalidData)?;
+        answer(stream, exports, requests)?;
+        buffer.copy_within(whole..filled, 0);
+        filled -= whole;
+    }
+}
+
+/// Answers a batch of requests, in order.
+fn answer(stream: &TcpStream, exports: &Exports, requests: &[Request]) -> io::Result<()> {
+    let mut headers = [[0u8; RESPONSE_BYTES]; BATCH];
+    for (header, request) in headers.iter_mut().zip(requests) {
+        let len = request.len.get();
+        if request.opcode.get() != OP_READ || len == 0 || len > MAX_READ {
+            return Err(io::Error::new(ErrorKind::InvalidData, "a request that no reader of ours makes"));
+        }
+        let status = if exports.find(request).is_some() { STATUS_OK } else { STATUS_REFUSED };
+        *header =
+            zerocopy::transmute!(Response { tag: request.tag, status: status.into(), len: request.len });
+    }
+    let padding = vec![0u8; if requests.iter().all(|r| exports.find(r).is_some()) { 0 } else { PADDING }];
+    let mut vectors = Vectors::new();
+    for (header, request) in headers.iter().zip(requests) {
+        vectors.push(header.as_bytes());
+        let len = request.len.get() as usize;
+        match exports.find(request) {
+            Some(memory) => {
+                let inside = vectors.push_memory(memory, request.addr.get(), len);
+                assert!(inside, "find checked the bounds");
+            }
+            None => pad(stream, &mut vectors, &padding, len)?,
+        }
+        if vectors.is_full() {
+            send_all(stream, &mut vectors)?;
+        }
+    }
+    send_all(stream, &mut vectors)
+}
+
+/// Sends `len` zeros in place of memory that may not be read.
+fn pad<'a>(
+    stream: &TcpStream,
+    vectors: &mut Vectors<'a>,
+    padding: &'a [u8],
+    mut len: usize,
+) -> io::Result<()> {
+    while len > 0 {
+        let piece = len.min(padding.len());
+        vectors.push(&padding[..piece]);
+        len -= piece;
+        if vectors.is_full() {
+            send_all(stream, vectors)?;
+        }
+    }
+    Ok(())
+}
+
+fn send_all(stream: &TcpStream, vectors: &mut Vectors<'_>) -> io::Result<()> {
+    while !vectors.is_empty() {
+        match vectored::send(stream.as_fd(), vectors) {
+            Ok(sent) => vectors.advance(sent),
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
