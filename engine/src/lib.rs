@@ -5,4 +5,10 @@
 
 #![warn(missing_docs)]
 
+pub mod export;
+pub mod import;
 pub mod memory;
+pub mod pagemap;
+pub mod pager;
+pub mod planner;
+pub mod stats;

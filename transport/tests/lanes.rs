@@ -2,6 +2,8 @@
 //!
 //! Verbs takes part wherever there is an RDMA device (in the lab there is one).
 
+#![allow(clippy::unwrap_used)] // helpers of tests, where a panic is the report
+
 use std::io::{Read as _, Write as _};
 use std::net::{TcpListener, TcpStream};
 use std::time::{Duration, Instant};

@@ -1,0 +1,64 @@
+//! The source's side of the data path: guest memory and its page map, open for reading.
+
+use std::net::TcpStream;
+
+use postcopy_transport::{EndpointOptions, Exporter, HostMemory, RemoteRegion, SetupError, Transport};
+
+use crate::memory::GuestMemory;
+use crate::pagemap::PageMap;
+
+/// Lanes of one migration: urgent and bulk, in this order.
+pub const LANES: usize = 2;
+
+/// Guest memory, exported. Passive but for the thread that fills the page map (and, over TCP, one
+/// responder a lane). Dropping it closes the lanes and takes the memory back.
+pub struct Export {
+    exporter: Exporter,
+    map: PageMap,
+    memory: HostMemory,
+}
+
+impl Export {
+    /// Registers `memory` and an empty page map. The guest may still run.
+    ///
+    /// Errors: the transport is not available, or memory can not be registered.
+    pub fn new(
+        transport: Transport,
+        memory: &GuestMemory,
+        options: &EndpointOptions,
+    ) -> Result<Self, SetupError> {
+        let map = PageMap::new(memory.layout().total_pages())
+            .map_err(|source| SetupError::Io { operation: "making the page map", source })?;
+        let memory = memory.guest().clone();
+        let exporter = Exporter::new(transport, &[memory.clone(), map.memory().clone()], options)?;
+        Ok(Self { exporter, map, memory })
+    }
+
+    /// Guest memory and page map, as the destination will read them.
+    pub fn regions(&self) -> [RemoteRegion; 2] {
+        let regions = self.exporter.regions();
+        [regions[0], regions[1]]
+    }
+
+    /// Answers a lane request.
+    ///
+    /// Errors: it is malformed, or the device refuses.
+    pub fn grant(&mut self, request: &[u8]) -> Result<Vec<u8>, SetupError> {
+        self.exporter.grant(request)
+    }
+
+    /// Gives the next lane its stream.
+    ///
+    /// Errors: the transport uses no streams, or the system refuses.
+    pub fn attach(&mut self, stream: TcpStream) -> Result<(), SetupError> {
+        self.exporter.attach(stream)
+    }
+
+    /// Starts to fill the page map. The guest must be frozen, and stay so as long as `self` lives.
+    ///
+    /// Errors: the system refuses a thread.
+    pub fn describe_pages(&mut self) -> Result<(), SetupError> {
+        let started = self.map.fill(&self.memory);
+        started.map_err(|source| SetupError::Io { operation: "starting the page map's thread", source })
+    }
+}

@@ -1,0 +1,307 @@
+//! One shard: the event loop of the fault path.
+//!
+//! Each turn: take faults from the trap, poll the urgent lane, poll the bulk lane, let the drain
+//! fill the bulk lane, and carry out what the planner decided: publish, and post reads. A fault's
+//! read is posted in the turn in which the fault was seen, before any bulk read of that turn.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use postcopy_transport::{AnyLane, Completion, Lane, LaneError, LocalRegion, Read, RemoteRegion, Token};
+use rustix::fd::AsFd;
+use tokio::sync::watch;
+use userfaultfd::EventBuffer;
+
+use super::map_reader::{Landed, MAP_TOKEN, MapReader};
+use super::rest::Rest;
+use super::{PagerConfig, PagerError, PagerState, PagerStatus, SourceMemory, StopSignal, Trap};
+use crate::memory::{PAGE_SIZE, PageIndex};
+use crate::planner::{Action, LaneId, Planner, Run};
+use crate::stats::{PagerReport, StageReport, Stages};
+
+/// Fault events taken in one turn.
+const FAULT_BATCH: usize = 64;
+/// How often progress is published.
+const PROGRESS: Duration = Duration::from_millis(100);
+/// A token is the first page and, in its upper bits below [`MAP_TOKEN`], the count.
+const COUNT_SHIFT: u32 = 48;
+
+/// A fault that went to the wire, and when.
+struct Fault {
+    page: PageIndex,
+    seen: Instant,
+    posted: Option<Instant>,
+}
+
+/// Everything that one pager thread owns.
+pub(super) struct Shard {
+    trap: Trap,
+    planner: Planner,
+    map: MapReader,
+    memory: RemoteRegion,
+    landing: LocalRegion,
+    populated: bool,
+    /// Urgent, bulk.
+    lanes: [AnyLane; 2],
+    /// Reads that their lane had no room for yet, by lane.
+    waiting: [Vec<Read>; 2],
+    faults: Vec<Fault>,
+    stages: Stages,
+    bytes: [u64; 2],
+    total: u64,
+    stop: Arc<StopSignal>,
+    rest: Rest,
+    actions: Vec<Action>,
+    completions: Vec<Completion>,
+    seen: Vec<PageIndex>,
+    events: EventBuffer,
+    done: bool,
+}
+
+/// Runs the loop and tells how it ended, also when it panicked.
+pub(super) fn supervise(mut shard: Shard, status: &watch::Sender<PagerStatus>) {
+    let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| shard.run(status)));
+    let state = match outcome {
+        Ok(Ok(state)) => state,
+        Ok(Err(error)) => PagerState::Failed(Arc::new(error)),
+        Err(panic) => {
+            let said = panic.downcast_ref::<String>().map(String::as_str);
+            let said = said.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("no message");
+            PagerState::Failed(Arc::new(PagerError::Panicked(said.into())))
+        }
+    };
+    let mut report = shard.report();
+    report.stages = StageReport::from(&shard.stages);
+    // The lanes close before anybody learns of the end, so the source may go when they do.
+    drop(shard);
+    status.send_replace(PagerStatus { state, report });
+}
+
+impl Shard {
+    pub(super) fn new(
+        trap: Trap,
+        pages: u64,
+        source: SourceMemory,
+        lanes: [AnyLane; 2],
+        stop: Arc<StopSignal>,
+        config: PagerConfig,
+    ) -> Result<Self, PagerError> {
+        if source.memory.len() != pages * PAGE_SIZE || source.landing.slice(0, 1).is_none() {
+            return Err(PagerError::Peer("its memory region has the wrong size"));
+        }
+        Ok(Self {
+            trap,
+            planner: Planner::new(pages),
+            map: MapReader::new(pages, source.map_memory, source.map_landing, source.map)?,
+            memory: source.memory,
+            landing: source.landing,
+            populated: source.populated,
+            lanes,
+            waiting: [Vec::new(), Vec::new()],
+            faults: Vec::new(),
+            stages: Stages::default(),
+            bytes: [0; 2],
+            total: pages,
+            stop,
+            rest: Rest::new(config.spin),
+            actions: Vec::new(),
+            completions: Vec::new(),
+            seen: Vec::new(),
+            events: EventBuffer::new(FAULT_BATCH),
+            done: false,
+        })
+    }
+
+    fn run(&mut self, status: &watch::Sender<PagerStatus>) -> Result<PagerState, PagerError> {
+        let mut reported = Instant::now();
+        while !self.stop.asked.load(Ordering::Acquire) {
+            let now = Instant::now();
+            let mut busy = self.take_faults(now)?;
+            busy |= self.poll(LaneId::Urgent)?;
+            busy |= self.poll(LaneId::Bulk)?;
+            busy |= self.drain()?;
+            if self.done {
+                self.trap.release()?;
+                return Ok(PagerState::Resident);
+            }
+            if now.duration_since(reported) >= PROGRESS {
+                reported = now;
+                status.send_replace(PagerStatus { state: PagerState::Running, report: self.report() });
+            }
+            if busy {
+                self.rest.busy();
+            } else {
+                self.idle(now)?;
+            }
+        }
+        Ok(PagerState::Stopped)
+    }
+
+    fn take_faults(&mut self, now: Instant) -> Result<bool, PagerError> {
+        let mut seen = std::mem::take(&mut self.seen);
+        self.trap.take_faults(&mut self.events, &mut seen)?;
+        for page in &seen {
+            if !self.planner.fault(*page, &mut self.actions) {
+                return Err(PagerError::StrayFault(*page));
+            }
+            if self.actions.last() == Some(&Action::Read(LaneId::Urgent, Run::one(*page))) {
+                self.faults.push(Fault { page: *page, seen: now, posted: None });
+            }
+        }
+        let any = !seen.is_empty();
+        seen.clear();
+        self.seen = seen;
+        if any {
+            self.carry_out()?;
+        }
+        Ok(any)
+    }
+
+    fn poll(&mut self, lane: LaneId) -> Result<bool, PagerError> {
+        let mut completions = std::mem::take(&mut self.completions);
+        let polled = self.lanes[lane as usize].poll(&mut completions);
+        polled.map_err(|error| self.lane_failed(lane as usize, error))?;
+        let completed = (!completions.is_empty()).then(Instant::now);
+        for completion in completions.drain(..) {
+            self.landed(lane, &completion)?;
+        }
+        self.completions = completions;
+        if let Some(completed) = completed {
+            self.carry_out()?;
+            self.time_faults(completed);
+        }
+        Ok(completed.is_some())
+    }
+
+    fn landed(&mut self, lane: LaneId, completion: &Completion) -> Result<(), PagerError> {
+        if completion.token.0 & MAP_TOKEN != 0 {
+            completion.result.map_err(|source| PagerError::Read { page: PageIndex(0), source })?;
+            return self.map_landed();
+        }
+        let run = run_of(completion.token);
+        completion.result.map_err(|source| PagerError::Read { page: run.first, source })?;
+        self.bytes[lane as usize] += u64::from(run.count) * PAGE_SIZE;
+        self.planner.landed(lane, run, &mut self.actions);
+        Ok(())
+    }
+
+    fn map_landed(&mut self) -> Result<(), PagerError> {
+        match self.map.landed()? {
+            Landed::Read(read) => self.waiting[LaneId::Bulk as usize].push(read),
+            Landed::Known { to, zeros } => {
+                self.planner.map_extended(to, zeros.into_iter(), &mut self.actions)
+            }
+            Landed::NothingNew => {}
+        }
+        Ok(())
+    }
+
+    /// Keeps the bulk lane filled: the page map first, then pages that it says have content.
+    fn drain(&mut self) -> Result<bool, PagerError> {
+        let bulk = LaneId::Bulk as usize;
+        let room = self.lanes[bulk].room().saturating_sub(self.waiting[bulk].len());
+        self.planner.drain(room.saturating_sub(1), &mut self.actions);
+        // Ask for more of the map when the drain has used up what is known of it.
+        if self.actions.is_empty() && self.lanes[bulk].in_flight() == 0 && room > 0 {
+            let next = self.map.next();
+            self.waiting[bulk].extend(next);
+        }
+        let any = !self.actions.is_empty();
+        self.carry_out()?;
+        Ok(any)
+    }
+
+    /// Carries out what the planner decided, and posts what lanes have room for.
+    fn carry_out(&mut self) -> Result<(), PagerError> {
+        let mut actions = std::mem::take(&mut self.actions);
+        for action in actions.drain(..) {
+            match action {
+                Action::Read(lane, run) => {
+                    let read = self.read_of(run);
+                    self.waiting[lane as usize].push(read);
+                }
+                Action::Publish(run) => self.trap.publish(run)?,
+                Action::PublishZero(page) => self.trap.publish_zero(page, self.populated)?,
+                Action::Wake(page) => self.trap.wake(page)?,
+                Action::Done => self.done = true,
+            }
+        }
+        self.actions = actions;
+        self.post(LaneId::Urgent as usize)?;
+        self.post(LaneId::Bulk as usize)
+    }
+
+    fn post(&mut self, lane: usize) -> Result<(), PagerError> {
+        if self.waiting[lane].is_empty() {
+            return Ok(());
+        }
+        let posted = self.lanes[lane].post(&self.waiting[lane]);
+        let posted = posted.map_err(|error| self.lane_failed(lane, error))?;
+        self.waiting[lane].drain(..posted);
+        if lane == LaneId::Urgent as usize && posted > 0 {
+            let now = Instant::now();
+            let waiting = self.waiting[lane].len();
+            let of_wire = self.faults.len().saturating_sub(waiting);
+            for fault in self.faults[..of_wire].iter_mut().filter(|fault| fault.posted.is_none()) {
+                fault.posted = Some(now);
+            }
+        }
+        Ok(())
+    }
+
+    /// Records the stages of faults whose page has just been published.
+    fn time_faults(&mut self, completed: Instant) {
+        let published = Instant::now();
+        let (stages, planner) = (&mut self.stages, &self.planner);
+        self.faults.retain(|fault| {
+            let resident = planner.is_resident(fault.page);
+            if let (true, Some(posted)) = (resident, fault.posted) {
+                let ns = |from: Instant, to: Instant| to.saturating_duration_since(from).as_nanos() as u64;
+                stages.post.saturating_record(ns(fault.seen, posted));
+                stages.read.saturating_record(ns(posted, completed));
+                stages.install.saturating_record(ns(completed, published));
+                stages.total.saturating_record(ns(fault.seen, published));
+            }
+            !resident
+        });
+    }
+
+    fn idle(&mut self, now: Instant) -> Result<(), PagerError> {
+        let map_pending = !self.map.finished() && self.lanes[LaneId::Bulk as usize].in_flight() == 0;
+        let others = [self.trap.as_fd(), self.stop.wake.as_fd()];
+        let rested = self.rest.idle(now, &mut self.lanes, others, map_pending);
+        rested.map_err(|(lane, error)| self.lane_failed(lane, error))
+    }
+
+    fn read_of(&self, run: Run) -> Read {
+        let len = run.count * PAGE_SIZE as u32;
+        let offset = run.first.offset();
+        let local = self.landing.slice(offset, len).expect("the planner stays inside memory");
+        let remote = self.memory.slice(offset, len).expect("new() checked the source's length");
+        let token = Token(u64::from(run.count) << COUNT_SHIFT | run.first.0);
+        Read::new(token, local, remote).expect("both slices have the same length")
+    }
+
+    fn lane_failed(&self, lane: usize, source: LaneError) -> PagerError {
+        let name = ["urgent", "bulk"][lane];
+        PagerError::Lane { lane: name, outstanding: self.planner.outstanding(), source }
+    }
+
+    fn report(&self) -> PagerReport {
+        PagerReport {
+            total_pages: self.total,
+            outstanding_pages: self.planner.outstanding(),
+            pages: self.planner.counts(),
+            fault_bytes: self.bytes[LaneId::Urgent as usize],
+            bulk_bytes: self.bytes[LaneId::Bulk as usize],
+            map_bytes: self.map.bytes,
+            stages: StageReport::default(),
+        }
+    }
+}
+
+fn run_of(token: Token) -> Run {
+    let first = PageIndex(token.0 & ((1 << COUNT_SHIFT) - 1));
+    Run { first, count: (token.0 >> COUNT_SHIFT) as u32 }
+}

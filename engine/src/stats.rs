@@ -1,0 +1,109 @@
+//! What a migration cost, measured in stages.
+
+use hdrhistogram::Histogram;
+use serde::{Deserialize, Serialize};
+
+use crate::planner::PageCounts;
+
+/// Longest time that a stage histogram tells apart: one minute, in nanoseconds.
+const LONGEST_NS: u64 = 60_000_000_000;
+/// Significant digits of a stage histogram.
+const DIGITS: u8 = 3;
+
+/// The stages of a fault, each a histogram in nanoseconds.
+#[derive(Clone, Debug)]
+pub struct Stages {
+    /// From the fault's event read to its read posted.
+    pub post: Histogram<u64>,
+    /// From the read posted to its completion polled.
+    pub read: Histogram<u64>,
+    /// From the completion to the page published and the thread woken.
+    pub install: Histogram<u64>,
+    /// All of it: from the event read to the page published. What the guest saw is this and the
+    /// way from its touch to the event, and from the wake to its next instruction.
+    pub total: Histogram<u64>,
+}
+
+impl Default for Stages {
+    fn default() -> Self {
+        let empty = || Histogram::new_with_max(LONGEST_NS, DIGITS).expect("constant bounds are valid");
+        Self { post: empty(), read: empty(), install: empty(), total: empty() }
+    }
+}
+
+/// Percentiles of one stage, in microseconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Percentiles {
+    /// Number of samples.
+    pub count: u64,
+    /// The smallest.
+    pub min_us: f64,
+    /// The median.
+    pub p50_us: f64,
+    /// 90 % were no longer.
+    pub p90_us: f64,
+    /// 99 % were no longer.
+    pub p99_us: f64,
+    /// 99.9 % were no longer.
+    pub p999_us: f64,
+    /// The longest.
+    pub max_us: f64,
+}
+
+impl From<&Histogram<u64>> for Percentiles {
+    fn from(histogram: &Histogram<u64>) -> Self {
+        let at = |quantile| histogram.value_at_quantile(quantile) as f64 / 1e3;
+        Self {
+            count: histogram.len(),
+            min_us: histogram.min() as f64 / 1e3,
+            p50_us: at(0.5),
+            p90_us: at(0.9),
+            p99_us: at(0.99),
+            p999_us: at(0.999),
+            max_us: histogram.max() as f64 / 1e3,
+        }
+    }
+}
+
+/// The stages of a fault as percentiles, for reports.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct StageReport {
+    /// See [`Stages::post`].
+    pub post: Percentiles,
+    /// See [`Stages::read`].
+    pub read: Percentiles,
+    /// See [`Stages::install`].
+    pub install: Percentiles,
+    /// See [`Stages::total`].
+    pub total: Percentiles,
+}
+
+impl From<&Stages> for StageReport {
+    fn from(stages: &Stages) -> Self {
+        Self {
+            post: (&stages.post).into(),
+            read: (&stages.read).into(),
+            install: (&stages.install).into(),
+            total: (&stages.total).into(),
+        }
+    }
+}
+
+/// What the destination's pager did, at one moment or at the end.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct PagerReport {
+    /// Pages of the guest.
+    pub total_pages: u64,
+    /// Pages still to come.
+    pub outstanding_pages: u64,
+    /// How pages came.
+    pub pages: PageCounts,
+    /// Bytes of page content read over the urgent lane.
+    pub fault_bytes: u64,
+    /// Bytes of page content read over the bulk lane.
+    pub bulk_bytes: u64,
+    /// Bytes of the source's page map read.
+    pub map_bytes: u64,
+    /// The stages of faults that went to the wire.
+    pub stages: StageReport,
+}

@@ -1,0 +1,178 @@
+//! The fault path over real userfaultfd and every transport that this machine has: threads touch
+//! guest memory while it is drained, and every byte of every page must be right.
+#![allow(clippy::unwrap_used)] // helpers of tests, where a panic is the report
+
+use std::net::{TcpListener, TcpStream};
+use std::time::Duration;
+
+use postcopy_engine::export::Export;
+use postcopy_engine::import::Import;
+use postcopy_engine::memory::{GuestMemory, MemoryLayout, PAGE_SIZE};
+use postcopy_engine::pager::{Pager, PagerConfig, PagerError, PagerState, PagerStatus, Trap};
+use postcopy_transport::{EndpointOptions, HostMemory, Transport};
+
+const BYTES: u64 = 16 << 20;
+const PAGES: u64 = BYTES / PAGE_SIZE;
+
+/// Content of a page: zero for every third, else different in every word.
+fn content(page: u64) -> Vec<u8> {
+    let mut bytes = vec![0u8; PAGE_SIZE as usize];
+    if !page.is_multiple_of(3) {
+        for (at, word) in bytes.chunks_mut(8).enumerate() {
+            let value = (page << 32 | at as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+            word.copy_from_slice(&value.to_le_bytes());
+        }
+    }
+    bytes
+}
+
+fn stream_pair() -> (TcpStream, TcpStream) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let one = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    (one, listener.accept().unwrap().0)
+}
+
+fn guest() -> GuestMemory {
+    GuestMemory::new(MemoryLayout::pc(BYTES, 3 << 30).unwrap()).unwrap()
+}
+
+fn source(transport: Transport) -> (Export, GuestMemory) {
+    let memory = guest();
+    for page in 0..PAGES {
+        // A hole stays a hole, so that both kinds of zero page are met.
+        if page % 3 != 0 || page % 2 == 0 {
+            assert!(memory.guest().write(page * PAGE_SIZE, &content(page)));
+        }
+    }
+    (Export::new(transport, &memory, &EndpointOptions::default()).unwrap(), memory)
+}
+
+fn destination(transport: Transport, export: &mut Export) -> (GuestMemory, Pager) {
+    let memory = guest();
+    let trap = Trap::register(&memory).unwrap();
+    let import = Import::new(transport, &memory, &EndpointOptions::default()).unwrap();
+    let (requests, blobs) = import.request().unwrap();
+    let grants = blobs.map(|blob| export.grant(&blob).unwrap());
+    let streams = [(); 2].map(|()| {
+        transport.needs_stream().then(|| {
+            let (ours, theirs) = stream_pair();
+            export.attach(theirs).unwrap();
+            ours
+        })
+    });
+    let lanes = import.connect(requests, &grants, streams).unwrap();
+    let pager = import.start(trap, lanes, export.regions(), PagerConfig::default()).unwrap();
+    (memory, pager)
+}
+
+fn end_of(pager: &Pager) -> PagerStatus {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+    let mut status = pager.status();
+    let ended = status.wait_for(|status| !matches!(status.state, PagerState::Running));
+    let ended = runtime.block_on(async { tokio::time::timeout(Duration::from_secs(60), ended).await });
+    ended.expect("the drain ends").unwrap().clone()
+}
+
+fn check(memory: &HostMemory, page: u64) {
+    let mut bytes = vec![0u8; PAGE_SIZE as usize];
+    assert!(memory.read(page * PAGE_SIZE, &mut bytes));
+    assert!(bytes == content(page), "page {page}");
+}
+
+fn available() -> impl Iterator<Item = Transport> {
+    Transport::ALL.into_iter().filter(|transport| transport.available().is_ok())
+}
+
+#[test]
+fn threads_that_touch_while_it_drains_see_every_byte_right_and_zero_pages_never_cross() {
+    for transport in available() {
+        let (mut export, _memory) = source(transport);
+        export.describe_pages().unwrap();
+        let (memory, pager) = destination(transport, &mut export);
+        std::thread::scope(|scope| {
+            for thread in 0..3u64 {
+                let guest = memory.guest().clone();
+                scope.spawn(move || {
+                    for step in 0..PAGES {
+                        // Coprime steps: every page once, far from in order.
+                        check(&guest, (step * 1_009 + thread * 777) % PAGES);
+                    }
+                });
+            }
+        });
+        let end = end_of(&pager);
+        assert!(matches!(end.state, PagerState::Resident), "{transport}: {:?}", end.state);
+        let counts = end.report.pages;
+        let zero = PAGES.div_ceil(3);
+        let brought = counts.fault_pages + counts.drain_pages;
+        assert_eq!(brought + counts.zero_pages, PAGES, "{transport}: {counts:?}");
+        assert_eq!(end.report.fault_bytes + end.report.bulk_bytes, brought * PAGE_SIZE);
+        // A fault may meet a zero page before the map has reached it; the drain never does.
+        assert!(counts.drain_pages <= PAGES - zero, "{transport}: {counts:?}");
+        assert!(counts.zero_pages > 0 && counts.network_faults > 0, "{transport}: {counts:?}");
+        for page in 0..PAGES {
+            check(memory.guest(), page);
+        }
+    }
+}
+
+#[test]
+fn without_a_page_map_faults_are_still_served() {
+    for transport in available() {
+        let (mut export, _memory) = source(transport);
+        let (memory, pager) = destination(transport, &mut export);
+        for page in [5, 1, 3, 4000, PAGES - 1] {
+            check(memory.guest(), page);
+        }
+        let report = pager.status().borrow().report;
+        drop(pager.stop());
+        assert_eq!(report.pages.drain_pages, 0, "{transport}");
+    }
+}
+
+#[test]
+fn what_the_guest_wrote_is_never_overwritten() {
+    for transport in available() {
+        let (mut export, _memory) = source(transport);
+        let (memory, pager) = destination(transport, &mut export);
+        for page in (0..PAGES).step_by(7) {
+            assert!(memory.guest().write(page * PAGE_SIZE + 100, b"written at the destination"));
+        }
+        export.describe_pages().unwrap();
+        assert!(matches!(end_of(&pager).state, PagerState::Resident));
+        for page in 0..PAGES {
+            let mut expected = content(page);
+            if page % 7 == 0 {
+                expected[100..126].copy_from_slice(b"written at the destination");
+            }
+            let mut bytes = vec![0u8; PAGE_SIZE as usize];
+            assert!(memory.guest().read(page * PAGE_SIZE, &mut bytes));
+            assert!(bytes == expected, "{transport}: page {page}");
+        }
+    }
+}
+
+#[test]
+fn a_lost_source_fails_the_pager_and_the_guest_waits_instead_of_reading_zeros() {
+    let (mut export, _memory) = source(Transport::Tcp);
+    let (memory, pager) = destination(Transport::Tcp, &mut export);
+    check(memory.guest(), 1);
+    drop(export);
+    let end = end_of(&pager);
+    let PagerState::Failed(error) = end.state else { panic!("{:?}", end.state) };
+    assert!(matches!(*error, PagerError::Lane { .. }), "{error}");
+    assert!(error.to_string().contains("the guest waits"), "{error}");
+
+    // A touch now blocks for as long as the trap lives: give it time to be wrong.
+    let guest = memory.guest().clone();
+    let (said, heard) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        let mut byte = [0u8];
+        let touched = guest.read(PAGE_SIZE, &mut byte) && guest.read(2 * PAGE_SIZE, &mut byte);
+        let _ = said.send((touched, byte));
+    });
+    let seen = heard.recv_timeout(Duration::from_millis(300));
+    assert!(seen.is_err(), "the guest read {seen:?} in place of its memory");
+    // Ending the process ends the waiting thread; the pager, and its trap, live until then.
+    std::mem::forget(pager);
+}
