@@ -11,4 +11,5 @@ pub mod memory;
 pub mod pagemap;
 pub mod pager;
 pub mod planner;
+pub mod session;
 pub mod stats;

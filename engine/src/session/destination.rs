@@ -1,0 +1,346 @@
+//! The destination's side of a session. [`receive`] and [`Drain::finish`] read as the protocol.
+
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use postcopy_transport::{EndpointOptions, RemoteRegion, Transport};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
+
+use super::channel::{Channel, unexpected};
+use super::message::{GuestDescription, MAX_STATE, Message};
+use super::preamble::{self, Preamble, Purpose, SessionId};
+use super::report::ArrivalReport;
+use super::source::micros;
+use super::{GuestError, STEP_PATIENCE, SessionError, WORK_PATIENCE, blocking};
+use crate::export::LANES;
+use crate::import::Import;
+use crate::memory::GuestMemory;
+use crate::pager::{Pager, PagerConfig, PagerState, PagerStatus, Trap};
+
+/// How often the source hears of progress.
+const PROGRESS: Duration = Duration::from_millis(100);
+
+/// Makes guests for what arrives. Called from a blocking thread.
+pub trait DestinationHost: Send + Sync + 'static {
+    /// Checks whether such a guest can run here, and prepares for it. Its memory holds nothing yet
+    /// and is trapped: nothing may touch it before the state is loaded.
+    fn prepare(
+        &self,
+        description: &GuestDescription,
+        memory: &GuestMemory,
+    ) -> Result<Arc<dyn DestinationGuest>, GuestError>;
+}
+
+/// A guest on its way in. Called from a blocking thread.
+pub trait DestinationGuest: Send + Sync + 'static {
+    /// Loads the state of vCPUs and devices. Memory that this touches is fetched on demand.
+    fn load(&self, state: Vec<u8>) -> Result<(), GuestError>;
+
+    /// Lets the guest run.
+    fn resume(&self) -> Result<(), GuestError>;
+}
+
+/// How to receive a guest.
+#[derive(Clone, Debug, Default)]
+pub struct ReceiveOptions {
+    /// Transports to accept. Empty: whatever the source offers first and this machine has.
+    pub transports: Vec<Transport>,
+    /// RDMA device and addresses. `local` is found from the control connection.
+    pub endpoint: EndpointOptions,
+    /// How the pager behaves.
+    pub pager: PagerConfig,
+    /// The most guest memory to accept, in bytes. `None`: no limit of our own.
+    pub memory_limit: Option<u64>,
+}
+
+/// A guest that runs here now. Its memory follows: see [`Drain::finish`].
+pub struct Arrived {
+    /// The guest.
+    pub guest: Arc<dyn DestinationGuest>,
+    /// Its memory.
+    pub memory: GuestMemory,
+    /// The rest of the session.
+    pub drain: Drain,
+}
+
+/// Waits for a source on `listener` and takes its guest in, up to its resume here.
+///
+/// Connections that are not a source of ours are logged and ignored.
+///
+/// Errors: anything on the way to the resume; the guest runs on at the source, and this side has
+/// let go of everything.
+pub async fn receive(
+    listener: &TcpListener,
+    host: Arc<dyn DestinationHost>,
+    options: ReceiveOptions,
+) -> Result<Arrived, SessionError> {
+    let (stream, peer, session) = await_source(listener).await?;
+    tracing::info!(%peer, "a source has connected");
+    let local = stream.local_addr().ok().map(|address| address.ip());
+    let mut channel = Channel::new(stream)?;
+    let mut destination = Destination { listener, host, options, peer: peer.ip(), session };
+    destination.options.endpoint.local = local;
+    match destination.take_in(&mut channel).await {
+        Ok((guest, memory, pager)) => {
+            let drain = Drain { channel, pager, resumed: Instant::now() };
+            Ok(Arrived { guest, memory, drain })
+        }
+        Err(error) => {
+            // Before the commit this tells the source to run on; if it is gone, nobody needs it.
+            let _ = channel.send(&Message::Refuse(error.to_string())).await;
+            Err(error)
+        }
+    }
+}
+
+/// The first control connection of a peer that speaks our version.
+async fn await_source(listener: &TcpListener) -> Result<(TcpStream, SocketAddr, SessionId), SessionError> {
+    loop {
+        let (mut stream, peer) = listener.accept().await.map_err(|source| SessionError::Connection { source })?;
+        match greet(&mut stream).await {
+            Ok(session) => return Ok((stream, peer, session)),
+            Err(error) => tracing::warn!(%peer, %error, "a connection that is no source"),
+        }
+    }
+}
+
+async fn greet(stream: &mut TcpStream) -> Result<SessionId, SessionError> {
+    let theirs = preamble::read(stream, STEP_PATIENCE).await;
+    // Answer a peer of another version too, so that it can say what is wrong.
+    if matches!(theirs, Ok(_) | Err(SessionError::Version { .. })) {
+        preamble::write(stream, Preamble { session: SessionId::default(), purpose: Purpose::Control }).await?;
+    }
+    match theirs? {
+        Preamble { session, purpose: Purpose::Control } => Ok(session),
+        _ => Err(SessionError::Protocol("a lane without a session")),
+    }
+}
+
+struct Destination<'a> {
+    listener: &'a TcpListener,
+    host: Arc<dyn DestinationHost>,
+    options: ReceiveOptions,
+    peer: IpAddr,
+    session: SessionId,
+}
+
+impl Destination<'_> {
+    async fn take_in(
+        &mut self,
+        channel: &mut Channel,
+    ) -> Result<(Arc<dyn DestinationGuest>, GuestMemory, Pager), SessionError> {
+        let (description, offered) = offered(channel.receive("Offer", STEP_PATIENCE).await?)?;
+        let memory = self.make_memory(&description)?;
+        let trap = Trap::register(&memory)?;
+        let guest = self.prepare(description, &memory).await?;
+        let (transport, import) = self.import(&offered, &memory).await?;
+        let pager = self.connect(channel, transport, import, trap).await?;
+        channel.send(&Message::LanesReady).await?;
+        self.load(channel, &guest).await?;
+        self.resume(channel, &guest).await?;
+        Ok((guest, memory, pager))
+    }
+
+    fn make_memory(&self, description: &GuestDescription) -> Result<GuestMemory, SessionError> {
+        let bytes = description.layout.total_bytes();
+        if let Some(limit) = self.options.memory_limit
+            && bytes > limit
+        {
+            let source = std::io::Error::other(format!("this side accepts at most {limit} bytes"));
+            return Err(SessionError::Memory { bytes, source });
+        }
+        GuestMemory::new(description.layout.clone()).map_err(|source| SessionError::Memory { bytes, source })
+    }
+
+    async fn prepare(
+        &self,
+        description: GuestDescription,
+        memory: &GuestMemory,
+    ) -> Result<Arc<dyn DestinationGuest>, SessionError> {
+        let (host, memory) = (self.host.clone(), memory.clone());
+        let prepared = blocking(move || host.prepare(&description, &memory)).await;
+        prepared.map_err(|source| SessionError::Guest { operation: "preparing for the guest", source })
+    }
+
+    /// Registers memory for the first offered transport that works here.
+    async fn import(&self, offered: &[Transport], memory: &GuestMemory) -> Result<(Transport, Import), SessionError> {
+        let ours = |transport: &&Transport| {
+            self.options.transports.is_empty() || self.options.transports.contains(transport)
+        };
+        let mut refusals = Vec::new();
+        for transport in offered.iter().filter(ours).copied() {
+            let (memory, endpoint) = (memory.clone(), self.options.endpoint.clone());
+            match blocking(move || Import::new(transport, &memory, &endpoint)).await {
+                Ok(import) => return Ok((transport, import)),
+                Err(error) => {
+                    tracing::warn!(%transport, %error, "a transport does not work here");
+                    refusals.push(error.to_string());
+                }
+            }
+        }
+        let reason = if refusals.is_empty() { "none is accepted here".into() } else { refusals.join("; ") };
+        let names: Vec<&str> = offered.iter().map(|transport| transport.name()).collect();
+        let reason = format!("no transport of those offered ({}) works: {reason}", names.join(", "));
+        Err(SessionError::Refused { reason })
+    }
+
+    /// Connects the lanes and starts the pager over them.
+    async fn connect(
+        &self,
+        channel: &mut Channel,
+        transport: Transport,
+        import: Import,
+        trap: Trap,
+    ) -> Result<Pager, SessionError> {
+        let (requests, lanes) = import.request()?;
+        channel.send(&Message::Accept { transport: transport.name().into(), lanes }).await?;
+        let (grants, regions) = granted(channel.receive("Granted", WORK_PATIENCE).await?)?;
+        let streams = if transport.needs_stream() { self.accept_lanes().await? } else { [None, None] };
+        let pager = self.options.pager;
+        let started = blocking(move || {
+            let lanes = import.connect(requests, &grants, streams)?;
+            import.start(trap, lanes, regions, pager).map_err(SessionError::from)
+        });
+        started.await
+    }
+
+    /// Accepts the source's lane connections, in any order; others are not let in.
+    async fn accept_lanes(&self) -> Result<[Option<std::net::TcpStream>; LANES], SessionError> {
+        let mut lanes = [const { None }; LANES];
+        while lanes.iter().any(Option::is_none) {
+            let accepted = tokio::time::timeout(STEP_PATIENCE, self.listener.accept()).await;
+            let silent = SessionError::Silent { waiting_for: "its lanes", patience: STEP_PATIENCE };
+            let (mut stream, from) =
+                accepted.map_err(|_| silent)?.map_err(|source| SessionError::Connection { source })?;
+            let lane = match preamble::read(&mut stream, STEP_PATIENCE).await {
+                Ok(Preamble { session, purpose: Purpose::Lane(lane) }) if session == self.session => lane as usize,
+                other => {
+                    tracing::warn!(%from, source = %self.peer, ?other, "a connection that is no lane of this session");
+                    continue;
+                }
+            };
+            let slot = lanes.get_mut(lane).filter(|slot| slot.is_none());
+            let slot = slot.ok_or(SessionError::Protocol("a lane that was not granted"))?;
+            *slot = Some(stream.into_std().map_err(|source| SessionError::Connection { source })?);
+        }
+        Ok(lanes)
+    }
+
+    async fn load(&self, channel: &mut Channel, guest: &Arc<dyn DestinationGuest>) -> Result<(), SessionError> {
+        let state = receive_state(channel).await?;
+        let (guest, begun) = (guest.clone(), Instant::now());
+        let loaded = blocking(move || guest.load(state)).await;
+        loaded.map_err(|source| SessionError::Guest { operation: "loading the guest's state", source })?;
+        channel.send(&Message::StateLoaded { load_us: micros(begun.elapsed()) }).await
+    }
+
+    async fn resume(&self, channel: &mut Channel, guest: &Arc<dyn DestinationGuest>) -> Result<(), SessionError> {
+        match channel.receive("Commit", STEP_PATIENCE).await? {
+            Message::Commit => {}
+            other => return Err(unexpected(&other, "Commit")),
+        }
+        let guest = guest.clone();
+        let resumed = blocking(move || guest.resume()).await;
+        resumed.map_err(|source| SessionError::Guest { operation: "resuming the guest", source })?;
+        // The guest runs, whether or not this message arrives.
+        if let Err(error) = channel.send(&Message::Resumed).await {
+            tracing::warn!(%error, "the source could not be told that its guest runs here");
+        }
+        Ok(())
+    }
+}
+
+fn offered(message: Message) -> Result<(GuestDescription, Vec<Transport>), SessionError> {
+    match message {
+        Message::Offer { guest, transports } => {
+            // A newer source may offer what this side does not know.
+            Ok((guest, transports.iter().filter_map(|name| name.parse().ok()).collect()))
+        }
+        other => Err(unexpected(&other, "Offer")),
+    }
+}
+
+type Granted = ([Vec<u8>; LANES], [RemoteRegion; 2]);
+
+fn granted(message: Message) -> Result<Granted, SessionError> {
+    match message {
+        Message::Granted { lanes, regions } => Ok((lanes, regions.map(RemoteRegion::from_bytes))),
+        other => Err(unexpected(&other, "Granted")),
+    }
+}
+
+/// Collects the pieces of device state.
+async fn receive_state(channel: &mut Channel) -> Result<Vec<u8>, SessionError> {
+    let mut state = Vec::new();
+    loop {
+        match channel.receive("the guest's state", WORK_PATIENCE).await? {
+            Message::State(piece) if state.len() + piece.len() <= MAX_STATE => state.extend(piece),
+            Message::State(_) => return Err(SessionError::Protocol("its device state is longer than 64 MiB")),
+            Message::StateEnd { length, crc } => {
+                let whole = length == state.len() as u64 && crc == crc32fast::hash(&state);
+                return whole.then_some(state).ok_or(SessionError::Protocol("its device state is damaged"));
+            }
+            other => return Err(unexpected(&other, "State")),
+        }
+    }
+}
+
+/// The rest of a session: the guest runs, its memory follows.
+pub struct Drain {
+    channel: Channel,
+    pager: Pager,
+    resumed: Instant,
+}
+
+impl Drain {
+    /// Where the pager stands, for whoever watches.
+    pub fn status(&self) -> watch::Receiver<PagerStatus> {
+        self.pager.status()
+    }
+
+    /// Waits until every page is here, telling the source on the way, and lets the source go.
+    ///
+    /// A broken control connection does not matter as long as the lanes live.
+    ///
+    /// Errors: the pager failed. The guest waits for pages that do not come, and must not be
+    /// resumed anywhere else by itself; the returned pager keeps it waiting.
+    pub async fn finish(mut self) -> Result<ArrivalReport, (SessionError, Pager)> {
+        let mut status = self.pager.status();
+        loop {
+            let ended = status.wait_for(|status| !matches!(status.state, PagerState::Running));
+            let ended = tokio::time::timeout(PROGRESS, ended).await.map(|ended| ended.map(|s| s.clone()));
+            match ended {
+                Err(_) => {
+                    let report = status.borrow().report;
+                    self.tell(&Message::Progress(report)).await;
+                }
+                Ok(Ok(PagerStatus { state: PagerState::Failed(error), .. })) => {
+                    self.tell(&Message::Refuse(error.to_string())).await;
+                    return Err((SessionError::Stranded(error), self.pager));
+                }
+                Ok(Ok(PagerStatus { report, .. })) => return Ok(self.release(report).await),
+                Ok(Err(_)) => {
+                    let gone = Arc::new(crate::pager::PagerError::Panicked("it vanished".into()));
+                    return Err((SessionError::Stranded(gone), self.pager));
+                }
+            }
+        }
+    }
+
+    async fn release(mut self, pager: crate::stats::PagerReport) -> ArrivalReport {
+        let arrival = ArrivalReport { resident_us: micros(self.resumed.elapsed()), pager };
+        self.tell(&Message::Resident(arrival)).await;
+        if let Err(error) = self.channel.receive("Release", STEP_PATIENCE).await {
+            tracing::warn!(%error, "the source did not confirm; every page is here all the same");
+        }
+        arrival
+    }
+
+    async fn tell(&mut self, message: &Message) {
+        if let Err(error) = self.channel.send(message).await {
+            tracing::debug!(%error, message = message.name(), "the source could not be told");
+        }
+    }
+}

@@ -1,0 +1,149 @@
+//! The control plane: one guest's move from source to destination.
+//!
+//! ```text
+//!  source                                             destination
+//!  Running    ── Offer ─────────────────────────────▶ prepares memory, trap, device
+//!             ◀─ Accept (lane requests) ────────────
+//!  exports    ── Granted (grants, keys) ────────────▶ connects lanes, starts the pager
+//!             ◀─ LanesReady ────────────────────────
+//!  Frozen     ── State … StateEnd ──────────────────▶ loads it                    Prepared
+//!             ◀─ StateLoaded ───────────────────────
+//!  HandedOver ── Commit ────────────────────────────▶ resumes the guest           Resumed
+//!             ◀─ Resumed, Progress … ───────────────  faults and drain, one-sided
+//!             ◀─ Resident ──────────────────────────  every page is here          Resident
+//!  Released   ── Release ───────────────────────────▶
+//! ```
+//!
+//! One owner at any time. Before Commit the guest is the source's: whatever goes wrong, it runs
+//! on there. From the moment Commit may have left, the source never runs it by itself: if the
+//! answer does not come, the guest is *in doubt*, and a person ends that.
+
+mod channel;
+mod destination;
+mod message;
+mod preamble;
+mod report;
+mod source;
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+pub use destination::{Arrived, DestinationGuest, DestinationHost, Drain, ReceiveOptions, receive};
+pub use message::GuestDescription;
+pub use preamble::PROTOCOL_VERSION;
+pub use report::{ArrivalReport, MigrationReport, Phase, Progress, REPORT_VERSION};
+pub use source::{MigrateOptions, MigrationError, Owner, SourceGuest, migrate};
+
+use crate::pager::PagerError;
+
+/// What a VMM reports when a guest operation fails. The message should say what to do.
+pub type GuestError = Box<dyn std::error::Error + Send + Sync>;
+
+/// How long to wait for a message that needs little work of the peer.
+pub const STEP_PATIENCE: Duration = Duration::from_secs(10);
+/// How long to wait for a message that needs much: registering memory, loading state. 256 GiB
+/// register in some 60 s.
+pub const WORK_PATIENCE: Duration = Duration::from_secs(120);
+
+/// Why a session ended early.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum SessionError {
+    /// Nobody listens there, or no way leads there.
+    #[error("cannot reach {peer}: {source}; is `pcvm receive` listening there?")]
+    Unreachable {
+        /// Who.
+        peer: String,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// The address cannot be listened on.
+    #[error("cannot listen on {address}: {source}; choose another port, or end what uses it")]
+    Listen {
+        /// Where.
+        address: SocketAddr,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// The peer speaks something else.
+    #[error("the peer does not speak this protocol; is it another program's port?")]
+    NotOurs,
+    /// The peer speaks another version.
+    #[error("the peer speaks protocol version {theirs}, this program {ours}; use the same release on both sides")]
+    Version {
+        /// The peer's.
+        theirs: u16,
+        /// Ours.
+        ours: u16,
+    },
+    /// The peer closed the connection.
+    #[error("the peer closed the connection while this side waited for {waiting_for}; see its log for the reason")]
+    Closed {
+        /// What was due.
+        waiting_for: &'static str,
+    },
+    /// The peer said nothing in time.
+    #[error("the peer said nothing for {patience:?} while this side waited for {waiting_for}")]
+    Silent {
+        /// What was due.
+        waiting_for: &'static str,
+        /// How long.
+        patience: Duration,
+    },
+    /// The connection broke.
+    #[error("the control connection broke: {source}")]
+    Connection {
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// The peer said no.
+    #[error("the peer refused: {reason}")]
+    Refused {
+        /// Its reason.
+        reason: String,
+    },
+    /// The peer sent a message that does not belong here.
+    #[error("the peer sent {message} while this side waited for {waiting_for}")]
+    Unexpected {
+        /// Its name.
+        message: &'static str,
+        /// What was due.
+        waiting_for: &'static str,
+    },
+    /// The peer sent bytes that no message has.
+    #[error("the peer broke the protocol: {0}")]
+    Protocol(&'static str),
+    /// A transport could not be set up.
+    #[error(transparent)]
+    Transport(#[from] postcopy_transport::SetupError),
+    /// The pager could not start, or stopped.
+    #[error(transparent)]
+    Pager(#[from] PagerError),
+    /// The VMM failed.
+    #[error("{operation}: {source}")]
+    Guest {
+        /// What was asked of it.
+        operation: &'static str,
+        /// What it said.
+        source: GuestError,
+    },
+    /// No memory for the guest.
+    #[error("cannot make {bytes} bytes of guest memory: {source}")]
+    Memory {
+        /// How much.
+        bytes: u64,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// The pager failed after the guest had been resumed.
+    #[error("{0}")]
+    Stranded(std::sync::Arc<PagerError>),
+}
+
+/// Runs blocking work off the control plane's thread.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(done) => done,
+        Err(failed) => std::panic::resume_unwind(failed.into_panic()),
+    }
+}

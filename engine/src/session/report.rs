@@ -1,0 +1,72 @@
+//! What a migration cost, as both sides report it.
+
+use serde::{Deserialize, Serialize};
+
+use crate::stats::PagerReport;
+
+/// The destination's part, measured there.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct ArrivalReport {
+    /// From the guest's resume to its last page resident.
+    pub resident_us: u64,
+    /// What the pager did.
+    pub pager: PagerReport,
+}
+
+/// The whole migration, as the source reports it. Times in microseconds.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct MigrationReport {
+    /// Version of this report's fields.
+    pub version: u32,
+    /// The transport that was used.
+    pub transport: String,
+    /// Guest memory in bytes.
+    pub memory_bytes: u64,
+    /// Device state in bytes.
+    pub state_bytes: u64,
+    /// From the first connection to the freeze, the guest running.
+    pub setup_us: u64,
+    /// From the freeze to the news that the guest runs at the destination. The guest's own
+    /// downtime is shorter by the way of that message.
+    pub downtime_us: u64,
+    /// Of the downtime: stopping the guest and saving its state.
+    pub freeze_us: u64,
+    /// Of the downtime: loading the state at the destination.
+    pub load_us: u64,
+    /// From the guest's resume to its last page resident, measured at the destination.
+    pub resident_us: u64,
+    /// All of it: from the first connection to the last page.
+    pub total_us: u64,
+    /// What the destination's pager did.
+    pub pager: PagerReport,
+}
+
+/// Version of [`MigrationReport`].
+pub const REPORT_VERSION: u32 = 1;
+
+/// Where a migration stands, as seen from the source.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Phase {
+    /// Connecting and preparing; the guest runs at the source.
+    #[default]
+    Setup,
+    /// The guest is stopped, its state on the way.
+    Frozen,
+    /// The destination was told to resume and has not confirmed: the guest is at neither side for
+    /// certain.
+    InDoubt,
+    /// The guest runs at the destination; its memory follows.
+    Draining,
+    /// All of it is there.
+    Resident,
+}
+
+/// Progress for whoever watches.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Progress {
+    /// Where it stands.
+    pub phase: Phase,
+    /// What has arrived.
+    pub pager: PagerReport,
+}

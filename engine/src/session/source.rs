@@ -1,0 +1,310 @@
+//! The source's side of a session. [`migrate`] reads as the protocol.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use postcopy_transport::{EndpointOptions, Transport};
+use tokio::net::TcpStream;
+use tokio::sync::watch;
+
+use super::channel::{Channel, unexpected};
+use super::message::{GuestDescription, Message, STATE_PIECE};
+use super::preamble::{self, Preamble, Purpose, SessionId};
+use super::report::{ArrivalReport, MigrationReport, Phase, Progress, REPORT_VERSION};
+use super::{GuestError, STEP_PATIENCE, SessionError, WORK_PATIENCE, blocking};
+use crate::export::{Export, LANES};
+use crate::memory::GuestMemory;
+
+/// A running guest that can be moved away. Called from a blocking thread.
+pub trait SourceGuest: Send + Sync + 'static {
+    /// Its memory.
+    fn memory(&self) -> GuestMemory;
+
+    /// What another VMM needs to know to prepare for it. The layout is filled in by the engine.
+    fn describe(&self) -> Result<(String, Vec<u8>), GuestError>;
+
+    /// Stops it, so that neither vCPUs nor devices touch its memory any more, and gives the state
+    /// of both.
+    fn freeze(&self) -> Result<Vec<u8>, GuestError>;
+
+    /// Lets it run on after [`SourceGuest::freeze`], also after one that failed.
+    fn thaw(&self) -> Result<(), GuestError>;
+}
+
+/// How to move a guest.
+#[derive(Clone, Debug, Default)]
+pub struct MigrateOptions {
+    /// Transports to offer, best first. Empty: all that this machine has but shared memory.
+    pub transports: Vec<Transport>,
+    /// RDMA device and addresses. `local` is found from the control connection.
+    pub endpoint: EndpointOptions,
+}
+
+/// Who has the guest after a migration that failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Owner {
+    /// The source: it runs there as before.
+    Source,
+    /// The destination may or may not have resumed it. It must not run here unless somebody knows
+    /// that it does not run there.
+    InDoubt,
+    /// The destination runs it. If its memory has not all arrived, it needs this side's.
+    Destination,
+}
+
+/// A migration that failed, and who has the guest.
+#[derive(Debug, thiserror::Error)]
+#[error("{error}")]
+pub struct MigrationError {
+    /// What went wrong.
+    pub error: SessionError,
+    /// Who has the guest now.
+    pub owner: Owner,
+    /// The memory on offer, where the destination may still need it. Keep it as long as that.
+    pub export: Option<Box<Export>>,
+}
+
+impl std::fmt::Debug for Export {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Export").finish_non_exhaustive()
+    }
+}
+
+/// Moves `guest` to the destination that listens at `peer`.
+///
+/// Returns when every page is there and the source's memory may go. Progress goes to `progress`.
+///
+/// Errors: see [`Owner`] for who has the guest. Before the commit the guest runs on here, unharmed.
+pub async fn migrate(
+    guest: Arc<dyn SourceGuest>,
+    peer: SocketAddr,
+    options: MigrateOptions,
+    progress: &watch::Sender<Progress>,
+) -> Result<MigrationReport, MigrationError> {
+    let mut source = Source::new(guest, peer, options, progress);
+    let prepared = source.prepare().await;
+    let (mut channel, mut export) = prepared.map_err(|error| failed(error, Owner::Source, None))?;
+    if let Err(error) = source.freeze_and_send(&mut channel, &mut export).await {
+        return Err(source.run_on(error).await);
+    }
+    if let Err(error) = source.commit(&mut channel).await {
+        return Err(failed(error, Owner::InDoubt, Some(export)));
+    }
+    match source.serve(&mut channel).await {
+        Ok(arrival) => {
+            drop(export);
+            // The guest is there with all its memory: whether this last word arrives changes nothing.
+            let _ = channel.send(&Message::Release).await;
+            Ok(source.finish(&arrival))
+        }
+        Err(error) => Err(failed(error, Owner::Destination, Some(export))),
+    }
+}
+
+fn failed(error: SessionError, owner: Owner, export: Option<Export>) -> MigrationError {
+    MigrationError { error, owner, export: export.map(Box::new) }
+}
+
+struct Source<'a> {
+    guest: Arc<dyn SourceGuest>,
+    peer: SocketAddr,
+    options: MigrateOptions,
+    progress: &'a watch::Sender<Progress>,
+    begun: Instant,
+    frozen: Instant,
+    report: MigrationReport,
+}
+
+impl<'a> Source<'a> {
+    fn new(
+        guest: Arc<dyn SourceGuest>,
+        peer: SocketAddr,
+        options: MigrateOptions,
+        progress: &'a watch::Sender<Progress>,
+    ) -> Self {
+        let begun = Instant::now();
+        let memory_bytes = guest.memory().layout().total_bytes();
+        let report = MigrationReport { version: REPORT_VERSION, memory_bytes, ..Default::default() };
+        Self { guest, peer, options, progress, begun, frozen: begun, report }
+    }
+
+    fn enter(&self, phase: Phase) {
+        tracing::info!(?phase, "migration");
+        self.progress.send_modify(|progress| progress.phase = phase);
+    }
+
+    /// Everything that can be done while the guest runs.
+    async fn prepare(&mut self) -> Result<(Channel, Export), SessionError> {
+        self.enter(Phase::Setup);
+        let session = random_id()?;
+        let stream = self.dial(session, Purpose::Control).await?;
+        self.options.endpoint.local = stream.local_addr().ok().map(|address| address.ip());
+        let mut channel = Channel::new(stream)?;
+        channel.send(&self.offer()?).await?;
+        let (transport, requests) = accepted(channel.receive("Accept", WORK_PATIENCE).await?)?;
+        match self.export(transport, requests, session, &mut channel).await {
+            Ok(export) => Ok((channel, export)),
+            Err(error) => {
+                let _ = channel.send(&Message::Refuse(error.to_string())).await;
+                Err(error)
+            }
+        }
+    }
+
+    fn offer(&self) -> Result<Message, SessionError> {
+        let (vmm, config) = self
+            .guest
+            .describe()
+            .map_err(|source| SessionError::Guest { operation: "describing the guest", source })?;
+        let layout = self.guest.memory().layout().clone();
+        let transports = self.transports()?.iter().map(|transport| transport.name().to_owned()).collect();
+        Ok(Message::Offer { guest: GuestDescription { vmm, layout, config }, transports })
+    }
+
+    /// What to offer: what was asked for, if this machine has it, else all that it has.
+    fn transports(&self) -> Result<Vec<Transport>, SessionError> {
+        for transport in &self.options.transports {
+            transport.available()?;
+        }
+        if !self.options.transports.is_empty() {
+            return Ok(self.options.transports.clone());
+        }
+        let between_hosts = [Transport::Verbs, Transport::Tcp].into_iter();
+        Ok(between_hosts.filter(|transport| transport.available().is_ok()).collect())
+    }
+
+    async fn export(
+        &mut self,
+        transport: Transport,
+        requests: [Vec<u8>; LANES],
+        session: SessionId,
+        channel: &mut Channel,
+    ) -> Result<Export, SessionError> {
+        self.report.transport = transport.name().into();
+        let (memory, endpoint) = (self.guest.memory(), self.options.endpoint.clone());
+        let mut export = blocking(move || Export::new(transport, &memory, &endpoint)).await?;
+        let mut lanes = [const { Vec::new() }; LANES];
+        for (grant, request) in lanes.iter_mut().zip(&requests) {
+            *grant = export.grant(request)?;
+        }
+        let regions = export.regions().map(|region| region.to_bytes());
+        channel.send(&Message::Granted { lanes, regions }).await?;
+        if transport.needs_stream() {
+            for lane in 0..LANES as u32 {
+                let stream = self.dial(session, Purpose::Lane(lane)).await?;
+                let stream = stream.into_std().map_err(|source| SessionError::Connection { source })?;
+                export.attach(stream)?;
+            }
+        }
+        match channel.receive("LanesReady", WORK_PATIENCE).await? {
+            Message::LanesReady => Ok(export),
+            other => Err(unexpected(&other, "LanesReady")),
+        }
+    }
+
+    /// Connects to the destination and says what for. A control connection is answered.
+    async fn dial(&self, session: SessionId, purpose: Purpose) -> Result<TcpStream, SessionError> {
+        let unreachable =
+            |source: std::io::Error| SessionError::Unreachable { peer: self.peer.to_string(), source };
+        let dialed = tokio::time::timeout(STEP_PATIENCE, TcpStream::connect(self.peer)).await;
+        let timed_out = || std::io::Error::from(std::io::ErrorKind::TimedOut);
+        let mut stream = dialed.map_err(|_| unreachable(timed_out()))?.map_err(unreachable)?;
+        preamble::write(&mut stream, Preamble { session, purpose }).await?;
+        if purpose == Purpose::Control {
+            preamble::read(&mut stream, STEP_PATIENCE).await?;
+        }
+        Ok(stream)
+    }
+
+    /// Stops the guest and sends its state; returns when the destination has loaded it.
+    async fn freeze_and_send(&mut self, channel: &mut Channel, export: &mut Export) -> Result<(), SessionError> {
+        self.frozen = Instant::now();
+        self.report.setup_us = micros(self.begun.elapsed());
+        self.enter(Phase::Frozen);
+        let guest = self.guest.clone();
+        let state = blocking(move || guest.freeze()).await;
+        let state = state.map_err(|source| SessionError::Guest { operation: "freezing the guest", source })?;
+        self.report.freeze_us = micros(self.frozen.elapsed());
+        self.report.state_bytes = state.len() as u64;
+        export.describe_pages()?;
+        for piece in state.chunks(STATE_PIECE) {
+            channel.send(&Message::State(piece.to_vec())).await?;
+        }
+        channel.send(&Message::StateEnd { length: state.len() as u64, crc: crc32fast::hash(&state) }).await?;
+        match channel.receive("StateLoaded", WORK_PATIENCE).await? {
+            Message::StateLoaded { load_us } => {
+                self.report.load_us = load_us;
+                Ok(())
+            }
+            other => Err(unexpected(&other, "StateLoaded")),
+        }
+    }
+
+    /// The guest stays: let it run on here.
+    async fn run_on(&self, error: SessionError) -> MigrationError {
+        let guest = self.guest.clone();
+        match blocking(move || guest.thaw()).await {
+            Ok(()) => failed(error, Owner::Source, None),
+            Err(source) => {
+                let operation = "letting the guest run on after a failed migration";
+                failed(SessionError::Guest { operation, source }, Owner::Source, None)
+            }
+        }
+    }
+
+    /// Hands the guest over. From the first byte of this message on it is not ours.
+    async fn commit(&mut self, channel: &mut Channel) -> Result<(), SessionError> {
+        self.enter(Phase::InDoubt);
+        channel.send(&Message::Commit).await?;
+        match channel.receive("Resumed", STEP_PATIENCE).await? {
+            Message::Resumed => {
+                self.report.downtime_us = micros(self.frozen.elapsed());
+                self.enter(Phase::Draining);
+                Ok(())
+            }
+            other => Err(unexpected(&other, "Resumed")),
+        }
+    }
+
+    /// Keeps the memory on offer until the destination has all of it.
+    async fn serve(&mut self, channel: &mut Channel) -> Result<ArrivalReport, SessionError> {
+        loop {
+            match channel.receive("progress of the drain", WORK_PATIENCE).await? {
+                Message::Progress(pager) => self.progress.send_modify(|progress| progress.pager = pager),
+                Message::Resident(arrival) => return Ok(arrival),
+                other => return Err(unexpected(&other, "Progress or Resident")),
+            }
+        }
+    }
+
+    fn finish(mut self, arrival: &ArrivalReport) -> MigrationReport {
+        self.report.resident_us = arrival.resident_us;
+        self.report.pager = arrival.pager;
+        self.report.total_us = micros(self.begun.elapsed());
+        self.progress.send_replace(Progress { phase: Phase::Resident, pager: arrival.pager });
+        self.report
+    }
+}
+
+/// What the destination accepted, checked.
+fn accepted(message: Message) -> Result<(Transport, [Vec<u8>; LANES]), SessionError> {
+    match message {
+        Message::Accept { transport, lanes } => {
+            let known = transport.parse().map_err(|_| SessionError::Protocol("it accepted an unknown transport"));
+            Ok((known?, lanes))
+        }
+        other => Err(unexpected(&other, "Accept")),
+    }
+}
+
+fn random_id() -> Result<SessionId, SessionError> {
+    let mut id = SessionId::default();
+    let refused = |e: getrandom::Error| SessionError::Connection { source: std::io::Error::other(e.to_string()) };
+    getrandom::fill(&mut id).map_err(refused)?;
+    Ok(id)
+}
+
+pub(super) fn micros(duration: Duration) -> u64 {
+    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
+}
