@@ -28,6 +28,16 @@ impl RemoteRegion {
         Self { addr: addr.into(), len: len.into(), key: key.into() }
     }
 
+    /// The capability as bytes for the control channel: address, length, key, little-endian.
+    pub fn to_bytes(&self) -> [u8; 24] {
+        zerocopy::transmute!(*self)
+    }
+
+    /// The capability from a peer's bytes. Any bytes are a capability; a false one opens nothing.
+    pub fn from_bytes(bytes: [u8; 24]) -> Self {
+        zerocopy::transmute!(bytes)
+    }
+
     /// Length in bytes.
     pub fn len(&self) -> u64 {
         self.len.get()
@@ -121,6 +131,7 @@ mod tests {
         golden[0] = 1;
         golden[8] = 2;
         golden[16] = 3;
-        assert_eq!(RemoteRegion::new(1, 2, 3).as_bytes(), golden);
+        assert_eq!(RemoteRegion::new(1, 2, 3).to_bytes(), golden);
+        assert_eq!(RemoteRegion::from_bytes(golden), RemoteRegion::new(1, 2, 3));
     }
 }

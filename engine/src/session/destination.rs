@@ -24,13 +24,16 @@ const PROGRESS: Duration = Duration::from_millis(100);
 
 /// Makes guests for what arrives. Called from a blocking thread.
 pub trait DestinationHost: Send + Sync + 'static {
+    /// What it makes.
+    type Guest: DestinationGuest;
+
     /// Checks whether such a guest can run here, and prepares for it. Its memory holds nothing yet
     /// and is trapped: nothing may touch it before the state is loaded.
     fn prepare(
         &self,
         description: &GuestDescription,
         memory: &GuestMemory,
-    ) -> Result<Arc<dyn DestinationGuest>, GuestError>;
+    ) -> Result<Self::Guest, GuestError>;
 }
 
 /// A guest on its way in. Called from a blocking thread.
@@ -56,9 +59,9 @@ pub struct ReceiveOptions {
 }
 
 /// A guest that runs here now. Its memory follows: see [`Drain::finish`].
-pub struct Arrived {
+pub struct Arrived<G> {
     /// The guest.
-    pub guest: Arc<dyn DestinationGuest>,
+    pub guest: Arc<G>,
     /// Its memory.
     pub memory: GuestMemory,
     /// The rest of the session.
@@ -71,11 +74,11 @@ pub struct Arrived {
 ///
 /// Errors: anything on the way to the resume; the guest runs on at the source, and this side has
 /// let go of everything.
-pub async fn receive(
+pub async fn receive<H: DestinationHost>(
     listener: &TcpListener,
-    host: Arc<dyn DestinationHost>,
+    host: Arc<H>,
     options: ReceiveOptions,
-) -> Result<Arrived, SessionError> {
+) -> Result<Arrived<H::Guest>, SessionError> {
     let (stream, peer, session) = await_source(listener).await?;
     tracing::info!(%peer, "a source has connected");
     let local = stream.local_addr().ok().map(|address| address.ip());
@@ -118,19 +121,19 @@ async fn greet(stream: &mut TcpStream) -> Result<SessionId, SessionError> {
     }
 }
 
-struct Destination<'a> {
+struct Destination<'a, H> {
     listener: &'a TcpListener,
-    host: Arc<dyn DestinationHost>,
+    host: Arc<H>,
     options: ReceiveOptions,
     peer: IpAddr,
     session: SessionId,
 }
 
-impl Destination<'_> {
+impl<H: DestinationHost> Destination<'_, H> {
     async fn take_in(
         &mut self,
         channel: &mut Channel,
-    ) -> Result<(Arc<dyn DestinationGuest>, GuestMemory, Pager), SessionError> {
+    ) -> Result<(Arc<H::Guest>, GuestMemory, Pager), SessionError> {
         let (description, offered) = offered(channel.receive("Offer", STEP_PATIENCE).await?)?;
         let memory = self.make_memory(&description)?;
         let trap = Trap::register(&memory)?;
@@ -158,10 +161,10 @@ impl Destination<'_> {
         &self,
         description: GuestDescription,
         memory: &GuestMemory,
-    ) -> Result<Arc<dyn DestinationGuest>, SessionError> {
+    ) -> Result<Arc<H::Guest>, SessionError> {
         let (host, memory) = (self.host.clone(), memory.clone());
         let prepared = blocking(move || host.prepare(&description, &memory)).await;
-        prepared.map_err(|source| SessionError::Guest { operation: "preparing for the guest", source })
+        prepared.map(Arc::new).map_err(|source| SessionError::Guest { operation: "preparing for the guest", source })
     }
 
     /// Registers memory for the first offered transport that works here.
@@ -228,7 +231,7 @@ impl Destination<'_> {
         Ok(lanes)
     }
 
-    async fn load(&self, channel: &mut Channel, guest: &Arc<dyn DestinationGuest>) -> Result<(), SessionError> {
+    async fn load(&self, channel: &mut Channel, guest: &Arc<H::Guest>) -> Result<(), SessionError> {
         let state = receive_state(channel).await?;
         let (guest, begun) = (guest.clone(), Instant::now());
         let loaded = blocking(move || guest.load(state)).await;
@@ -236,7 +239,7 @@ impl Destination<'_> {
         channel.send(&Message::StateLoaded { load_us: micros(begun.elapsed()) }).await
     }
 
-    async fn resume(&self, channel: &mut Channel, guest: &Arc<dyn DestinationGuest>) -> Result<(), SessionError> {
+    async fn resume(&self, channel: &mut Channel, guest: &Arc<H::Guest>) -> Result<(), SessionError> {
         match channel.receive("Commit", STEP_PATIENCE).await? {
             Message::Commit => {}
             other => return Err(unexpected(&other, "Commit")),
