@@ -1,3 +1,45 @@
 //! A thin KVM virtual machine monitor that shows the engine whole.
+//!
+//! It boots a stock Linux kernel (or any ELF64 file that follows its 64-bit boot protocol) with
+//! an initramfs and a serial console, stops it at an instruction boundary, saves all that it is
+//! apart from its memory, and restores that elsewhere without touching a page of the guest's
+//! memory, so that a pager can bring the pages after the guest has gone on.
+//!
+//! What it is not: a general VMM. There are no disks, no network, no PCI, no ACPI; x86-64 only.
+//!
+//! ```text
+//!  embedder ──▶ Vm ──▶ Machine ◀── one thread a vCPU: Gate, KVM_RUN, Devices
+//!                        ├── boot      loads a new guest                (writes guest memory)
+//!                        ├── cpu       CPUID, MSRs, TSC, registers      (never touches it)
+//!                        ├── platform  interrupt controllers, timer, clock
+//!                        └── state     all of it as bytes
+//! ```
+//!
+//! Guest memory is reached by raw addresses and volatile copies only; there is no reference into
+//! it. The signal SIGRTMIN belongs to this crate.
 
 #![warn(missing_docs)]
+
+mod boot;
+mod clock;
+mod config;
+mod console;
+mod cpu;
+mod devices;
+mod error;
+mod exit;
+mod gate;
+mod kick;
+mod machine;
+mod memory;
+mod platform;
+mod state;
+mod vcpu;
+mod vm;
+
+pub use config::{BootSource, DEFAULT_CMDLINE, MAX_CPUS, MIN_MEMORY_BYTES, PCI_HOLE_START, VmConfig};
+pub use console::Console;
+pub use error::{StateError, VmError};
+pub use exit::{ExitEvent, ExitReason};
+pub use state::{MAX_STATE_BYTES, STATE_VERSION};
+pub use vm::{PAUSE_TIMEOUT, Vm};

@@ -1,0 +1,191 @@
+//! A guest, from the embedder's side.
+//!
+//! ```text
+//!  boot ──┐
+//!         ├──▶ paused ── start ──▶ running ── pause ──▶ paused ── save ──▶ bytes
+//!  restore┘       ▲                   │
+//!                 └───── start ◀──────┴── the guest ends: exit_event
+//! ```
+
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use postcopy_engine::memory::{Gpa, GuestMemory};
+
+use crate::config::{BootSource, VmConfig};
+use crate::console::{Console, StdinFeed};
+use crate::error::{SystemContext, VmError};
+use crate::exit::ExitEvent;
+use crate::gate::Order;
+use crate::kick;
+use crate::machine::Machine;
+
+/// How long [`Vm::pause`] waits for the vCPUs.
+pub const PAUSE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long a dropped [`Vm`] waits for its threads before it leaves them behind.
+const DROP_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How often a dropped [`Vm`] kicks a thread that does not end.
+const KICK_INTERVAL: Duration = Duration::from_millis(50);
+
+/// A guest with its vCPU threads.
+///
+/// Dropping it ends the guest. A vCPU that waits uninterruptibly in the kernel for a page that
+/// nobody serves cannot be ended; its thread is left behind after five seconds, with all that it
+/// uses, and ends when the page arrives or the userfaultfd is closed. So drop the `Vm` before the
+/// pager, or close the userfaultfd first.
+pub struct Vm {
+    stdin: Option<StdinFeed>,
+    machine: Arc<Machine>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl std::fmt::Debug for Vm {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Vm").field("cpus", &self.threads.len()).finish_non_exhaustive()
+    }
+}
+
+impl Vm {
+    /// Makes a guest and loads what it boots from. It does not run yet; see [`Vm::start`].
+    ///
+    /// `memory` must be all holes (as new) and have [`VmConfig::layout`].
+    ///
+    /// Errors: no usable KVM, files that are missing or wrong, too little memory for them.
+    pub fn boot(
+        config: VmConfig,
+        memory: GuestMemory,
+        source: &BootSource,
+        console: Console,
+    ) -> Result<Self, VmError> {
+        let (output, stdin) = console.open()?;
+        Self::launch(Machine::boot(config, memory, source, output)?, stdin)
+    }
+
+    /// Makes a guest from a state that [`Vm::save`] wrote, here or on another host. It does not
+    /// run yet.
+    ///
+    /// Guest memory is not touched: its pages may be missing and registered with userfaultfd
+    /// before this call. The first access is made by a vCPU thread after [`Vm::start`]; what KVM
+    /// itself touches first there is in [`Vm::early_pages`].
+    ///
+    /// Errors: no usable KVM; a state that is damaged, of another version or of a guest of another
+    /// shape; a host that lacks what the guest's processor has.
+    pub fn restore(
+        config: VmConfig,
+        memory: GuestMemory,
+        state: &[u8],
+        console: Console,
+    ) -> Result<Self, VmError> {
+        let (output, stdin) = console.open()?;
+        Self::launch(Machine::restore(config, memory, state, output)?, stdin)
+    }
+
+    fn launch(machine: Machine, stdin: bool) -> Result<Self, VmError> {
+        kick::install_handler()?;
+        let machine = Arc::new(machine);
+        let mut vm = Self { stdin: None, machine: machine.clone(), threads: Vec::new() };
+        for index in 0..machine.vcpus.len() {
+            let machine = machine.clone();
+            let run = move || machine.vcpus[index].run(&machine);
+            let thread = std::thread::Builder::new().name(format!("vcpu{index}")).spawn(run);
+            vm.threads.push(thread.system("spawning a vCPU thread")?);
+        }
+        if stdin {
+            vm.stdin = Some(StdinFeed::start(machine)?);
+        }
+        Ok(vm)
+    }
+
+    /// Lets the vCPUs run: after [`Vm::boot`] or [`Vm::restore`], and again after [`Vm::pause`].
+    ///
+    /// Errors: the guest has ended.
+    pub fn start(&self) -> Result<(), VmError> {
+        self.check_alive()?;
+        self.machine.gate.order(Order::Run);
+        Ok(())
+    }
+
+    /// Stops all vCPUs at an instruction boundary, with no device access pending, and waits until
+    /// they have stopped. Does nothing to a guest that is paused.
+    ///
+    /// Errors: the guest has ended, or a vCPU did not stop within [`PAUSE_TIMEOUT`]: it waits in
+    /// the kernel for a page that nobody serves, and that wait cannot be interrupted. Then the
+    /// order to stop stands, and is obeyed when the page comes; [`Vm::start`] takes it back.
+    pub fn pause(&self) -> Result<(), VmError> {
+        self.check_alive()?;
+        if self.machine.gate.all_parked() {
+            return Ok(());
+        }
+        self.machine.vcpus.iter().for_each(|vcpu| vcpu.mark_stopped());
+        self.machine.gate.order(Order::Park);
+        self.machine.kick();
+        self.machine.gate.wait_parked(PAUSE_TIMEOUT).map_err(|running| VmError::PauseTimeout {
+            running,
+            cpus: self.threads.len() as u32,
+            waited: PAUSE_TIMEOUT,
+        })?;
+        self.check_alive()
+    }
+
+    /// Everything of a paused guest but its memory, for [`Vm::restore`].
+    ///
+    /// Errors: the guest is not paused or has ended, or KVM refuses to tell something.
+    pub fn save(&self) -> Result<Vec<u8>, VmError> {
+        self.check_alive()?;
+        if !self.machine.gate.all_parked() {
+            return Err(VmError::NotPaused("saving"));
+        }
+        self.machine.save()
+    }
+
+    fn check_alive(&self) -> Result<(), VmError> {
+        self.machine.exit.reason().map_or(Ok(()), |reason| Err(VmError::Ended(reason)))
+    }
+
+    /// How the guest's end is learnt: an event to wait for or to poll, and the reason.
+    pub fn exit_event(&self) -> &ExitEvent {
+        &self.machine.exit
+    }
+
+    /// Types `bytes` at the guest's serial console. Returns how many were taken: there is room for
+    /// 64 KiB that the guest has not read.
+    pub fn console_input(&self, bytes: &[u8]) -> usize {
+        self.machine.devices.serial().input(bytes)
+    }
+
+    /// Pages that are touched first when a restored guest starts: the clock page and others that
+    /// KVM accesses itself, and the page tables' roots. A pager does well to fetch them first, and
+    /// must have them before the start where a missing page is an error for KVM rather than a
+    /// wait (`UFFD_FEATURE_SIGBUS`): KVM passes over a clock page that it cannot access. Empty for
+    /// a guest that was booted.
+    pub fn early_pages(&self) -> &[Gpa] {
+        self.machine.early_pages()
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        self.stdin = None;
+        self.machine.gate.order(Order::End);
+        let deadline = Instant::now() + DROP_TIMEOUT;
+        loop {
+            self.machine.kick();
+            match self.machine.gate.wait_ended(KICK_INTERVAL) {
+                Ok(()) => break,
+                Err(left) if Instant::now() >= deadline => {
+                    tracing::warn!(left, "vCPU threads wait for missing pages and are left behind");
+                    return;
+                }
+                Err(_) => {}
+            }
+        }
+        for thread in self.threads.drain(..) {
+            if thread.join().is_err() {
+                tracing::error!("a vCPU thread panicked");
+            }
+        }
+    }
+}
