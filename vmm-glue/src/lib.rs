@@ -32,6 +32,7 @@ mod gate;
 mod kick;
 mod machine;
 mod memory;
+mod migration;
 mod platform;
 mod state;
 mod vcpu;
@@ -41,5 +42,13 @@ pub use config::{BootSource, DEFAULT_CMDLINE, MAX_CPUS, MIN_MEMORY_BYTES, PCI_HO
 pub use console::Console;
 pub use error::{StateError, VmError};
 pub use exit::{ExitEvent, ExitReason};
+pub use migration::{MovableVm, VmHost};
 pub use state::{MAX_STATE_BYTES, STATE_VERSION};
 pub use vm::{PAUSE_TIMEOUT, Vm};
+
+/// Whether this machine has a KVM that can run guests of this crate.
+///
+/// Errors: as [`Vm::boot`] has them for KVM.
+pub fn check_kvm() -> Result<(), VmError> {
+    platform::open().map(drop)
+}

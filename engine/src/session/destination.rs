@@ -101,7 +101,8 @@ pub async fn receive<H: DestinationHost>(
 /// The first control connection of a peer that speaks our version.
 async fn await_source(listener: &TcpListener) -> Result<(TcpStream, SocketAddr, SessionId), SessionError> {
     loop {
-        let (mut stream, peer) = listener.accept().await.map_err(|source| SessionError::Connection { source })?;
+        let (mut stream, peer) =
+            listener.accept().await.map_err(|source| SessionError::Connection { source })?;
         match greet(&mut stream).await {
             Ok(session) => return Ok((stream, peer, session)),
             Err(error) => tracing::warn!(%peer, %error, "a connection that is no source"),
@@ -113,7 +114,8 @@ async fn greet(stream: &mut TcpStream) -> Result<SessionId, SessionError> {
     let theirs = preamble::read(stream, STEP_PATIENCE).await;
     // Answer a peer of another version too, so that it can say what is wrong.
     if matches!(theirs, Ok(_) | Err(SessionError::Version { .. })) {
-        preamble::write(stream, Preamble { session: SessionId::default(), purpose: Purpose::Control }).await?;
+        preamble::write(stream, Preamble { session: SessionId::default(), purpose: Purpose::Control })
+            .await?;
     }
     match theirs? {
         Preamble { session, purpose: Purpose::Control } => Ok(session),
@@ -164,11 +166,17 @@ impl<H: DestinationHost> Destination<'_, H> {
     ) -> Result<Arc<H::Guest>, SessionError> {
         let (host, memory) = (self.host.clone(), memory.clone());
         let prepared = blocking(move || host.prepare(&description, &memory)).await;
-        prepared.map(Arc::new).map_err(|source| SessionError::Guest { operation: "preparing for the guest", source })
+        prepared
+            .map(Arc::new)
+            .map_err(|source| SessionError::Guest { operation: "preparing for the guest", source })
     }
 
     /// Registers memory for the first offered transport that works here.
-    async fn import(&self, offered: &[Transport], memory: &GuestMemory) -> Result<(Transport, Import), SessionError> {
+    async fn import(
+        &self,
+        offered: &[Transport],
+        memory: &GuestMemory,
+    ) -> Result<(Transport, Import), SessionError> {
         let ours = |transport: &&Transport| {
             self.options.transports.is_empty() || self.options.transports.contains(transport)
         };
@@ -218,7 +226,9 @@ impl<H: DestinationHost> Destination<'_, H> {
             let (mut stream, from) =
                 accepted.map_err(|_| silent)?.map_err(|source| SessionError::Connection { source })?;
             let lane = match preamble::read(&mut stream, STEP_PATIENCE).await {
-                Ok(Preamble { session, purpose: Purpose::Lane(lane) }) if session == self.session => lane as usize,
+                Ok(Preamble { session, purpose: Purpose::Lane(lane) }) if session == self.session => {
+                    lane as usize
+                }
                 other => {
                     tracing::warn!(%from, source = %self.peer, ?other, "a connection that is no lane of this session");
                     continue;
@@ -280,7 +290,9 @@ async fn receive_state(channel: &mut Channel) -> Result<Vec<u8>, SessionError> {
     loop {
         match channel.receive("the guest's state", WORK_PATIENCE).await? {
             Message::State(piece) if state.len() + piece.len() <= MAX_STATE => state.extend(piece),
-            Message::State(_) => return Err(SessionError::Protocol("its device state is longer than 64 MiB")),
+            Message::State(_) => {
+                return Err(SessionError::Protocol("its device state is longer than 64 MiB"));
+            }
             Message::StateEnd { length, crc } => {
                 let whole = length == state.len() as u64 && crc == crc32fast::hash(&state);
                 return whole.then_some(state).ok_or(SessionError::Protocol("its device state is damaged"));

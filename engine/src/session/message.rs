@@ -93,7 +93,8 @@ impl Message {
 
 /// Appends a message's frame.
 pub(super) fn encode(message: &Message, buffer: &mut BytesMut) -> Result<(), SessionError> {
-    let body = postcard::to_stdvec(message).map_err(|_| SessionError::Protocol("a message cannot be encoded"))?;
+    let body =
+        postcard::to_stdvec(message).map_err(|_| SessionError::Protocol("a message cannot be encoded"))?;
     if body.len() > MAX_FRAME {
         return Err(SessionError::Protocol("a message is longer than a frame"));
     }

@@ -69,7 +69,9 @@ pub enum SessionError {
     #[error("the peer does not speak this protocol; is it another program's port?")]
     NotOurs,
     /// The peer speaks another version.
-    #[error("the peer speaks protocol version {theirs}, this program {ours}; use the same release on both sides")]
+    #[error(
+        "the peer speaks protocol version {theirs}, this program {ours}; use the same release on both sides"
+    )]
     Version {
         /// The peer's.
         theirs: u16,
@@ -77,7 +79,9 @@ pub enum SessionError {
         ours: u16,
     },
     /// The peer closed the connection.
-    #[error("the peer closed the connection while this side waited for {waiting_for}; see its log for the reason")]
+    #[error(
+        "the peer closed the connection while this side waited for {waiting_for}; see its log for the reason"
+    )]
     Closed {
         /// What was due.
         waiting_for: &'static str,

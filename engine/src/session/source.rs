@@ -218,13 +218,18 @@ impl<'a> Source<'a> {
     }
 
     /// Stops the guest and sends its state; returns when the destination has loaded it.
-    async fn freeze_and_send(&mut self, channel: &mut Channel, export: &mut Export) -> Result<(), SessionError> {
+    async fn freeze_and_send(
+        &mut self,
+        channel: &mut Channel,
+        export: &mut Export,
+    ) -> Result<(), SessionError> {
         self.frozen = Instant::now();
         self.report.setup_us = micros(self.begun.elapsed());
         self.enter(Phase::Frozen);
         let guest = self.guest.clone();
         let state = blocking(move || guest.freeze()).await;
-        let state = state.map_err(|source| SessionError::Guest { operation: "freezing the guest", source })?;
+        let state =
+            state.map_err(|source| SessionError::Guest { operation: "freezing the guest", source })?;
         self.report.freeze_us = micros(self.frozen.elapsed());
         self.report.state_bytes = state.len() as u64;
         export.describe_pages()?;
@@ -291,7 +296,8 @@ impl<'a> Source<'a> {
 fn accepted(message: Message) -> Result<(Transport, [Vec<u8>; LANES]), SessionError> {
     match message {
         Message::Accept { transport, lanes } => {
-            let known = transport.parse().map_err(|_| SessionError::Protocol("it accepted an unknown transport"));
+            let known =
+                transport.parse().map_err(|_| SessionError::Protocol("it accepted an unknown transport"));
             Ok((known?, lanes))
         }
         other => Err(unexpected(&other, "Accept")),
@@ -300,7 +306,8 @@ fn accepted(message: Message) -> Result<(Transport, [Vec<u8>; LANES]), SessionEr
 
 fn random_id() -> Result<SessionId, SessionError> {
     let mut id = SessionId::default();
-    let refused = |e: getrandom::Error| SessionError::Connection { source: std::io::Error::other(e.to_string()) };
+    let refused =
+        |e: getrandom::Error| SessionError::Connection { source: std::io::Error::other(e.to_string()) };
     getrandom::fill(&mut id).map_err(refused)?;
     Ok(id)
 }

@@ -2,10 +2,10 @@
 //! has no safe form of.
 
 use rdma_mummy_sys::{ibv_ack_cq_events, ibv_get_cq_event, ibv_req_notify_cq};
-use sideway::ibverbs::completion::{CompletionChannel, CompletionQueue, GenericCompletionQueue};
+use sideway::ibverbs::completion::{BasicCompletionQueue, CompletionChannel, CompletionQueue};
 
 /// Asks for an event at the next completion.
-pub(crate) fn request(queue: &GenericCompletionQueue) -> std::io::Result<()> {
+pub(crate) fn request(queue: &BasicCompletionQueue) -> std::io::Result<()> {
     // SAFETY: the pointer is used only in this call, while `queue` is borrowed.
     let raw = unsafe { queue.cq() };
     // SAFETY: `raw` is a live completion queue created with a completion channel.

@@ -5,9 +5,9 @@ use std::sync::Arc;
 
 use sideway::ibverbs::AccessFlags;
 use sideway::ibverbs::address::{AddressHandleAttribute, Gid};
-use sideway::ibverbs::completion::{CompletionChannel, GenericCompletionQueue};
+use sideway::ibverbs::completion::{BasicCompletionQueue, CompletionChannel, GenericCompletionQueue};
 use sideway::ibverbs::device_context::Mtu;
-use sideway::ibverbs::queue_pair::{GenericQueuePair, QueuePair, QueuePairAttribute, QueuePairState};
+use sideway::ibverbs::queue_pair::{BasicQueuePair, QueuePair, QueuePairAttribute, QueuePairState};
 
 use super::device::VerbsDevice;
 use super::wire::QueuePairAddress;
@@ -26,8 +26,8 @@ const HOP_LIMIT: u8 = 64;
 
 /// A queue pair on the way to being connected, and what must outlive it. Fields drop in order.
 pub(crate) struct Connection {
-    pub(crate) pair: GenericQueuePair,
-    pub(crate) completions: GenericCompletionQueue,
+    pub(crate) pair: BasicQueuePair,
+    pub(crate) completions: Arc<BasicCompletionQueue>,
     pub(crate) channel: Arc<CompletionChannel>,
     pub(crate) device: Arc<VerbsDevice>,
     psn: u32,
@@ -51,18 +51,14 @@ impl Connection {
         channel.set_nonblocking(true).map_err(|e| failed("O_NONBLOCK")(e.to_string()))?;
         let mut builder = context.create_cq_builder();
         builder.setup_cqe(depth + 1).setup_comp_channel(&channel, 0);
-        // Extended objects poll and post without allocating; older devices have only the basic.
-        let completions: GenericCompletionQueue = match builder.build_ex() {
-            Ok(extended) => extended.into(),
-            Err(_) => builder.build().map_err(|e| failed("ibv_create_cq")(e.to_string()))?.into(),
-        };
+        // Basic objects, not extended: ibv_end_poll of rxe after an exhausted poll skips an entry
+        // of the ring, so completions come twice (docs/adr/0002-verbs-binding.md).
+        let completions = builder.build().map_err(|e| failed("ibv_create_cq")(e.to_string()))?;
         let mut builder = device.domain.create_qp_builder();
-        builder.setup_send_cq(completions.clone()).setup_recv_cq(completions.clone());
+        let queue = || GenericCompletionQueue::from(completions.clone());
+        builder.setup_send_cq(queue()).setup_recv_cq(queue());
         builder.setup_max_send_wr(depth).setup_max_recv_wr(1);
-        let mut pair: GenericQueuePair = match builder.build_ex() {
-            Ok(extended) => extended.into(),
-            Err(_) => builder.build().map_err(|e| failed("ibv_create_qp")(e.to_string()))?.into(),
-        };
+        let mut pair = builder.build().map_err(|e| failed("ibv_create_qp")(e.to_string()))?;
         let mut init = QueuePairAttribute::new();
         init.setup_state(QueuePairState::Init)
             .setup_pkey_index(0)

@@ -1,0 +1,246 @@
+//! The command line of pcvm, as typed.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use postcopy_transport::{EndpointOptions, Transport};
+
+/// Runs KVM guests and moves them by post-copy live migration.
+///
+/// The guest resumes at the destination at once; its memory follows by one-sided reads, over TCP
+/// or RDMA.
+#[derive(Debug, Parser)]
+#[command(name = "pcvm", version, max_term_width = 100)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Boot a guest, and run it until it ends or has moved away.
+    Run(RunArgs),
+    /// Wait for a guest to arrive, and run it until it ends or has moved away.
+    Receive(ReceiveArgs),
+    /// Move a guest to a destination where `pcvm receive` listens.
+    Migrate(MigrateArgs),
+    /// Say where a guest is and what it is doing.
+    Status(ControlArgs),
+    /// End a guest, or a receiver that waits for one.
+    Quit(ControlArgs),
+    /// Type a line at a guest's console.
+    Type(TypeArgs),
+    /// End the doubt after a migration whose handover was not confirmed.
+    Resolve(ResolveArgs),
+    /// Print a completion script for a shell.
+    Completions {
+        /// Which shell.
+        shell: clap_complete::Shell,
+    },
+    /// Print the manual page, in roff.
+    Man,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct RunArgs {
+    /// Kernel: a bzImage such as a distribution's vmlinuz, or a 64-bit ELF file.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) kernel: PathBuf,
+    /// Initial RAM file system.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) initrd: Option<PathBuf>,
+    /// Appended to the kernel's command line.
+    #[arg(long, default_value = "", value_name = "TEXT")]
+    pub(crate) cmdline: String,
+    /// Guest memory: a number with K, M, G or none for bytes.
+    #[arg(long, default_value = "256M", value_parser = parse_size, value_name = "SIZE")]
+    pub(crate) memory: u64,
+    /// Number of vCPUs.
+    #[arg(long, default_value_t = 1, value_name = "N")]
+    pub(crate) cpus: u8,
+    #[command(flatten)]
+    pub(crate) host: HostArgs,
+    /// Where to wait for a guest when this one has moved away. Needs --again.
+    #[arg(long, value_name = "HOST:PORT", requires = "again")]
+    pub(crate) listen: Option<String>,
+    #[command(flatten)]
+    pub(crate) wire: WireArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ReceiveArgs {
+    /// Where to wait for a guest. All its connections come to this port.
+    #[arg(long, value_name = "HOST:PORT")]
+    pub(crate) listen: String,
+    #[command(flatten)]
+    pub(crate) host: HostArgs,
+    #[command(flatten)]
+    pub(crate) wire: WireArgs,
+    /// Refuse guests with more memory than this.
+    #[arg(long, value_parser = parse_size, value_name = "SIZE")]
+    pub(crate) memory_limit: Option<u64>,
+}
+
+/// What a process that holds a guest needs.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct HostArgs {
+    /// Unix socket to be controlled by.
+    #[arg(long, value_name = "SOCK")]
+    pub(crate) control: PathBuf,
+    /// The guest's serial console: a file to append to, `stdio`, or `none`.
+    #[arg(long, default_value = "stdio", value_name = "FILE|stdio|none")]
+    pub(crate) console: String,
+    /// Wait for another guest, instead of exiting, when this one has moved away.
+    #[arg(long)]
+    pub(crate) again: bool,
+}
+
+/// How memory travels.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct WireArgs {
+    /// Transport: verbs where both sides have it, else tcp.
+    #[arg(long, value_enum, default_value_t = Wire::Auto)]
+    pub(crate) transport: Wire,
+    /// RDMA device. Default: the one that owns the address of the control connection.
+    #[arg(long, value_name = "NAME")]
+    pub(crate) device: Option<String>,
+    /// RDMA port, from 1. Default: the first active one.
+    #[arg(long, value_name = "N")]
+    pub(crate) ib_port: Option<u8>,
+    /// GID index on RoCE. Default: the RoCE v2 entry of the control connection's address.
+    #[arg(long, value_name = "N")]
+    pub(crate) gid_index: Option<u32>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Wire {
+    Auto,
+    Tcp,
+    Verbs,
+    Shm,
+}
+
+impl WireArgs {
+    /// The transports asked for; empty for all.
+    pub(crate) fn transports(&self) -> Vec<Transport> {
+        match self.transport {
+            Wire::Auto => Vec::new(),
+            Wire::Tcp => vec![Transport::Tcp],
+            Wire::Verbs => vec![Transport::Verbs],
+            Wire::Shm => vec![Transport::Shm],
+        }
+    }
+
+    pub(crate) fn endpoint(&self) -> EndpointOptions {
+        EndpointOptions {
+            device: self.device.clone(),
+            port: self.ib_port,
+            gid_index: self.gid_index,
+            local: None,
+        }
+    }
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct MigrateArgs {
+    /// Control socket of the process that holds the guest.
+    #[arg(long, value_name = "SOCK")]
+    pub(crate) control: PathBuf,
+    /// Where `pcvm receive` listens.
+    #[arg(long, value_name = "HOST:PORT")]
+    pub(crate) to: String,
+    #[command(flatten)]
+    pub(crate) wire: WireArgs,
+    /// Print the report as JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// No progress on stderr.
+    #[arg(long)]
+    pub(crate) quiet: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ControlArgs {
+    /// Control socket.
+    #[arg(long, value_name = "SOCK")]
+    pub(crate) control: PathBuf,
+    /// Print JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct TypeArgs {
+    /// Control socket.
+    #[arg(long, value_name = "SOCK")]
+    pub(crate) control: PathBuf,
+    /// What to type; a newline follows.
+    pub(crate) text: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ResolveArgs {
+    /// Control socket of the source.
+    #[arg(long, value_name = "SOCK")]
+    pub(crate) control: PathBuf,
+    /// Where the guest is to be: `here` runs it on (only if it certainly does not run at the
+    /// destination), `there` gives it up.
+    #[arg(long, value_enum)]
+    pub(crate) guest: Resolution,
+}
+
+/// How a doubt ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Resolution {
+    /// Run it on at the source.
+    Here,
+    /// It is the destination's.
+    There,
+}
+
+/// A size with an optional suffix, in bytes.
+fn parse_size(text: &str) -> Result<u64, String> {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let shift = match &text[digits.len()..] {
+        "" => 0,
+        "K" | "k" | "KiB" => 10,
+        "M" | "m" | "MiB" => 20,
+        "G" | "g" | "GiB" => 30,
+        other => return Err(format!("unknown suffix `{other}`; use K, M or G")),
+    };
+    let number: u64 =
+        digits.parse().map_err(|_| format!("`{text}` is no size; write something like 256M"))?;
+    number.checked_mul(1 << shift).ok_or_else(|| format!("{text} is more than this machine can count"))
+}
+
+/// An address from a flag: a host name or an IP address, and a port.
+pub(crate) fn resolve(text: &str) -> anyhow::Result<SocketAddr> {
+    use std::net::ToSocketAddrs;
+    let mut found = text.to_socket_addrs().map_err(|error| {
+        anyhow::anyhow!("`{text}` is no address ({error}); write HOST:PORT, such as 192.0.2.7:7070")
+    })?;
+    found.next().ok_or_else(|| anyhow::anyhow!("`{text}` has no address"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes() {
+        assert_eq!(parse_size("256M"), Ok(256 << 20));
+        assert_eq!(parse_size("4096"), Ok(4096));
+        assert_eq!(parse_size("2GiB"), Ok(2 << 30));
+        for bad in ["", "M", "1X", "-1", "99999999999G"] {
+            assert!(parse_size(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        use clap::CommandFactory;
+        Cli::command().debug_assert();
+    }
+}

@@ -1,0 +1,130 @@
+//! The commands that speak to a process which holds a guest.
+
+use std::io::{BufRead, BufReader, IsTerminal, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+
+use anyhow::{Context, bail};
+use postcopy_engine::session::{MigrationReport, Phase, Progress};
+
+use crate::args::{ControlArgs, MigrateArgs, ResolveArgs, TypeArgs};
+use crate::control::{Answer, Request, Status};
+use crate::report;
+
+/// Sends a request and hands every answer but the last to `progress`.
+fn ask(control: &Path, request: &Request, mut progress: impl FnMut(&Progress)) -> anyhow::Result<Answer> {
+    let mut stream = UnixStream::connect(control).with_context(|| {
+        format!(
+            "cannot reach {}; is a `pcvm run` or `pcvm receive` with this --control alive?",
+            control.display()
+        )
+    })?;
+    let mut line = serde_json::to_string(request)?;
+    line.push('\n');
+    stream.write_all(line.as_bytes())?;
+    for line in BufReader::new(stream).lines() {
+        match serde_json::from_str(&line?)? {
+            Answer::Progress(now) => progress(&now),
+            Answer::Error(reason) => bail!(reason),
+            last => return Ok(last),
+        }
+    }
+    bail!("the process ended before it answered; see its log")
+}
+
+pub(crate) fn migrate(args: &MigrateArgs) -> anyhow::Result<()> {
+    let request = Request::Migrate {
+        to: args.to.clone(),
+        transports: args.wire.transports().iter().map(|transport| transport.name().to_owned()).collect(),
+        device: args.wire.device.clone(),
+        ib_port: args.wire.ib_port,
+        gid_index: args.wire.gid_index,
+    };
+    let mut meter = Meter::new(args.quiet);
+    let answer = ask(&args.control, &request, |progress| meter.show(progress))?;
+    meter.end();
+    let Answer::Report(migration) = answer else {
+        bail!("the process answered something else than a report")
+    };
+    print_report(&migration, args.json)
+}
+
+fn print_report(migration: &MigrationReport, json: bool) -> anyhow::Result<()> {
+    if json {
+        println!("{}", serde_json::to_string_pretty(migration)?);
+    } else {
+        print!("{}", report::table(migration));
+    }
+    Ok(())
+}
+
+/// Progress on stderr: one line that changes on a terminal, a line a phase elsewhere.
+struct Meter {
+    quiet: bool,
+    terminal: bool,
+    phase: Option<Phase>,
+}
+
+impl Meter {
+    fn new(quiet: bool) -> Self {
+        Self { quiet, terminal: std::io::stderr().is_terminal(), phase: None }
+    }
+
+    fn show(&mut self, progress: &Progress) {
+        let entered = self.phase.replace(progress.phase) != Some(progress.phase);
+        if self.quiet || !(entered || self.terminal) {
+            return;
+        }
+        let line = report::progress_line(progress);
+        if self.terminal {
+            eprint!("\r\x1b[K{line}");
+        } else {
+            eprintln!("{line}");
+        }
+    }
+
+    fn end(&self) {
+        if self.terminal && !self.quiet {
+            eprint!("\r\x1b[K");
+        }
+    }
+}
+
+pub(crate) fn status(args: &ControlArgs) -> anyhow::Result<()> {
+    let Answer::Status(status) = ask(&args.control, &Request::Status, |_| {})? else {
+        bail!("the process answered something else than its status");
+    };
+    if args.json {
+        println!("{}", serde_json::to_string_pretty(&status)?);
+        return Ok(());
+    }
+    let Status { state, detail, migration, arrival } = *status;
+    println!("{state}: {detail}");
+    if let Some(progress) = migration {
+        println!("  {}", report::progress_line(&progress));
+    }
+    if let Some(pager) = arrival {
+        println!("  {}", report::pager_line(&pager));
+    }
+    Ok(())
+}
+
+fn simple(control: &Path, request: &Request) -> anyhow::Result<()> {
+    ask(control, request, |_| {}).map(drop)
+}
+
+pub(crate) fn quit(args: &ControlArgs) -> anyhow::Result<()> {
+    simple(&args.control, &Request::Quit)?;
+    if args.json {
+        println!("{}", serde_json::to_string(&Answer::Done)?);
+    }
+    Ok(())
+}
+
+pub(crate) fn type_text(args: &TypeArgs) -> anyhow::Result<()> {
+    simple(&args.control, &Request::Type { text: format!("{}\n", args.text) })
+}
+
+pub(crate) fn resolve(args: &ResolveArgs) -> anyhow::Result<()> {
+    simple(&args.control, &Request::Resolve { guest: args.guest })
+}

@@ -1,0 +1,98 @@
+//! The control protocol: JSON lines over a Unix socket. Documented in `docs/control.md`.
+//!
+//! A client sends one request, as one line, and reads lines until one says `done` or `error`.
+
+use postcopy_engine::session::{MigrationReport, Progress};
+use postcopy_engine::stats::PagerReport;
+use serde::{Deserialize, Serialize};
+
+use crate::args::Resolution;
+
+/// Longest request line.
+pub(crate) const MAX_REQUEST: u64 = 64 << 10;
+
+/// What a client asks.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "command", rename_all = "kebab-case")]
+pub(crate) enum Request {
+    /// Where the guest is.
+    Status,
+    /// Move the guest.
+    Migrate {
+        /// HOST:PORT of the destination.
+        to: String,
+        /// Transports, best first; empty for all between hosts.
+        #[serde(default)]
+        transports: Vec<String>,
+        /// RDMA device.
+        #[serde(default)]
+        device: Option<String>,
+        /// RDMA port.
+        #[serde(default)]
+        ib_port: Option<u8>,
+        /// GID index.
+        #[serde(default)]
+        gid_index: Option<u32>,
+    },
+    /// Type at the guest's console.
+    Type {
+        /// The text, as it is.
+        text: String,
+    },
+    /// End the doubt about who has the guest.
+    Resolve {
+        /// Where it is to be.
+        guest: Resolution,
+    },
+    /// End.
+    Quit,
+}
+
+/// What the process answers, a line each.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Answer {
+    /// A migration goes on.
+    Progress(Box<Progress>),
+    /// A migration is complete. The last line.
+    Report(Box<MigrationReport>),
+    /// Where the guest is. The last line.
+    Status(Box<Status>),
+    /// It was done. The last line.
+    Done,
+    /// It was not done, because. The last line.
+    Error(String),
+}
+
+/// Where a guest is, as `pcvm status` says it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Status {
+    /// The state's name: waiting, running, migrating, in-doubt, stranded, kept or gone.
+    pub(crate) state: String,
+    /// What that means for the guest, in words.
+    pub(crate) detail: String,
+    /// A migration from here that is under way.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub(crate) migration: Option<Progress>,
+    /// What the pager has done, where the guest arrived here.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub(crate) arrival: Option<PagerReport>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_documented_lines_are_understood() {
+        let line = r#"{"command":"migrate","to":"192.0.2.7:7070","transports":["tcp"]}"#;
+        let Request::Migrate { to, transports, device, .. } = serde_json::from_str(line).unwrap() else {
+            panic!("{line}");
+        };
+        assert_eq!((to.as_str(), transports.len(), device), ("192.0.2.7:7070", 1, None));
+        assert_eq!(serde_json::from_str::<Request>(r#"{"command":"status"}"#).unwrap(), Request::Status);
+        assert_eq!(serde_json::to_string(&Answer::Done).unwrap(), r#""done""#);
+        assert_eq!(serde_json::to_string(&Answer::Error("no".into())).unwrap(), r#"{"error":"no"}"#);
+        assert!(serde_json::from_str::<Request>(r#"{"command":"explode"}"#).is_err());
+    }
+}

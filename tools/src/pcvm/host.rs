@@ -1,0 +1,380 @@
+//! A process that holds a guest: it boots one or waits for one, and ends when the guest ends or
+//! has moved away.
+//!
+//! ```text
+//!            boot                        migrate
+//!  (start) ───────▶ Running ──────────────────────────▶ Gone ──▶ exit, or Waiting with --again
+//!      │             ▲    ▲ failed before the handover ─┘ │
+//!      │ receive     │    └───────────────────────────────┤ handover not confirmed
+//!      ▼             │                                    ▼
+//!   Waiting ─────────┘                                 InDoubt ── resolve ──▶ Running or Gone
+//! ```
+//!
+//! The state and its transitions are here; who asks for them is in [`crate::server`].
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use anyhow::Context;
+use postcopy_engine::export::Export;
+use postcopy_engine::pager::{Pager, PagerStatus, Trap};
+use postcopy_engine::session::{self, Arrived, Progress, ReceiveOptions, SessionError};
+use postcopy_engine::stats::PagerReport;
+use postcopy_vmm::{BootSource, Console, DEFAULT_CMDLINE, ExitReason, MovableVm, VmConfig, VmHost};
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+
+use crate::args::{HostArgs, ReceiveArgs, RunArgs, resolve};
+use crate::control::Status;
+use crate::server;
+
+/// How often a host looks whether its guest has ended.
+const GUEST_CHECK: Duration = Duration::from_millis(50);
+
+/// Where the guest is.
+pub(crate) enum State {
+    /// There is none yet.
+    Waiting,
+    /// It runs here.
+    Running(Arc<MovableVm>),
+    /// It is being moved away.
+    Migrating(Arc<MovableVm>),
+    /// The handover was not confirmed. Guest and exported memory are kept until a person decides.
+    InDoubt { guest: Arc<MovableVm>, export: Option<Box<Export>> },
+    /// It runs at the destination, which still needs this memory and cannot be heard.
+    Kept { export: Option<Box<Export>>, reason: String },
+    /// It has moved away, or ended.
+    Gone,
+    /// The user asked for the end.
+    Quit,
+}
+
+/// The memory of a guest that arrived here.
+enum Arrival {
+    None,
+    Draining(watch::Receiver<PagerStatus>),
+    /// All of it is here.
+    Resident(Box<PagerReport>),
+    /// The pager failed; it stays, so that the guest waits instead of reading zeros.
+    Stranded {
+        reason: String,
+        pager: Box<Pager>,
+    },
+}
+
+/// What the control server and the main loop share.
+pub(crate) struct Host {
+    state: Mutex<State>,
+    arrival: Mutex<Arrival>,
+    changed: tokio::sync::Notify,
+    pub(crate) progress: watch::Sender<Progress>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Host {
+    fn new() -> Arc<Self> {
+        Arc::new(Self {
+            state: Mutex::new(State::Waiting),
+            arrival: Mutex::new(Arrival::None),
+            changed: tokio::sync::Notify::new(),
+            progress: watch::Sender::new(Progress::default()),
+        })
+    }
+
+    pub(crate) fn set(&self, state: State) -> State {
+        let before = std::mem::replace(&mut *lock(&self.state), state);
+        self.changed.notify_waiters();
+        before
+    }
+
+    /// Takes the guest for a migration, if it runs here and may be moved.
+    pub(crate) fn begin_migration(&self) -> Result<Arc<MovableVm>, String> {
+        if let Arrival::Stranded { reason, .. } = &*lock(&self.arrival) {
+            return Err(format!("the guest's memory has not all arrived here: {reason}"));
+        }
+        let mut state = lock(&self.state);
+        match &*state {
+            State::Running(guest) => {
+                let guest = guest.clone();
+                *state = State::Migrating(guest.clone());
+                Ok(guest)
+            }
+            State::Migrating(_) => Err("the guest is being moved already".into()),
+            State::Waiting => Err("there is no guest here yet".into()),
+            State::InDoubt { .. } => {
+                Err("the last handover is in doubt; end that with `pcvm resolve`".into())
+            }
+            State::Kept { .. } | State::Gone | State::Quit => Err("the guest is not here any more".into()),
+        }
+    }
+
+    /// Takes guest and export out of doubt.
+    pub(crate) fn take_doubt(&self) -> Option<(Arc<MovableVm>, Option<Box<Export>>)> {
+        let mut state = lock(&self.state);
+        if !matches!(&*state, State::InDoubt { .. }) {
+            return None;
+        }
+        match std::mem::replace(&mut *state, State::Waiting) {
+            State::InDoubt { guest, export } => Some((guest, export)),
+            _ => None,
+        }
+    }
+
+    pub(crate) fn guest(&self) -> Option<Arc<MovableVm>> {
+        match &*lock(&self.state) {
+            State::Running(guest) | State::Migrating(guest) => Some(guest.clone()),
+            _ => None,
+        }
+    }
+
+    /// Waits until the memory of a guest that arrived here is all here.
+    pub(crate) async fn resident(&self) {
+        loop {
+            let changed = self.changed.notified();
+            if !matches!(&*lock(&self.arrival), Arrival::Draining(_)) {
+                return;
+            }
+            changed.await;
+        }
+    }
+
+    fn set_arrival(&self, arrival: Arrival) {
+        *lock(&self.arrival) = arrival;
+        self.changed.notify_waiters();
+    }
+
+    pub(crate) fn status(&self) -> Status {
+        let (arrival, stranded) = match &*lock(&self.arrival) {
+            Arrival::None => (None, None),
+            Arrival::Draining(status) => (Some(status.borrow().report), None),
+            Arrival::Resident(report) => (Some(**report), None),
+            Arrival::Stranded { reason, pager } => {
+                (Some(pager.status().borrow().report), Some(reason.clone()))
+            }
+        };
+        let mut migration = None;
+        let (state, detail) = match &*lock(&self.state) {
+            State::Waiting => ("waiting", "no guest has arrived yet".into()),
+            State::Running(_) if stranded.is_some() => ("stranded", stranded.unwrap_or_default()),
+            State::Running(_) => ("running", "the guest runs here".into()),
+            State::Migrating(_) => {
+                migration = Some(*self.progress.borrow());
+                ("migrating", "the guest is being moved".into())
+            }
+            State::InDoubt { .. } => (
+                "in-doubt",
+                "the destination did not confirm the handover; find out whether the guest runs there, then \
+                 `pcvm resolve`"
+                    .into(),
+            ),
+            State::Kept { export, reason } => {
+                let held =
+                    if export.is_some() { "its memory is kept on offer here" } else { "nothing is kept" };
+                ("kept", format!("the guest is at the destination; {held}: {reason}"))
+            }
+            State::Gone | State::Quit => ("gone", "the guest is not here any more".into()),
+        };
+        Status { state: state.into(), detail, migration, arrival }
+    }
+}
+
+/// What the main loop does next.
+enum Next {
+    Exit,
+    WaitForAnother,
+    Fail(String),
+}
+
+pub(crate) fn run(args: &RunArgs) -> anyhow::Result<()> {
+    let source = BootSource {
+        kernel: args.kernel.clone(),
+        initrd: args.initrd.clone(),
+        cmdline: format!("{DEFAULT_CMDLINE} {}", args.cmdline),
+    };
+    let config = VmConfig { cpus: args.cpus, memory_bytes: args.memory };
+    let listen = args.listen.as_deref().map(resolve).transpose()?;
+    if args.host.again {
+        anyhow::ensure!(listen.is_some(), "--again needs --listen HOST:PORT to wait for a guest at");
+    }
+    let options = ReceiveOptions {
+        transports: args.wire.transports(),
+        endpoint: args.wire.endpoint(),
+        ..Default::default()
+    };
+    runtime()?.block_on(async {
+        let listener = match listen {
+            Some(address) => Some(bind(address).await?),
+            None => None,
+        };
+        let control = server::bind(&args.host.control)?;
+        let guest = Arc::new(MovableVm::boot(config, &source, console(&args.host.console))?);
+        hold(control, &args.host, listener, options, Some(guest)).await
+    })
+}
+
+pub(crate) fn receive(args: &ReceiveArgs) -> anyhow::Result<()> {
+    let address = resolve(&args.listen)?;
+    // What cannot work is said now, not when a guest stands at the door.
+    Trap::check()?;
+    postcopy_vmm::check_kvm()?;
+    for transport in args.wire.transports() {
+        transport.available()?;
+    }
+    let options = ReceiveOptions {
+        transports: args.wire.transports(),
+        endpoint: args.wire.endpoint(),
+        memory_limit: args.memory_limit,
+        ..Default::default()
+    };
+    runtime()?.block_on(async {
+        let listener = bind(address).await?;
+        let control = server::bind(&args.host.control)?;
+        hold(control, &args.host, Some(listener), options, None).await
+    })
+}
+
+fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().context("starting the control plane")
+}
+
+async fn bind(address: std::net::SocketAddr) -> anyhow::Result<TcpListener> {
+    Ok(TcpListener::bind(address).await.map_err(|source| SessionError::Listen { address, source })?)
+}
+
+fn console(name: &str) -> Console {
+    match name {
+        "stdio" => Console::Stdio,
+        "none" => Console::Discard,
+        path => Console::File(path.into()),
+    }
+}
+
+/// Holds guests, one after another.
+async fn hold(
+    control: server::ControlSocket,
+    args: &HostArgs,
+    listener: Option<TcpListener>,
+    options: ReceiveOptions,
+    mut guest: Option<Arc<MovableVm>>,
+) -> anyhow::Result<()> {
+    let host = Host::new();
+    let server = tokio::spawn(server::serve(control, host.clone()));
+    let console_name = args.console.clone();
+    let factory = Arc::new(VmHost::new(move || console(&console_name)));
+    let outcome = loop {
+        let held = match guest.take() {
+            Some(guest) => {
+                host.set(State::Running(guest.clone()));
+                hold_one(&host, guest).await
+            }
+            None => {
+                let listener = listener.as_ref().context("there is nowhere to wait for a guest")?;
+                take_in(&host, listener, &factory, &options).await
+            }
+        };
+        match held {
+            Next::WaitForAnother if args.again => {
+                host.set(State::Waiting);
+                host.set_arrival(Arrival::None);
+            }
+            Next::Fail(reason) if args.again => {
+                tracing::error!(reason, "waiting for another guest");
+                host.set(State::Waiting);
+            }
+            Next::Fail(reason) => break Err(anyhow::anyhow!(reason)),
+            Next::Exit | Next::WaitForAnother => break Ok(()),
+        }
+    };
+    server.abort();
+    if let Some(guest) = host.guest() {
+        tokio::task::spawn_blocking(move || guest.end()).await?;
+    }
+    outcome
+}
+
+/// Waits for a guest to arrive and holds it.
+async fn take_in(
+    host: &Arc<Host>,
+    listener: &TcpListener,
+    factory: &Arc<VmHost>,
+    options: &ReceiveOptions,
+) -> Next {
+    let arrived = tokio::select! {
+        arrived = session::receive(listener, factory.clone(), options.clone()) => arrived,
+        () = quit(host) => return Next::Exit,
+        () = interrupted() => return Next::Exit,
+    };
+    let Arrived { guest, drain, .. } = match arrived {
+        Ok(arrived) => arrived,
+        Err(error) => return Next::Fail(format!("no guest was taken in: {error}")),
+    };
+    host.set_arrival(Arrival::Draining(drain.status()));
+    host.set(State::Running(guest.clone()));
+    let watched = host.clone();
+    tokio::spawn(async move {
+        match drain.finish().await {
+            Ok(arrival) => watched.set_arrival(Arrival::Resident(Box::new(arrival.pager))),
+            Err((error, pager)) => {
+                let reason = error.to_string();
+                eprintln!("pcvm: {reason}");
+                watched.set_arrival(Arrival::Stranded { reason, pager: Box::new(pager) });
+            }
+        }
+    });
+    hold_one(host, guest).await
+}
+
+/// Holds a guest until it ends, has moved away, or the user has had enough.
+async fn hold_one(host: &Arc<Host>, guest: Arc<MovableVm>) -> Next {
+    let next = tokio::select! {
+        reason = ended(&guest) => match reason {
+            ExitReason::Failed(_) => Next::Fail(format!("the guest ended: {reason}")),
+            _ => Next::Exit,
+        },
+        () = gone(host) => Next::WaitForAnother,
+        () = quit(host) => Next::Exit,
+        () = interrupted() => Next::Exit,
+    };
+    // Ends the vCPU threads, which may take as long as a page that does not come.
+    let _ = tokio::task::spawn_blocking(move || guest.end()).await;
+    next
+}
+
+async fn ended(guest: &MovableVm) -> ExitReason {
+    loop {
+        if let Some(reason) = guest.ended() {
+            return reason;
+        }
+        tokio::time::sleep(GUEST_CHECK).await;
+    }
+}
+
+async fn reached(host: &Host, wanted: impl Fn(&State) -> bool) {
+    loop {
+        let changed = host.changed.notified();
+        if wanted(&lock(&host.state)) {
+            return;
+        }
+        changed.await;
+    }
+}
+
+async fn gone(host: &Host) {
+    reached(host, |state| matches!(state, State::Gone)).await;
+}
+
+async fn quit(host: &Host) {
+    reached(host, |state| matches!(state, State::Quit)).await;
+}
+
+async fn interrupted() {
+    use tokio::signal::unix::{SignalKind, signal};
+    let Ok(mut terminate) = signal(SignalKind::terminate()) else { return std::future::pending().await };
+    tokio::select! {
+        _ = tokio::signal::ctrl_c() => {}
+        _ = terminate.recv() => {}
+    }
+}

@@ -1,0 +1,53 @@
+//! pcvm: run a KVM guest, and move it by post-copy.
+//!
+//! `run` and `receive` are processes that hold a guest ([`host`]); the other commands speak to
+//! them over their control socket ([`client`]).
+
+mod args;
+mod client;
+mod control;
+mod host;
+mod report;
+mod server;
+
+use std::process::ExitCode;
+
+use clap::{CommandFactory, Parser};
+
+use args::{Cli, Command};
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    start_log();
+    match dispatch(cli.command) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("pcvm: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Logs warnings to stderr, or what RUST_LOG says.
+fn start_log() {
+    use tracing_subscriber::EnvFilter;
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("warn"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+}
+
+fn dispatch(command: Command) -> anyhow::Result<()> {
+    match command {
+        Command::Run(args) => host::run(&args),
+        Command::Receive(args) => host::receive(&args),
+        Command::Migrate(args) => client::migrate(&args),
+        Command::Status(args) => client::status(&args),
+        Command::Quit(args) => client::quit(&args),
+        Command::Type(args) => client::type_text(&args),
+        Command::Resolve(args) => client::resolve(&args),
+        Command::Completions { shell } => {
+            clap_complete::generate(shell, &mut Cli::command(), "pcvm", &mut std::io::stdout());
+            Ok(())
+        }
+        Command::Man => Ok(clap_mangen::Man::new(Cli::command()).render(&mut std::io::stdout())?),
+    }
+}

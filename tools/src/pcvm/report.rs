@@ -1,0 +1,85 @@
+//! A migration's report for people.
+
+use std::fmt::Write;
+
+use postcopy_engine::memory::PAGE_SIZE;
+use postcopy_engine::session::{MigrationReport, Phase, Progress};
+use postcopy_engine::stats::{PagerReport, Percentiles};
+
+fn mebibytes(bytes: u64) -> f64 {
+    bytes as f64 / f64::from(1 << 20)
+}
+
+fn milliseconds(micros: u64) -> f64 {
+    micros as f64 / 1e3
+}
+
+/// One line about a migration under way.
+pub(crate) fn progress_line(progress: &Progress) -> String {
+    match progress.phase {
+        Phase::Setup => "setting up; the guest runs at the source".into(),
+        Phase::Frozen => "the guest is stopped, its state on the way".into(),
+        Phase::InDoubt => "handing over".into(),
+        Phase::Draining => format!("the guest runs at the destination; {}", pager_line(&progress.pager)),
+        Phase::Resident => "every page is there".into(),
+    }
+}
+
+/// One line about what has arrived.
+pub(crate) fn pager_line(pager: &PagerReport) -> String {
+    let arrived = pager.total_pages - pager.outstanding_pages.min(pager.total_pages);
+    let share = 100.0 * arrived as f64 / pager.total_pages.max(1) as f64;
+    let faults = pager.pages.network_faults;
+    format!("{share:5.1} % of {:.0} MiB, {faults} network faults", mebibytes(pager.total_pages * PAGE_SIZE))
+}
+
+/// The report as a table.
+pub(crate) fn table(report: &MigrationReport) -> String {
+    let mut out = String::new();
+    let pager = &report.pager;
+    let pages = &pager.pages;
+    let mut row = |name: &str, value: String| {
+        let _ = writeln!(out, "{name:<22} {value}");
+    };
+    row("transport", report.transport.clone());
+    row("memory", format!("{:.0} MiB", mebibytes(report.memory_bytes)));
+    row("device state", format!("{} bytes", report.state_bytes));
+    row(
+        "downtime",
+        format!(
+            "{:.2} ms (freeze {:.2}, load {:.2})",
+            milliseconds(report.downtime_us),
+            milliseconds(report.freeze_us),
+            milliseconds(report.load_us)
+        ),
+    );
+    row("time to resident", format!("{:.1} ms", milliseconds(report.resident_us)));
+    row(
+        "total",
+        format!("{:.1} ms (setup {:.1})", milliseconds(report.total_us), milliseconds(report.setup_us)),
+    );
+    let line = |count: u64, bytes: u64| format!("{count} pages, {:.1} MiB", mebibytes(bytes));
+    row("by fault", line(pages.fault_pages, pager.fault_bytes));
+    row("by prepaging", line(pages.prepage_pages, pages.prepage_pages * PAGE_SIZE));
+    row("by drain", line(pages.drain_pages, pager.bulk_bytes));
+    row("zero, never sent", line(pages.zero_pages, 0));
+    row(
+        "faults",
+        format!(
+            "{} network, {} minor, {} on zero pages",
+            pages.network_faults, pages.minor_faults, pages.zero_faults
+        ),
+    );
+    out.push_str("\nstage (µs)        count       p50       p90       p99     p99.9       max\n");
+    let stages = &pager.stages;
+    for (name, stage) in
+        [("post", stages.post), ("read", stages.read), ("install", stages.install), ("total", stages.total)]
+    {
+        let Percentiles { count, p50_us, p90_us, p99_us, p999_us, max_us, .. } = stage;
+        let _ = writeln!(
+            out,
+            "{name:<14} {count:>8} {p50_us:>9.1} {p90_us:>9.1} {p99_us:>9.1} {p999_us:>9.1} {max_us:>9.1}"
+        );
+    }
+    out
+}

@@ -1,0 +1,207 @@
+//! The control socket: takes requests and carries them out on the [`Host`].
+
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::{Context, bail};
+use postcopy_engine::session::{self, MigrateOptions, MigrationError, Owner, Progress, SourceGuest};
+use postcopy_transport::{EndpointOptions, Transport};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::net::unix::OwnedWriteHalf;
+use tokio::net::{UnixListener, UnixStream};
+
+use crate::args::{Resolution, resolve};
+use crate::control::{Answer, MAX_REQUEST, Request};
+use crate::host::{Host, State};
+
+/// A bound control socket. Its file is removed when it is dropped.
+pub(crate) struct ControlSocket {
+    listener: UnixListener,
+    path: PathBuf,
+}
+
+impl Drop for ControlSocket {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+/// Binds the control socket for its owner only. One that a dead process left behind is replaced.
+pub(crate) fn bind(path: &Path) -> anyhow::Result<ControlSocket> {
+    if std::os::unix::net::UnixStream::connect(path).is_ok() {
+        bail!("another process is controlled by {}; choose another --control", path.display());
+    }
+    if path.exists() {
+        std::fs::remove_file(path)
+            .with_context(|| format!("removing the stale socket {}", path.display()))?;
+    }
+    let listener =
+        UnixListener::bind(path).with_context(|| format!("making the control socket {}", path.display()))?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
+    Ok(ControlSocket { listener, path: path.to_owned() })
+}
+
+pub(crate) async fn serve(socket: ControlSocket, host: Arc<Host>) {
+    loop {
+        match socket.listener.accept().await {
+            Ok((stream, _)) => {
+                let host = host.clone();
+                tokio::spawn(async move {
+                    if let Err(error) = attend(stream, &host).await {
+                        tracing::debug!(%error, "a control connection ended early");
+                    }
+                });
+            }
+            Err(error) => tracing::warn!(%error, "control socket"),
+        }
+    }
+}
+
+async fn attend(stream: UnixStream, host: &Arc<Host>) -> anyhow::Result<()> {
+    let (reader, mut writer) = stream.into_split();
+    let mut line = String::new();
+    BufReader::new(reader.take(MAX_REQUEST)).read_line(&mut line).await?;
+    let (answer, then) = match serde_json::from_str(&line) {
+        Ok(request) => carry_out(request, host, &mut writer).await,
+        Err(error) => refuse(format!("no request of ours: {error}; see docs/control.md")),
+    };
+    // The state may end the process, so the answer goes first.
+    let said = say(&mut writer, &answer).await;
+    if let Some(state) = then {
+        host.set(state);
+    }
+    said
+}
+
+/// What to answer, and the state that the host enters after that.
+type Outcome = (Answer, Option<State>);
+
+fn refuse(reason: impl Into<String>) -> Outcome {
+    (Answer::Error(reason.into()), None)
+}
+
+async fn say(writer: &mut OwnedWriteHalf, answer: &Answer) -> anyhow::Result<()> {
+    let mut line = serde_json::to_string(answer)?;
+    line.push('\n');
+    Ok(writer.write_all(line.as_bytes()).await?)
+}
+
+async fn carry_out(request: Request, host: &Arc<Host>, writer: &mut OwnedWriteHalf) -> Outcome {
+    match request {
+        Request::Status => (Answer::Status(Box::new(host.status())), None),
+        Request::Type { text } => (type_text(host, &text), None),
+        Request::Resolve { guest } => end_doubt(host, guest).await,
+        Request::Quit => (Answer::Done, Some(State::Quit)),
+        Request::Migrate { to, transports, device, ib_port, gid_index } => {
+            let endpoint = EndpointOptions { device, port: ib_port, gid_index, local: None };
+            let parsed = transports.iter().map(|name| name.parse()).collect::<Result<Vec<Transport>, _>>();
+            match parsed {
+                Ok(transports) => migrate(host, &to, MigrateOptions { transports, endpoint }, writer).await,
+                Err(reason) => refuse(reason),
+            }
+        }
+    }
+}
+
+fn type_text(host: &Host, text: &str) -> Answer {
+    match host.guest() {
+        None => Answer::Error("there is no guest here".into()),
+        Some(guest) if guest.console_input(text.as_bytes()) == text.len() => Answer::Done,
+        Some(_) => Answer::Error("the guest does not read its console; its input is full".into()),
+    }
+}
+
+/// Moves the guest, in a task of its own: a client that goes away does not stop it.
+async fn migrate(
+    host: &Arc<Host>,
+    to: &str,
+    options: MigrateOptions,
+    writer: &mut OwnedWriteHalf,
+) -> Outcome {
+    let peer = match resolve(to) {
+        Ok(peer) => peer,
+        Err(error) => return refuse(error.to_string()),
+    };
+    host.resident().await;
+    let guest = match host.begin_migration() {
+        Ok(guest) => guest,
+        Err(reason) => return refuse(reason),
+    };
+    host.progress.send_replace(Progress::default());
+    let mut progress = host.progress.subscribe();
+    let moving = host.clone();
+    let mut task = tokio::spawn(async move {
+        let source: Arc<dyn SourceGuest> = guest.clone();
+        let outcome = session::migrate(source, peer, options, &moving.progress).await;
+        match outcome {
+            Ok(report) => {
+                let _ = tokio::task::spawn_blocking(move || guest.end()).await;
+                (Answer::Report(Box::new(report)), State::Gone)
+            }
+            Err(failed) => settle(failed, guest),
+        }
+    });
+    loop {
+        tokio::select! {
+            ended = &mut task => {
+                return match ended {
+                    Ok((answer, state)) => (answer, Some(state)),
+                    Err(error) => refuse(format!("the migration's task failed: {error}")),
+                };
+            }
+            changed = progress.changed() => {
+                let now = *progress.borrow_and_update();
+                if changed.is_ok() {
+                    let _ = say(writer, &Answer::Progress(Box::new(now))).await;
+                }
+            }
+        }
+    }
+}
+
+/// Who has the guest after a migration that failed, in words and as a state.
+fn settle(failed: MigrationError, guest: Arc<postcopy_vmm::MovableVm>) -> (Answer, State) {
+    let MigrationError { error, owner, export } = failed;
+    let reason = error.to_string();
+    match owner {
+        Owner::Source => (Answer::Error(format!("{reason}; the guest runs on here")), State::Running(guest)),
+        Owner::InDoubt => {
+            let doubt = format!(
+                "{reason}; the handover is in doubt and the guest stays stopped here: find out whether it runs at \
+                 the destination, then `pcvm resolve --guest there` or `--guest here`"
+            );
+            (Answer::Error(doubt), State::InDoubt { guest, export })
+        }
+        Owner::Destination => {
+            let kept = format!(
+                "{reason}; the guest is at the destination, its memory is kept on offer here until quit"
+            );
+            (Answer::Error(kept), State::Kept { export, reason })
+        }
+    }
+}
+
+async fn end_doubt(host: &Arc<Host>, guest: Resolution) -> Outcome {
+    let Some((held, export)) = host.take_doubt() else {
+        return refuse("nothing is in doubt here");
+    };
+    match guest {
+        Resolution::There => {
+            let reason = "resolved by hand".to_owned();
+            (Answer::Done, Some(State::Kept { export, reason }))
+        }
+        Resolution::Here => {
+            drop(export);
+            let thawed = held.clone();
+            let thawed =
+                tokio::task::spawn_blocking(move || thawed.thaw().map_err(|error| error.to_string())).await;
+            let answer = match thawed {
+                Ok(Ok(())) => Answer::Done,
+                Ok(Err(error)) => Answer::Error(error),
+                Err(error) => Answer::Error(error.to_string()),
+            };
+            (answer, Some(State::Running(held)))
+        }
+    }
+}

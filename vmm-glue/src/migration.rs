@@ -1,0 +1,140 @@
+//! A [`Vm`] as the engine's sessions see it: moved away from here, or taken in.
+//!
+//! What is here is only translation; the protocol is the engine's, the machine is [`Vm`]'s.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use postcopy_engine::memory::GuestMemory;
+use postcopy_engine::session::{
+    DestinationGuest, DestinationHost, GuestDescription, GuestError, SourceGuest,
+};
+
+use crate::{BootSource, Console, ExitReason, Vm, VmConfig, VmError};
+
+/// Kind and version of VMM that a guest's state belongs to. Changes with [`crate::STATE_VERSION`].
+const VMM: &str = "postcopy-vmm/1";
+
+/// Longest configuration that a peer may send.
+const MAX_CONFIG: usize = 64 << 10;
+
+/// A guest that can be moved: a [`Vm`] with its memory and configuration.
+pub struct MovableVm {
+    config: VmConfig,
+    memory: GuestMemory,
+    /// Made by the state that arrives; `None` before.
+    vm: Mutex<Option<Vm>>,
+    /// Opened when the VM is made.
+    console: Mutex<Option<Console>>,
+}
+
+impl MovableVm {
+    /// Boots a new guest and lets it run.
+    ///
+    /// Errors: as [`Vm::boot`].
+    pub fn boot(config: VmConfig, source: &BootSource, console: Console) -> Result<Self, VmError> {
+        let layout = config.layout().map_err(|error| VmError::Config(error.to_string()))?;
+        let memory = GuestMemory::new(layout)
+            .map_err(|source| VmError::System { operation: "making guest memory", source })?;
+        let vm = Vm::boot(config.clone(), memory.clone(), source, console)?;
+        vm.start()?;
+        Ok(Self { config, memory, vm: Mutex::new(Some(vm)), console: Mutex::new(None) })
+    }
+
+    /// The guest's shape.
+    pub fn config(&self) -> &VmConfig {
+        &self.config
+    }
+
+    /// Why the guest ended, if it has.
+    pub fn ended(&self) -> Option<ExitReason> {
+        self.vm().as_ref().and_then(|vm| vm.exit_event().reason())
+    }
+
+    /// Types `bytes` at the guest's console; says how many were taken.
+    pub fn console_input(&self, bytes: &[u8]) -> usize {
+        self.vm().as_ref().map_or(0, |vm| vm.console_input(bytes))
+    }
+
+    /// Ends the guest here: it runs elsewhere, or is no longer wanted.
+    pub fn end(&self) {
+        let vm = self.vm().take();
+        drop(vm);
+    }
+
+    fn vm(&self) -> MutexGuard<'_, Option<Vm>> {
+        self.vm.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn with<T>(&self, work: impl FnOnce(&Vm) -> Result<T, VmError>) -> Result<T, GuestError> {
+        let vm = self.vm();
+        let vm = vm.as_ref().ok_or("there is no guest here any more")?;
+        Ok(work(vm)?)
+    }
+}
+
+impl SourceGuest for MovableVm {
+    fn memory(&self) -> GuestMemory {
+        self.memory.clone()
+    }
+
+    fn describe(&self) -> Result<(String, Vec<u8>), GuestError> {
+        Ok((VMM.into(), postcard::to_stdvec(&self.config)?))
+    }
+
+    fn freeze(&self) -> Result<Vec<u8>, GuestError> {
+        self.with(|vm| {
+            vm.pause()?;
+            vm.save()
+        })
+    }
+
+    fn thaw(&self) -> Result<(), GuestError> {
+        self.with(Vm::start)
+    }
+}
+
+impl DestinationGuest for MovableVm {
+    fn load(&self, state: Vec<u8>) -> Result<(), GuestError> {
+        let console = self.console.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let console = console.ok_or("the guest's state came twice")?;
+        let vm = Vm::restore(self.config.clone(), self.memory.clone(), &state, console)?;
+        *self.vm() = Some(vm);
+        Ok(())
+    }
+
+    fn resume(&self) -> Result<(), GuestError> {
+        self.with(Vm::start)
+    }
+}
+
+/// Takes guests of this VMM in.
+pub struct VmHost {
+    console: Arc<dyn Fn() -> Console + Send + Sync>,
+}
+
+impl VmHost {
+    /// A host whose guests' consoles are made by `console`.
+    pub fn new(console: impl Fn() -> Console + Send + Sync + 'static) -> Self {
+        Self { console: Arc::new(console) }
+    }
+}
+
+impl DestinationHost for VmHost {
+    type Guest = MovableVm;
+
+    fn prepare(&self, description: &GuestDescription, memory: &GuestMemory) -> Result<MovableVm, GuestError> {
+        if description.vmm != VMM {
+            return Err(format!("the guest is of {:?}, this side is {VMM}", description.vmm).into());
+        }
+        if description.config.len() > MAX_CONFIG {
+            return Err("the guest's configuration is longer than 64 KiB".into());
+        }
+        let config: VmConfig = postcard::from_bytes(&description.config)?;
+        if config.layout()? != description.layout {
+            return Err("the guest's memory does not fit its configuration".into());
+        }
+        crate::check_kvm()?;
+        let console = Mutex::new(Some((self.console)()));
+        Ok(MovableVm { config, memory: memory.clone(), vm: Mutex::new(None), console })
+    }
+}
