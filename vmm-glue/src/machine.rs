@@ -150,7 +150,7 @@ impl Machine {
         let serial = SerialDevice::restore(&state.devices.serial, chassis.serial_line()?, output);
         let serial = serial.map_err(|error| StateError::Contents(error.to_string()))?;
         Ok(Self {
-            early_pages: state.vcpus.iter().flat_map(VcpuState::early_pages).collect(),
+            early_pages: early_pages(&state.vcpus),
             gate: Gate::new(u32::from(config.cpus)),
             exit: ExitEvent::new().system("eventfd")?,
             devices: Devices::new(serial, state.devices.i8042),
@@ -215,4 +215,11 @@ fn assemble(states: Vec<VcpuState>, fds: Vec<VcpuFd>) -> Vec<Vcpu> {
         Vcpu::new(fd, state.cpuid, deferred)
     };
     states.into_iter().zip(fds).map(make).collect()
+}
+
+fn early_pages(states: &[VcpuState]) -> Vec<Gpa> {
+    let mut pages: Vec<Gpa> = states.iter().flat_map(VcpuState::early_pages).collect();
+    pages.sort_unstable();
+    pages.dedup();
+    pages
 }

@@ -1,0 +1,15 @@
+//! Guests for tests.
+//!
+//! * [`tiny`]: a few hundred instructions that need no operating system, for hosts where booting
+//!   one takes too long.
+//! * Everything else is the program of the test initramfs (`main.rs`), which runs as process 1 of
+//!   a virtual machine or as a plain process: it walks memory that it can verify to the last byte.
+
+pub mod clocks;
+pub mod init;
+pub mod order;
+pub mod params;
+pub mod pattern;
+pub mod stats;
+pub mod tiny;
+pub mod walker;
