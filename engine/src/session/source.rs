@@ -137,11 +137,12 @@ impl<'a> Source<'a> {
     /// Everything that can be done while the guest runs.
     async fn prepare(&mut self) -> Result<(Channel, Export), SessionError> {
         self.enter(Phase::Setup);
+        let offer = self.offer()?;
         let session = random_id()?;
         let stream = self.dial(session, Purpose::Control).await?;
         self.options.endpoint.local = stream.local_addr().ok().map(|address| address.ip());
         let mut channel = Channel::new(stream)?;
-        channel.send(&self.offer()?).await?;
+        channel.send(&offer).await?;
         let (transport, requests) = accepted(channel.receive("Accept", WORK_PATIENCE).await?)?;
         match self.export(transport, requests, session, &mut channel).await {
             Ok(export) => Ok((channel, export)),

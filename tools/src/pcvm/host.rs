@@ -256,7 +256,7 @@ fn console(name: &str) -> Console {
 async fn hold(
     control: server::ControlSocket,
     args: &HostArgs,
-    listener: Option<TcpListener>,
+    mut listener: Option<TcpListener>,
     options: ReceiveOptions,
     mut guest: Option<Arc<MovableVm>>,
 ) -> anyhow::Result<()> {
@@ -271,8 +271,14 @@ async fn hold(
                 hold_one(&host, guest).await
             }
             None => {
-                let listener = listener.as_ref().context("there is nowhere to wait for a guest")?;
-                take_in(&host, listener, &factory, &options).await
+                let door = listener.take().context("there is nowhere to wait for a guest")?;
+                // Who takes in one guest only leaves the port to others when it is there.
+                let arrived = await_guest(&host, &door, &factory, &options).await;
+                listener = args.again.then_some(door);
+                match arrived {
+                    Ok(arrived) => take_in(&host, arrived).await,
+                    Err(next) => next,
+                }
             }
         };
         match held {
@@ -295,22 +301,25 @@ async fn hold(
     outcome
 }
 
-/// Waits for a guest to arrive and holds it.
-async fn take_in(
+/// Waits for a guest to arrive.
+async fn await_guest(
     host: &Arc<Host>,
     listener: &TcpListener,
     factory: &Arc<VmHost>,
     options: &ReceiveOptions,
-) -> Next {
-    let arrived = tokio::select! {
-        arrived = session::receive(listener, factory.clone(), options.clone()) => arrived,
-        () = quit(host) => return Next::Exit,
-        () = interrupted() => return Next::Exit,
-    };
-    let Arrived { guest, drain, .. } = match arrived {
-        Ok(arrived) => arrived,
-        Err(error) => return Next::Fail(format!("no guest was taken in: {error}")),
-    };
+) -> Result<Arrived<MovableVm>, Next> {
+    tokio::select! {
+        arrived = session::receive(listener, factory.clone(), options.clone()) => {
+            arrived.map_err(|error| Next::Fail(format!("no guest was taken in: {error}")))
+        }
+        () = quit(host) => Err(Next::Exit),
+        () = interrupted() => Err(Next::Exit),
+    }
+}
+
+/// Holds a guest that has arrived, while its memory follows.
+async fn take_in(host: &Arc<Host>, arrived: Arrived<MovableVm>) -> Next {
+    let Arrived { guest, drain, .. } = arrived;
     host.set_arrival(Arrival::Draining(drain.status()));
     host.set(State::Running(guest.clone()));
     let watched = host.clone();

@@ -20,6 +20,7 @@ pub(crate) fn progress_line(progress: &Progress) -> String {
         Phase::Setup => "setting up; the guest runs at the source".into(),
         Phase::Frozen => "the guest is stopped, its state on the way".into(),
         Phase::InDoubt => "handing over".into(),
+        Phase::Draining if progress.pager.total_pages == 0 => "the guest runs at the destination".into(),
         Phase::Draining => format!("the guest runs at the destination; {}", pager_line(&progress.pager)),
         Phase::Resident => "every page is there".into(),
     }

@@ -1,0 +1,239 @@
+//! Drives the built programs as a user would: processes, sockets, files, and what they print.
+//!
+//! The programs are taken from the build directory that this test itself is in; `scripts/test`
+//! builds them first (`cargo build -p postcopy-tools`).
+#![allow(clippy::unwrap_used)] // everything here serves tests, where a panic is the report
+
+pub mod cutter;
+
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+/// How long anything may take before a test calls it hung. The lab is slow.
+pub const PATIENCE: Duration = Duration::from_secs(90);
+
+/// The path of a built program.
+pub fn program(name: &str) -> PathBuf {
+    let test = std::env::current_exe().unwrap();
+    let path = test.parent().and_then(Path::parent).unwrap().join(name);
+    assert!(path.exists(), "{} is not built; run `cargo build -p postcopy-tools` first", path.display());
+    path
+}
+
+/// A directory for one test, removed at its end.
+pub struct Scratch(PathBuf);
+
+impl Scratch {
+    /// A new empty directory, named after the test.
+    pub fn new(name: &str) -> Self {
+        let path = std::env::temp_dir().join(format!("postcopy-{name}-{}", std::process::id()));
+        let _ = std::fs::remove_dir_all(&path);
+        std::fs::create_dir_all(&path).unwrap();
+        Self(path)
+    }
+
+    /// A path in it.
+    pub fn file(&self, name: &str) -> PathBuf {
+        self.0.join(name)
+    }
+
+    /// The tiny guest as a kernel file.
+    pub fn tiny_kernel(&self) -> PathBuf {
+        let path = self.file("tiny.elf");
+        std::fs::write(&path, postcopy_guest::tiny::tiny_elf()).unwrap();
+        path
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+/// A TCP port of this host that nobody listens on now.
+pub fn free_port() -> u16 {
+    std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
+/// A pcvm process that holds a guest or waits for one. Ended when dropped.
+pub struct Pcvm {
+    child: Child,
+    control: PathBuf,
+    console: PathBuf,
+    log: PathBuf,
+}
+
+impl Pcvm {
+    /// Starts `pcvm ARGS --control … --console …` with files named after `name`.
+    pub fn start(scratch: &Scratch, name: &str, args: &[&str]) -> Self {
+        let (control, console, log) = (
+            scratch.file(&format!("{name}.sock")),
+            scratch.file(&format!("{name}.console")),
+            scratch.file(&format!("{name}.log")),
+        );
+        let stderr = std::fs::File::create(&log).unwrap();
+        let mut command = Command::new(program("pcvm"));
+        command.args(args).arg("--control").arg(&control).arg("--console").arg(&console);
+        let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(stderr).spawn().unwrap();
+        let started = Self { child, control, console, log };
+        started.wait_until("it can be controlled", |this| {
+            this.control.exists() || std::fs::metadata(&this.log).is_ok_and(|log| log.len() > 0)
+        });
+        started
+    }
+
+    /// Runs the tiny guest in 8 MiB.
+    pub fn run_tiny(scratch: &Scratch, name: &str) -> Self {
+        let kernel = scratch.tiny_kernel();
+        let guest =
+            Self::start(scratch, name, &["run", "--kernel", kernel.to_str().unwrap(), "--memory", "8M"]);
+        guest.wait_for_console("tiny: round 1 ok");
+        guest
+    }
+
+    /// Waits for a guest on a port of the loopback.
+    pub fn receive(scratch: &Scratch, name: &str, port: u16, more: &[&str]) -> Self {
+        let listen = format!("127.0.0.1:{port}");
+        Self::start(scratch, name, &[&["receive", "--listen", &listen][..], more].concat())
+    }
+
+    /// The control socket.
+    pub fn control(&self) -> &Path {
+        &self.control
+    }
+
+    /// Process id.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// What the guest has printed here.
+    pub fn console(&self) -> String {
+        String::from_utf8_lossy(&std::fs::read(&self.console).unwrap_or_default()).into_owned()
+    }
+
+    /// What the process has said on stderr.
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
+    /// Waits until `reached` says so.
+    pub fn wait_until(&self, what: &str, reached: impl Fn(&Self) -> bool) {
+        let begin = Instant::now();
+        while !reached(self) {
+            let said = || format!("\nconsole:\n{}\nlog:\n{}", self.console(), self.log());
+            assert!(begin.elapsed() < PATIENCE, "not within {PATIENCE:?}: {what}{}", said());
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    /// Waits until the guest has printed `text` here.
+    pub fn wait_for_console(&self, text: &str) {
+        self.wait_until(text, |this| this.console().contains(text));
+    }
+
+    /// Waits until the guest prints something more.
+    pub fn wait_for_progress(&self) {
+        let lines = self.console().lines().count();
+        self.wait_until("the guest goes on", |this| this.console().lines().count() > lines + 1);
+    }
+
+    /// The process's status.
+    pub fn status(&self) -> Value {
+        let out = pcvm(&["status", "--json", "--control", self.control.to_str().unwrap()]);
+        assert!(out.status.success(), "{}", stderr(&out));
+        serde_json::from_slice(&out.stdout).unwrap()
+    }
+
+    /// Moves the guest away; returns the report.
+    pub fn migrate(&self, to: &str, more: &[&str]) -> Value {
+        let out = self.try_migrate(to, &[&["--json"][..], more].concat());
+        assert!(out.status.success(), "{}\n{}", stderr(&out), self.log());
+        serde_json::from_slice(&out.stdout).unwrap()
+    }
+
+    /// Asks for the guest to be moved away.
+    pub fn try_migrate(&self, to: &str, more: &[&str]) -> Output {
+        let control = self.control.to_str().unwrap();
+        pcvm(&[&["migrate", "--quiet", "--control", control, "--to", to][..], more].concat())
+    }
+
+    /// Types a line at the guest's console.
+    pub fn type_line(&self, text: &str) {
+        let out = pcvm(&["type", "--control", self.control.to_str().unwrap(), text]);
+        assert!(out.status.success(), "{}", stderr(&out));
+    }
+
+    /// Waits for the process to end; returns whether it succeeded, and what it said.
+    pub fn wait(mut self) -> (bool, String) {
+        let begin = Instant::now();
+        loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                return (status.success(), self.log());
+            }
+            assert!(begin.elapsed() < PATIENCE, "{} does not end:\n{}", self.control.display(), self.log());
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+}
+
+impl Drop for Pcvm {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Runs pcvm to its end.
+pub fn pcvm(args: &[&str]) -> Output {
+    run(Command::new(program("pcvm")).args(args))
+}
+
+/// Runs a program to its end, which must come in time.
+pub fn run(command: &mut Command) -> Output {
+    let mut child =
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let (mut out, mut err) = (child.stdout.take().unwrap(), child.stderr.take().unwrap());
+    let read_out = std::thread::spawn(move || {
+        let mut bytes = Vec::new();
+        out.read_to_end(&mut bytes).map(|_| bytes)
+    });
+    let read_err = std::thread::spawn(move || {
+        let mut bytes = Vec::new();
+        err.read_to_end(&mut bytes).map(|_| bytes)
+    });
+    let begin = Instant::now();
+    let status = loop {
+        if let Some(status) = child.try_wait().unwrap() {
+            break status;
+        }
+        if begin.elapsed() > PATIENCE {
+            let _ = child.kill();
+            panic!("{command:?} does not end");
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    };
+    let (stdout, stderr) = (read_out.join().unwrap().unwrap(), read_err.join().unwrap().unwrap());
+    Output { status, stdout, stderr }
+}
+
+/// What a program said on stderr.
+pub fn stderr(out: &Output) -> String {
+    String::from_utf8_lossy(&out.stderr).into_owned()
+}
+
+/// Checks that a program refused with one clear line that has each of `words`.
+pub fn assert_refused(out: &Output, words: &[&str]) {
+    let said = stderr(out);
+    assert!(!out.status.success(), "it succeeded: {said}");
+    let lines: Vec<&str> = said.lines().filter(|line| !line.is_empty()).collect();
+    assert_eq!(lines.len(), 1, "one line is wanted: {said}");
+    for word in words {
+        assert!(said.contains(word), "`{word}` is not in: {said}");
+    }
+}

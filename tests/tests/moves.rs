@@ -1,0 +1,87 @@
+//! A real guest moves between processes of this host: the tiny guest, on this host's KVM.
+#![allow(clippy::unwrap_used)] // helpers of tests, where a panic is the report
+
+use postcopy_e2e::{Pcvm, Scratch, free_port};
+use serde_json::Value;
+
+fn number(report: &Value, path: &str) -> u64 {
+    report.pointer(path).and_then(Value::as_u64).unwrap_or_else(|| panic!("no {path} in {report}"))
+}
+
+/// The rounds that the guest has printed at one console: ascending by one, none bad.
+fn rounds(console: &str) -> Vec<u64> {
+    assert!(!console.contains("BAD") && !console.contains(" bad "), "{console}");
+    let round = |line: &str| line.strip_prefix("tiny: round ")?.strip_suffix(" ok")?.parse().ok();
+    let rounds: Vec<u64> = console.lines().filter_map(round).collect();
+    assert!(rounds.windows(2).all(|pair| pair[1] == pair[0] + 1), "{rounds:?}");
+    rounds
+}
+
+fn moves_over(transport: &str) {
+    let scratch = Scratch::new(&format!("moves-{transport}"));
+    let port = free_port();
+    let source = Pcvm::run_tiny(&scratch, "a");
+    let destination = Pcvm::receive(&scratch, "b", port, &[]);
+    let report = source.migrate(&format!("127.0.0.1:{port}"), &["--transport", transport]);
+    assert_eq!(report["transport"], transport);
+    assert_eq!(number(&report, "/pager/total_pages"), 2048);
+    assert_eq!(number(&report, "/pager/outstanding_pages"), 0);
+    let pages = |kind: &str| number(&report, &format!("/pager/pages/{kind}"));
+    assert_eq!(pages("fault_pages") + pages("drain_pages") + pages("zero_pages"), 2048, "{report}");
+    assert!(number(&report, "/downtime_us") > 0 && number(&report, "/state_bytes") > 1000, "{report}");
+
+    let at_source = rounds(&source.console());
+    let (ended_well, log) = source.wait();
+    assert!(ended_well, "{log}");
+    destination.wait_for_progress();
+    assert_eq!(destination.status()["state"], "running");
+    let at_destination = rounds(&destination.console());
+    // Characters on their way through the serial port may be printed on either side, so the round
+    // of the move itself may be split between the two.
+    let last = at_source.last().unwrap();
+    assert!(at_destination[0] == last + 1 || at_destination[0] == last + 2, "{last} then {at_destination:?}");
+}
+
+#[test]
+fn over_tcp() {
+    moves_over("tcp");
+}
+
+#[test]
+fn over_shared_memory() {
+    moves_over("shm");
+}
+
+#[test]
+fn back_and_forth_between_two_processes() {
+    let scratch = Scratch::new("back-and-forth");
+    let (port_a, port_b) = (free_port(), free_port());
+    let kernel = scratch.tiny_kernel();
+    let listen_a = format!("127.0.0.1:{port_a}");
+    let run =
+        ["run", "--kernel", kernel.to_str().unwrap(), "--memory", "8M", "--again", "--listen", &listen_a];
+    let a = Pcvm::start(&scratch, "a", &run);
+    let b = Pcvm::receive(&scratch, "b", port_b, &["--again"]);
+    a.wait_for_console("tiny: round 1 ok");
+    for turn in 0..10 {
+        let (from, to, port) = if turn % 2 == 0 { (&a, &b, port_b) } else { (&b, &a, port_a) };
+        from.migrate(&format!("127.0.0.1:{port}"), &[]);
+        to.wait_for_progress();
+        from.wait_until("it waits again", |from| from.status()["state"] == "waiting");
+    }
+    assert!(!a.console().contains("BAD") && !b.console().contains("BAD"));
+    a.type_line("q");
+    let (ended_well, log) = a.wait();
+    assert!(ended_well, "a guest that resets itself ends its process well: {log}");
+}
+
+#[test]
+fn a_moved_guest_reads_its_console_on() {
+    let scratch = Scratch::new("console");
+    let port = free_port();
+    let source = Pcvm::run_tiny(&scratch, "a");
+    let destination = Pcvm::receive(&scratch, "b", port, &[]);
+    source.migrate(&format!("127.0.0.1:{port}"), &[]);
+    destination.type_line("z");
+    destination.wait_for_console("tiny: got z");
+}
