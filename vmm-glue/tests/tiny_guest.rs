@@ -1,5 +1,7 @@
 //! A real guest on this host's KVM: it runs, stops, moves and ends.
 
+#![allow(clippy::unwrap_used)]
+
 mod common;
 
 use std::time::{Duration, Instant};
