@@ -59,7 +59,7 @@ fn a_vcpu_that_waits_for_a_page_can_be_paused_and_goes_on() {
     vm.start().unwrap();
     let fault = next_fault(&uffd, PATIENCE).unwrap();
     let start = Instant::now();
-    let result = vm.pause();
+    let result = vm.pause_within(Duration::from_millis(500));
     println!("pause of a vCPU that waits for a page: {result:?} after {:?}", start.elapsed());
     serve(&uffd, &source, &memory, fault);
     if let Err(error) = result {
