@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -82,5 +82,12 @@ impl ExitEvent {
 impl AsRawFd for ExitEvent {
     fn as_raw_fd(&self) -> RawFd {
         self.event.as_raw_fd()
+    }
+}
+
+impl AsFd for ExitEvent {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        // SAFETY: the eventfd is open for as long as `self` lives.
+        unsafe { BorrowedFd::borrow_raw(self.event.as_raw_fd()) }
     }
 }

@@ -93,6 +93,7 @@ impl Vm {
             let thread = std::thread::Builder::new().name(format!("vcpu{index}")).spawn(run);
             vm.threads.push(thread.system("spawning a vCPU thread")?);
         }
+        vm.wait_parked(PAUSE_TIMEOUT)?;
         if stdin {
             vm.stdin = Some(StdinFeed::start(machine)?);
         }
@@ -114,7 +115,20 @@ impl Vm {
     /// Errors: the guest has ended, or a vCPU did not stop within [`PAUSE_TIMEOUT`]: it waits in
     /// the kernel for a page that nobody serves, and that wait cannot be interrupted. Then the
     /// order to stop stands, and is obeyed when the page comes; [`Vm::start`] takes it back.
+    ///
+    /// Whether a wait for a page can be interrupted is the kernel's choice. Where the guest has
+    /// interrupts enabled, KVM mostly lets a worker wait in the vCPU's stead, and the vCPU stops
+    /// at once; otherwise Linux 6.1 waits uninterruptibly, as does any kernel where KVM itself
+    /// accesses the page (it emulates an instruction, or sets up the clock page). So pause while
+    /// the pager serves.
     pub fn pause(&self) -> Result<(), VmError> {
+        self.pause_within(PAUSE_TIMEOUT)
+    }
+
+    /// As [`Vm::pause`], with another bound on the wait.
+    ///
+    /// Errors: as [`Vm::pause`].
+    pub fn pause_within(&self, timeout: Duration) -> Result<(), VmError> {
         self.check_alive()?;
         if self.machine.gate.all_parked() {
             return Ok(());
@@ -122,12 +136,14 @@ impl Vm {
         self.machine.vcpus.iter().for_each(|vcpu| vcpu.mark_stopped());
         self.machine.gate.order(Order::Park);
         self.machine.kick();
-        self.machine.gate.wait_parked(PAUSE_TIMEOUT).map_err(|running| VmError::PauseTimeout {
-            running,
-            cpus: self.threads.len() as u32,
-            waited: PAUSE_TIMEOUT,
-        })?;
+        self.wait_parked(timeout)?;
         self.check_alive()
+    }
+
+    fn wait_parked(&self, waited: Duration) -> Result<(), VmError> {
+        let cpus = self.threads.len() as u32;
+        let timeout = |running| VmError::PauseTimeout { running, cpus, waited };
+        self.machine.gate.wait_parked(waited).map_err(timeout)
     }
 
     /// Everything of a paused guest but its memory, for [`Vm::restore`].
@@ -165,6 +181,12 @@ impl Vm {
         self.machine.early_pages()
     }
 }
+
+/// A `Vm` may be handed to, and used from, several threads.
+const _: () = {
+    const fn shared<T: Send + Sync>() {}
+    shared::<Vm>();
+};
 
 impl Drop for Vm {
     fn drop(&mut self) {

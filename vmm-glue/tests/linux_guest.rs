@@ -8,10 +8,13 @@
 //! scripts/soft-roce/lab --env POSTCOPY_INITRD=FILE -- target/debug/deps/linux_guest-HASH --ignored
 //! ```
 
+#![allow(clippy::unwrap_used)]
+
 mod common;
 
 use std::time::{Duration, Instant};
 
+use common::pager::{Pager, missing};
 use common::*;
 use postcopy_engine::memory::GuestMemory;
 use postcopy_vmm::{BootSource, DEFAULT_CMDLINE, ExitReason, Vm, VmConfig};
@@ -132,4 +135,30 @@ fn linux_moves_five_times() {
 #[ignore = "needs a KVM that runs a stock kernel, and POSTCOPY_INITRD"]
 fn linux_with_two_vcpus_moves_five_times() {
     moves(2);
+}
+
+/// Restores over memory of which every page is missing, and lets a pager bring what is touched.
+#[test]
+#[ignore = "needs a KVM that runs a stock kernel, and POSTCOPY_INITRD"]
+fn linux_goes_on_over_missing_pages() {
+    let guest = Guest::boot(1, 256, "pcguest.mb=64 pcguest.report_ms=300");
+    let before = wait_for_reports(&guest.capture, 2);
+    guest.vm.pause().unwrap();
+    let start = Instant::now();
+    let state = guest.vm.save().unwrap();
+    let (memory, capture) = (memory(&guest.config), Capture::default());
+    let pager = Pager::start(missing(&memory), guest.memory.clone(), memory.clone());
+    let vm = Vm::restore(guest.config.clone(), memory, &state, capture.console()).unwrap();
+    assert_eq!(pager.served(), 0, "restore touched guest memory");
+    vm.start().unwrap();
+    println!("down for {:?}", start.elapsed());
+    let after = wait_for_reports(&capture, 5);
+    println!("{after}\n{} pages served", pager.served());
+    assert!(number(&after, "uptime_s") > number(&before, "uptime_s"));
+    vm.console_input(b"verify\n");
+    capture.wait_for("verification", SLOW, |text| text.contains("verified 16384 bad 0").then_some(()));
+    assert!(pager.served() > 16384);
+    assert!(!capture.text().contains("soft lockup"));
+    vm.console_input(b"poweroff\n");
+    assert_eq!(vm.exit_event().wait(SLOW), Some(ExitReason::Reset));
 }
