@@ -1,0 +1,42 @@
+//! What the memory that is read holds: words that differ by place, so that a read which lands the
+//! wrong bytes is seen.
+
+use postcopy_transport::HostMemory;
+
+const WORD: u64 = 8;
+
+fn word(index: u64) -> [u8; 8] {
+    let mixed = (index + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    (mixed ^ mixed >> 31).to_le_bytes()
+}
+
+/// Fills `memory`.
+pub(crate) fn fill(memory: &HostMemory) {
+    for offset in (0..memory.len() as u64).step_by(WORD as usize) {
+        let filled = memory.write(offset, &word(offset / WORD));
+        assert!(filled, "the length is a multiple of a word");
+    }
+}
+
+/// Whether `len` bytes at the start of `landing` are those from `offset` (a multiple of 8).
+pub(crate) fn matches(landing: &HostMemory, offset: u64, len: u32) -> bool {
+    let mut bytes = vec![0; len as usize];
+    let mut expected = (offset / WORD..).flat_map(word);
+    landing.read(0, &mut bytes) && bytes.iter().all(|byte| expected.next() == Some(*byte))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_wrong_bit_is_seen() {
+        let memory = HostMemory::anonymous("test", 4096).unwrap();
+        fill(&memory);
+        assert!(matches(&memory, 0, 4096));
+        assert!(!matches(&memory, 8, 64), "another place has other bytes");
+        let mut byte = [0];
+        assert!(memory.read(4095, &mut byte) && memory.write(4095, &[byte[0] ^ 1]));
+        assert!(!matches(&memory, 0, 4096));
+    }
+}
