@@ -44,7 +44,7 @@ pub use error::{StateError, VmError};
 pub use exit::{ExitEvent, ExitReason};
 pub use migration::{MovableVm, VmHost};
 pub use state::{MAX_STATE_BYTES, STATE_VERSION};
-pub use vm::{PAUSE_TIMEOUT, Vm};
+pub use vm::{PAUSE_TIMEOUT, PreparedVm, Vm};
 
 /// Whether this machine has a KVM that can run guests of this crate.
 ///

@@ -32,7 +32,7 @@ pub(crate) struct Machine {
     pub(crate) gate: Gate,
     pub(crate) exit: ExitEvent,
     pub(crate) devices: Devices,
-    /// The MSRs that are saved; probed while the vCPUs were new.
+    /// The MSRs that are saved; probed while the vCPUs of the guest's first host were new.
     msr_indices: Vec<u32>,
     early_pages: Vec<Gpa>,
     chassis: Chassis,
@@ -87,6 +87,54 @@ fn check_memory(config: &VmConfig, memory: &GuestMemory) -> Result<(), VmError> 
     }
 }
 
+/// A machine that waits for the state of a guest. What takes long is done: KVM waits out grace
+/// periods when memory is given to a VM, and that is no time to lose while a guest stands still.
+pub(crate) struct Prepared {
+    fds: Vec<VcpuFd>,
+    chassis: Chassis,
+    supported: CpuId,
+    config: VmConfig,
+    memory: GuestMemory,
+    output: Output,
+}
+
+impl Prepared {
+    /// A machine of the given shape. Guest memory is not touched.
+    pub(crate) fn new(config: VmConfig, memory: GuestMemory, output: Output) -> Result<Self, VmError> {
+        check_memory(&config, &memory)?;
+        let chassis = Chassis::new(&memory)?;
+        let supported = cpuid::supported(&chassis.kvm)?;
+        let fds = (0..usize::from(config.cpus)).map(|index| chassis.create_vcpu(index));
+        Ok(Self { fds: fds.collect::<Result<_, _>>()?, chassis, supported, config, memory, output })
+    }
+
+    /// The guest as saved. Guest memory is not touched.
+    pub(crate) fn restore(self, state: VmState) -> Result<Machine, VmError> {
+        let Self { fds, chassis, supported, config, memory, output } = self;
+        state.check_shape(&config, memory.layout())?;
+        for (vcpu, fd) in state.vcpus.iter().zip(&fds) {
+            cpuid::check(&vcpu.cpuid, supported.as_slice())?;
+            vcpu.restore_cpuid(fd)?;
+        }
+        restore_vcpus(&state.vcpus, &fds, chassis.context())?;
+        state.platform.restore(&chassis.vm)?;
+        let serial = SerialDevice::restore(&state.devices.serial, chassis.serial_line()?, output);
+        let serial = serial.map_err(|error| StateError::Contents(error.to_string()))?;
+        Ok(Machine {
+            early_pages: early_pages(&state.vcpus),
+            // What could be set here can be read here, so the next save needs no new probe.
+            msr_indices: state.vcpus.first().map(VcpuState::msr_indices).unwrap_or_default(),
+            gate: Gate::new(u32::from(config.cpus)),
+            exit: ExitEvent::new().system("eventfd")?,
+            devices: Devices::new(serial, state.devices.i8042),
+            vcpus: assemble(state.vcpus, fds),
+            chassis,
+            config,
+            memory,
+        })
+    }
+}
+
 impl Machine {
     /// A new guest, loaded, about to execute its kernel's first instruction.
     pub(crate) fn boot(
@@ -119,43 +167,6 @@ impl Machine {
             devices: Devices::new(SerialDevice::new(chassis.serial_line()?, output), I8042::default()),
             msr_indices,
             early_pages: Vec::new(),
-            chassis,
-            config,
-            memory,
-        })
-    }
-
-    /// A guest as saved. Guest memory is not touched.
-    pub(crate) fn restore(
-        config: VmConfig,
-        memory: GuestMemory,
-        state: &[u8],
-        output: Output,
-    ) -> Result<Self, VmError> {
-        check_memory(&config, &memory)?;
-        let state = VmState::decode(state)?;
-        state.check_shape(&config, memory.layout())?;
-        let chassis = Chassis::new(&memory)?;
-        let supported = cpuid::supported(&chassis.kvm)?;
-        let mut fds = Vec::new();
-        for (index, vcpu) in state.vcpus.iter().enumerate() {
-            cpuid::check(&vcpu.cpuid, supported.as_slice())?;
-            let fd = chassis.create_vcpu(index)?;
-            vcpu.restore_cpuid(&fd)?;
-            fds.push(fd);
-        }
-        let msr_indices = chassis.probe_msrs(&fds)?;
-        restore_vcpus(&state.vcpus, &fds, chassis.context())?;
-        state.platform.restore(&chassis.vm)?;
-        let serial = SerialDevice::restore(&state.devices.serial, chassis.serial_line()?, output);
-        let serial = serial.map_err(|error| StateError::Contents(error.to_string()))?;
-        Ok(Self {
-            early_pages: early_pages(&state.vcpus),
-            gate: Gate::new(u32::from(config.cpus)),
-            exit: ExitEvent::new().system("eventfd")?,
-            devices: Devices::new(serial, state.devices.i8042),
-            vcpus: assemble(state.vcpus, fds),
-            msr_indices,
             chassis,
             config,
             memory,

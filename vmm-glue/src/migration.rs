@@ -9,7 +9,7 @@ use postcopy_engine::session::{
     DestinationGuest, DestinationHost, GuestDescription, GuestError, SourceGuest,
 };
 
-use crate::{BootSource, Console, ExitReason, Vm, VmConfig, VmError};
+use crate::{BootSource, Console, ExitReason, PreparedVm, Vm, VmConfig, VmError};
 
 /// Kind and version of VMM that a guest's state belongs to. Changes with [`crate::STATE_VERSION`].
 const VMM: &str = "postcopy-vmm/1";
@@ -23,8 +23,8 @@ pub struct MovableVm {
     memory: GuestMemory,
     /// Made by the state that arrives; `None` before.
     vm: Mutex<Option<Vm>>,
-    /// Opened when the VM is made.
-    console: Mutex<Option<Console>>,
+    /// The machine that waits for that state.
+    prepared: Mutex<Option<PreparedVm>>,
 }
 
 impl MovableVm {
@@ -37,7 +37,7 @@ impl MovableVm {
             .map_err(|source| VmError::System { operation: "making guest memory", source })?;
         let vm = Vm::boot(config.clone(), memory.clone(), source, console)?;
         vm.start()?;
-        Ok(Self { config, memory, vm: Mutex::new(Some(vm)), console: Mutex::new(None) })
+        Ok(Self { config, memory, vm: Mutex::new(Some(vm)), prepared: Mutex::new(None) })
     }
 
     /// The guest's shape.
@@ -95,10 +95,9 @@ impl SourceGuest for MovableVm {
 
 impl DestinationGuest for MovableVm {
     fn load(&self, state: Vec<u8>) -> Result<(), GuestError> {
-        let console = self.console.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let console = console.ok_or("the guest's state came twice")?;
-        let vm = Vm::restore(self.config.clone(), self.memory.clone(), &state, console)?;
-        *self.vm() = Some(vm);
+        let prepared = self.prepared.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let prepared = prepared.ok_or("the guest's state came twice")?;
+        *self.vm() = Some(prepared.restore(&state)?);
         Ok(())
     }
 
@@ -133,8 +132,8 @@ impl DestinationHost for VmHost {
         if config.layout()? != description.layout {
             return Err("the guest's memory does not fit its configuration".into());
         }
-        crate::check_kvm()?;
-        let console = Mutex::new(Some((self.console)()));
-        Ok(MovableVm { config, memory: memory.clone(), vm: Mutex::new(None), console })
+        let prepared = Vm::prepare(config.clone(), memory.clone(), (self.console)())?;
+        let prepared = Mutex::new(Some(prepared));
+        Ok(MovableVm { config, memory: memory.clone(), vm: Mutex::new(None), prepared })
     }
 }

@@ -19,7 +19,8 @@ use crate::error::{SystemContext, VmError};
 use crate::exit::ExitEvent;
 use crate::gate::Order;
 use crate::kick;
-use crate::machine::Machine;
+use crate::machine::{Machine, Prepared};
+use crate::state::VmState;
 
 /// How long [`Vm::pause`] waits for the vCPUs.
 pub const PAUSE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -45,6 +46,30 @@ pub struct Vm {
 impl std::fmt::Debug for Vm {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Vm").field("cpus", &self.threads.len()).finish_non_exhaustive()
+    }
+}
+
+/// A machine that waits for a guest's state; see [`Vm::prepare`].
+pub struct PreparedVm {
+    machine: Prepared,
+    stdin: bool,
+}
+
+impl std::fmt::Debug for PreparedVm {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("PreparedVm").finish_non_exhaustive()
+    }
+}
+
+impl PreparedVm {
+    /// Makes it the guest that [`Vm::save`] wrote. It does not run yet.
+    ///
+    /// Guest memory is not touched, as with [`Vm::restore`].
+    ///
+    /// Errors: as [`Vm::restore`].
+    pub fn restore(self, state: &[u8]) -> Result<Vm, VmError> {
+        let state = VmState::decode(state)?;
+        Vm::launch(self.machine.restore(state)?, self.stdin)
     }
 }
 
@@ -79,8 +104,19 @@ impl Vm {
         state: &[u8],
         console: Console,
     ) -> Result<Self, VmError> {
+        let state = VmState::decode(state)?;
+        state.check_shape(&config, memory.layout())?;
+        let PreparedVm { machine, stdin } = Self::prepare(config, memory, console)?;
+        Self::launch(machine.restore(state)?, stdin)
+    }
+
+    /// Does what can be done for [`Vm::restore`] before the state is there: most of the work. So
+    /// a destination prepares while the guest still runs at the source.
+    ///
+    /// Errors: no usable KVM, or a configuration that makes no sense.
+    pub fn prepare(config: VmConfig, memory: GuestMemory, console: Console) -> Result<PreparedVm, VmError> {
         let (output, stdin) = console.open()?;
-        Self::launch(Machine::restore(config, memory, state, output)?, stdin)
+        Ok(PreparedVm { machine: Prepared::new(config, memory, output)?, stdin })
     }
 
     fn launch(machine: Machine, stdin: bool) -> Result<Self, VmError> {
@@ -186,6 +222,7 @@ impl Vm {
 const _: () = {
     const fn shared<T: Send + Sync>() {}
     shared::<Vm>();
+    shared::<ExitEvent>();
 };
 
 impl Drop for Vm {

@@ -143,3 +143,38 @@ fn several_vcpus_are_made_saved_and_restored() {
     vm.start().unwrap();
     capture.wait_for_rounds(2);
 }
+
+/// Prints how long each step of a move takes without its memory: `--ignored --nocapture timings`.
+#[test]
+#[ignore = "a measurement, best of a release build"]
+fn timings() {
+    let config = config(1, 64);
+    let (vm, memory, capture) = boot_tiny(TinyGuest::default(), &config);
+    vm.start().unwrap();
+    capture.wait_for_rounds(1);
+    let mut steps: [Vec<Duration>; 5] = Default::default();
+    for _ in 0..50 {
+        vm.start().unwrap();
+        std::thread::sleep(Duration::from_millis(5));
+        let mut last = Instant::now();
+        let mut lap = |step: usize| {
+            let now = Instant::now();
+            steps[step].push(now - std::mem::replace(&mut last, now));
+        };
+        vm.pause().unwrap();
+        lap(0);
+        let state = vm.save().unwrap();
+        lap(1);
+        let console = postcopy_vmm::Console::Discard;
+        let prepared = Vm::prepare(config.clone(), memory.clone(), console).unwrap();
+        lap(2);
+        let other = prepared.restore(&state).unwrap();
+        lap(3);
+        drop(other);
+        lap(4);
+    }
+    for (name, mut times) in ["pause", "save", "prepare", "restore", "drop"].into_iter().zip(steps) {
+        times.sort_unstable();
+        println!("{name}: median {:?}, longest {:?}", times[times.len() / 2], times.last().unwrap());
+    }
+}

@@ -112,6 +112,11 @@ impl VcpuState {
         self.msrs_where(msrs::is_deferred)
     }
 
+    /// Which MSRs were saved.
+    pub(crate) fn msr_indices(&self) -> Vec<u32> {
+        self.msrs.iter().map(|entry| entry.index).collect()
+    }
+
     /// Replaces registers that were read by what they shall be: a vCPU that was restored and has
     /// not run yet has its deferred registers still to be set.
     pub(crate) fn override_msrs(&mut self, entries: &[kvm_msr_entry]) {
