@@ -1,0 +1,267 @@
+//! Stock Linux guests and real verbs: in the lab, or on a machine with KVM and an RDMA device.
+//!
+//! Ignored by default; `scripts/test` runs them in the lab. They need three variables: the address
+//! of an RDMA device of this machine in `LAB_RDMA_ADDR`, a bzImage in `LAB_KERNEL`, and what
+//! `scripts/guest-image` printed in `POSTCOPY_INITRD`.
+#![allow(clippy::unwrap_used)] // helpers of tests, where a panic is the report
+
+use std::io::{BufRead, BufReader, Read};
+use std::os::unix::fs::FileExt;
+use std::process::{Child, Command, Stdio};
+
+use postcopy_e2e::{Pcvm, Scratch, assert_refused, free_port, program, run, stderr};
+use serde_json::Value;
+
+/// Moves in a row over each transport.
+const MOVES: usize = 20;
+const PAGE: usize = 4096;
+
+fn variable(name: &str) -> String {
+    std::env::var(name).unwrap_or_else(|_| panic!("{name} is not set; see the head of this file"))
+}
+
+/// The guest's reports in what it has printed, whole lines only.
+fn reports(console: &str) -> Vec<Value> {
+    let report = |line: &str| serde_json::from_str(line.trim_end().strip_prefix("pcguest: ")?).ok();
+    console.split_inclusive('\n').filter(|line| line.ends_with('\n')).filter_map(report).collect()
+}
+
+/// Reports of a walk under way (others tell of the start).
+fn walks(console: &str) -> Vec<Value> {
+    reports(console).into_iter().filter(|report| report.get("stall_us").is_some()).collect()
+}
+
+/// Two processes that hand one Linux guest back and forth.
+struct Lab {
+    scratch: Scratch,
+    address: String,
+    ports: [u16; 2],
+    hosts: [Pcvm; 2],
+    at: usize,
+    uptime: f64,
+}
+
+impl Lab {
+    /// Boots a guest of 256 MiB that walks and rewrites `mb` MiB of it in random order.
+    fn boot(name: &str, mb: u32, more: &str) -> Self {
+        let (scratch, address) = (Scratch::new(name), variable("LAB_RDMA_ADDR"));
+        let ports = [free_port(), free_port()];
+        let listen = ports.map(|port| format!("{address}:{port}"));
+        let (kernel, initrd) = (variable("LAB_KERNEL"), variable("POSTCOPY_INITRD"));
+        let load = format!("pcguest.mb={mb} pcguest.pattern=random pcguest.access=write {more}");
+        let source = Pcvm::start(
+            &scratch,
+            "a",
+            &[
+                "run",
+                "--kernel",
+                &kernel,
+                "--initrd",
+                &initrd,
+                "--memory",
+                "256M",
+                "--cmdline",
+                &load,
+                "--again",
+                "--listen",
+                &listen[0],
+            ],
+        );
+        let destination = Pcvm::start(&scratch, "b", &["receive", "--listen", &listen[1], "--again"]);
+        source.wait_until("the guest walks its memory", |source| !walks(&source.console()).is_empty());
+        Self { scratch, address, ports, hosts: [source, destination], at: 0, uptime: 0.0 }
+    }
+
+    fn here(&self) -> &Pcvm {
+        &self.hosts[self.at]
+    }
+
+    /// Moves the guest to the other process, and waits until it has reported from there.
+    fn go(&mut self, transport: &str) -> Value {
+        let (from, to) = (&self.hosts[self.at], &self.hosts[1 - self.at]);
+        let target = format!("{}:{}", self.address, self.ports[1 - self.at]);
+        let before = walks(&to.console()).len();
+        let report = from.migrate(&target, &["--transport", transport]);
+        to.wait_until("the guest reports from there", |to| walks(&to.console()).len() >= before + 2);
+        from.wait_until("it waits for another guest", |from| from.status()["state"] == "waiting");
+        self.at = 1 - self.at;
+        self.check();
+        report
+    }
+
+    /// No bad page so far, clocks that only go forward, and a guest that is alive.
+    fn check(&mut self) {
+        let console = self.here().console();
+        assert!(!console.contains("BAD"), "{console}");
+        for walk in walks(&console) {
+            assert_eq!((&walk["bad"], &walk["monotonic_ok"]), (&0.into(), &true.into()), "{walk}");
+        }
+        let uptime = walks(&console).last().unwrap()["uptime_s"].as_f64().unwrap();
+        assert!(uptime > self.uptime, "uptime went from {} to {uptime}", self.uptime);
+        self.uptime = uptime;
+    }
+
+    /// Has the guest verify all of its memory once more.
+    fn verify(&self) {
+        self.here().type_line("verify");
+        self.here()
+            .wait_until("the guest has verified its memory", |here| here.console().contains("verified"));
+        let console = self.here().console();
+        let verdict = console.lines().find(|line| line.contains("verified")).unwrap();
+        assert!(verdict.ends_with(" bad 0"), "{verdict}");
+    }
+}
+
+fn twenty_moves_over(transport: &str) {
+    let mut lab = Lab::boot(&format!("twenty-{transport}"), 48, "");
+    let mut total = Vec::new();
+    for turn in 0..MOVES {
+        let report = lab.go(transport);
+        assert_eq!(report["transport"], transport);
+        let value = |path: &str| report.pointer(path).and_then(Value::as_u64).unwrap();
+        println!(
+            "move {turn} over {transport}: downtime {} µs, resident {} µs, {} network faults, {} pages crossed",
+            value("/downtime_us"),
+            value("/resident_us"),
+            value("/pager/pages/network_faults"),
+            value("/pager/pages/fault_pages") + value("/pager/pages/drain_pages"),
+        );
+        total.push(value("/downtime_us"));
+    }
+    lab.verify();
+    total.sort_unstable();
+    println!("{MOVES} moves over {transport}: median downtime {} µs", total[MOVES / 2]);
+    drop(lab.scratch);
+}
+
+#[test]
+#[ignore = "needs the lab: scripts/test runs it there"]
+fn twenty_moves_over_tcp() {
+    twenty_moves_over("tcp");
+}
+
+#[test]
+#[ignore = "needs the lab: scripts/test runs it there"]
+fn twenty_moves_over_verbs() {
+    twenty_moves_over("verbs");
+}
+
+#[test]
+#[ignore = "needs the lab: scripts/test runs it there"]
+fn twenty_moves_over_shm() {
+    twenty_moves_over("shm");
+}
+
+/// Pages of a process's guest memory that are not all zero.
+fn pages_with_content(pid: u32) -> u64 {
+    let fds = std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().flatten();
+    let is_guest = |path: &std::path::PathBuf| {
+        std::fs::read_link(path).is_ok_and(|target| target.to_string_lossy().contains("memfd:guest-memory"))
+    };
+    let file = std::fs::File::open(fds.map(|fd| fd.path()).find(is_guest).unwrap()).unwrap();
+    let mut block = vec![0u8; 256 * PAGE];
+    let mut count = 0;
+    for at in (0..file.metadata().unwrap().len()).step_by(block.len()) {
+        let got = file.read_at(&mut block, at).unwrap();
+        count += block[..got].chunks(PAGE).filter(|page| page.iter().any(|byte| *byte != 0)).count() as u64;
+    }
+    count
+}
+
+#[test]
+#[ignore = "needs the lab: scripts/test runs it there"]
+fn what_crosses_over_verbs_is_the_pages_with_content() {
+    // Paced, so that the guest writes few new pages while they are counted.
+    let mut lab = Lab::boot("bytes", 64, "pcguest.pace_us=2000");
+    let report = lab.go("verbs");
+    let resident = pages_with_content(lab.here().pid());
+    let value = |path: &str| report.pointer(path).and_then(Value::as_u64).unwrap();
+    let crossed = (value("/pager/bulk_bytes") + value("/pager/fault_bytes")) / PAGE as u64;
+    println!("{crossed} pages crossed, {resident} pages have content");
+    assert!(
+        crossed.abs_diff(resident) * 50 <= resident,
+        "{crossed} is not within 2 % of {resident}: {report}"
+    );
+    assert!(resident > 64 * 256 && value("/pager/pages/zero_pages") > 0, "{report}");
+}
+
+/// A server to read from.
+fn serve(port: u16) -> Child {
+    let listen = format!("{}:{port}", variable("LAB_RDMA_ADDR"));
+    let mut command = Command::new(program("pcbench"));
+    let mut child = command.args(["serve", "--listen", &listen]).stderr(Stdio::piped()).spawn().unwrap();
+    let mut line = String::new();
+    BufReader::with_capacity(1, child.stderr.as_mut().unwrap()).read_line(&mut line).unwrap();
+    assert!(line.contains("serving"), "{line}");
+    child
+}
+
+fn signal(child: &Child, signal: rustix::process::Signal) {
+    let pid = rustix::process::Pid::from_raw(i32::try_from(child.id()).unwrap()).unwrap();
+    rustix::process::kill_process(pid, signal).unwrap();
+}
+
+#[test]
+#[ignore = "needs the lab: scripts/test runs it there"]
+fn reads_over_verbs_go_on_while_the_exporter_is_stopped() {
+    let port = free_port();
+    let mut server = serve(port);
+    let target = format!("{}:{port}", variable("LAB_RDMA_ADDR"));
+    // The second transport has the server's CPU answer: its reads must not go on.
+    let mut reader = Command::new(program("pcbench"))
+        .args(["read", &target, "--transport", "verbs", "--sizes", "4K", "--iterations", "3000"])
+        .args(["--duration", "60", "--verify", "--json"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut connected = String::new();
+    BufReader::with_capacity(1, reader.stderr.as_mut().unwrap()).read_line(&mut connected).unwrap();
+    assert!(connected.contains("connected"), "{connected}");
+    signal(&server, rustix::process::Signal::STOP);
+    let state = std::fs::read_to_string(format!("/proc/{}/stat", server.id())).unwrap();
+    let mut json = String::new();
+    reader.stdout.as_mut().unwrap().read_to_string(&mut json).unwrap();
+    let read_all = reader.wait().unwrap().success();
+    let still = std::fs::read_to_string(format!("/proc/{}/stat", server.id())).unwrap();
+    signal(&server, rustix::process::Signal::CONT);
+    server.kill().unwrap();
+    server.wait().unwrap();
+    for seen in [state, still] {
+        assert!(seen.contains(") T "), "the server was not stopped: {seen}");
+    }
+    assert!(read_all);
+    let report: Value = serde_json::from_str(&json).unwrap();
+    assert_eq!(report["measurements"][0]["latency"]["count"], 3000, "{report}");
+}
+
+#[test]
+#[ignore = "needs the lab: scripts/test runs it there"]
+fn too_little_lockable_memory() {
+    let scratch = Scratch::new("memlock");
+    let mut lab = Lab::boot("memlock-guest", 16, "");
+    let port = free_port();
+    let listen = format!("{}:{port}", lab.address);
+    // Without CAP_IPC_LOCK, root is subject to the limit as any user is.
+    let mut command = Command::new("setpriv");
+    command.args(["--bounding-set=-ipc_lock", "--inh-caps=-ipc_lock", "prlimit", "--memlock=65536:65536"]);
+    command.arg(program("pcvm")).args([
+        "receive",
+        "--listen",
+        &listen,
+        "--transport",
+        "verbs",
+        "--console",
+        "none",
+    ]);
+    command.arg("--control").arg(scratch.file("limited.sock"));
+    let limited = std::thread::spawn(move || run(&mut command));
+    let control = scratch.file("limited.sock");
+    lab.here().wait_until("the receiver listens", |_| control.exists());
+    let out = lab.here().try_migrate(&listen, &["--transport", "verbs"]);
+    assert_refused(&out, &["cannot register", "ulimit -l", "the guest runs on here"]);
+    let out = limited.join().unwrap();
+    assert!(!out.status.success() && stderr(&out).contains("ulimit -l"), "{}", stderr(&out));
+    lab.check();
+    lab.go("verbs");
+}
