@@ -9,7 +9,7 @@ use std::io::{BufRead, BufReader, Read};
 use std::os::unix::fs::FileExt;
 use std::process::{Child, Command, Stdio};
 
-use postcopy_e2e::{Pcvm, Scratch, assert_refused, free_port, program, run, stderr};
+use postcopy_e2e::{Pcvm, Scratch, assert_refused, free_port, free_ports, program, run, stderr};
 use serde_json::Value;
 
 /// Moves in a row over each transport.
@@ -45,7 +45,7 @@ impl Lab {
     /// Boots a guest of 256 MiB that walks and rewrites `mb` MiB of it in random order.
     fn boot(name: &str, mb: u32, more: &str) -> Self {
         let (scratch, address) = (Scratch::new(name), variable("LAB_RDMA_ADDR"));
-        let ports = [free_port(), free_port()];
+        let ports = free_ports();
         let listen = ports.map(|port| format!("{address}:{port}"));
         let (kernel, initrd) = (variable("LAB_KERNEL"), variable("POSTCOPY_INITRD"));
         let load = format!("pcguest.mb={mb} pcguest.pattern=random pcguest.access=write {more}");
