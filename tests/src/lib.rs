@@ -132,11 +132,25 @@ impl Pcvm {
         std::fs::read_to_string(&self.log).unwrap_or_default()
     }
 
+    /// What each thread is doing, for the report of something that hangs.
+    fn threads(&self) -> String {
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", self.pid())).into_iter().flatten().flatten();
+        let read = |path: PathBuf| std::fs::read_to_string(path).unwrap_or_default();
+        let line = |task: PathBuf| {
+            let stat = read(task.join("stat"));
+            let fields: Vec<&str> = stat.rsplit(") ").next().unwrap_or_default().split(' ').collect();
+            let (name, place) = (read(task.join("comm")), read(task.join("wchan")));
+            let times = fields.get(11..13).unwrap_or_default().join("+");
+            format!("{} {} in {place}, {times} ticks\n", name.trim(), fields.first().unwrap_or(&"gone"))
+        };
+        tasks.map(|task| line(task.path())).collect()
+    }
+
     /// Waits until `reached` says so.
     pub fn wait_until(&self, what: &str, reached: impl Fn(&Self) -> bool) {
         let begin = Instant::now();
         while !reached(self) {
-            let said = || format!("\nconsole:\n{}\nlog:\n{}", self.console(), self.log());
+            let said = || format!("\nconsole:\n{}\nlog:\n{}\n{}", self.console(), self.log(), self.threads());
             assert!(begin.elapsed() < PATIENCE, "not within {PATIENCE:?}: {what}{}", said());
             std::thread::sleep(Duration::from_millis(10));
         }
