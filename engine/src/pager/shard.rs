@@ -2,8 +2,11 @@
 //!
 //! Each turn: take faults from the trap, poll the urgent lane, poll the bulk lane, let the drain
 //! fill the bulk lane, and carry out what the planner decided: publish, and post reads. A fault's
-//! read is posted in the turn in which the fault was seen, before any bulk read of that turn.
+//! read is posted in the turn in which the fault was seen, before any bulk read of that turn. Of
+//! what arrived on the bulk lane one read is published a turn, so that a fault waits behind at
+//! most that.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -54,6 +57,8 @@ pub(super) struct Shard {
     rest: Rest,
     actions: Vec<Action>,
     completions: Vec<Completion>,
+    /// What has arrived on the bulk lane and is not published yet.
+    arrived: VecDeque<Completion>,
     seen: Vec<PageIndex>,
     events: EventBuffer,
     done: bool,
@@ -107,6 +112,7 @@ impl Shard {
             rest: Rest::new(config.spin),
             actions: Vec::new(),
             completions: Vec::new(),
+            arrived: VecDeque::new(),
             seen: Vec::new(),
             events: EventBuffer::new(FAULT_BATCH),
             done: false,
@@ -118,8 +124,8 @@ impl Shard {
         while !self.stop.asked.load(Ordering::Acquire) {
             let now = Instant::now();
             let mut busy = self.take_faults(now)?;
-            busy |= self.poll(LaneId::Urgent)?;
-            busy |= self.poll(LaneId::Bulk)?;
+            busy |= self.poll_urgent()?;
+            busy |= self.poll_bulk()?;
             busy |= self.drain()?;
             if self.done {
                 self.trap.release()?;
@@ -158,13 +164,11 @@ impl Shard {
         Ok(any)
     }
 
-    fn poll(&mut self, lane: LaneId) -> Result<bool, PagerError> {
-        let mut completions = std::mem::take(&mut self.completions);
-        let polled = self.lanes[lane as usize].poll(&mut completions);
-        polled.map_err(|error| self.lane_failed(lane as usize, error))?;
+    fn poll_urgent(&mut self) -> Result<bool, PagerError> {
+        let mut completions = self.poll(LaneId::Urgent)?;
         let completed = (!completions.is_empty()).then(Instant::now);
         for completion in completions.drain(..) {
-            self.landed(lane, &completion)?;
+            self.landed(LaneId::Urgent, &completion)?;
         }
         self.completions = completions;
         if let Some(completed) = completed {
@@ -172,6 +176,24 @@ impl Shard {
             self.time_faults(completed);
         }
         Ok(completed.is_some())
+    }
+
+    fn poll_bulk(&mut self) -> Result<bool, PagerError> {
+        let mut completions = self.poll(LaneId::Bulk)?;
+        self.arrived.extend(completions.drain(..));
+        self.completions = completions;
+        let Some(completion) = self.arrived.pop_front() else { return Ok(false) };
+        self.landed(LaneId::Bulk, &completion)?;
+        self.carry_out()?;
+        Ok(true)
+    }
+
+    /// What has completed on a lane; the list is [`Shard::completions`], to be given back.
+    fn poll(&mut self, lane: LaneId) -> Result<Vec<Completion>, PagerError> {
+        let mut completions = std::mem::take(&mut self.completions);
+        let polled = self.lanes[lane as usize].poll(&mut completions);
+        polled.map_err(|error| self.lane_failed(lane as usize, error))?;
+        Ok(completions)
     }
 
     fn landed(&mut self, lane: LaneId, completion: &Completion) -> Result<(), PagerError> {
@@ -203,7 +225,8 @@ impl Shard {
         let room = self.lanes[bulk].room().saturating_sub(self.waiting[bulk].len());
         self.planner.drain(room.saturating_sub(1), &mut self.actions);
         // Ask for more of the map when the drain has used up what is known of it.
-        if self.actions.is_empty() && self.lanes[bulk].in_flight() == 0 && room > 0 {
+        let nothing_under_way = self.lanes[bulk].in_flight() == 0 && self.arrived.is_empty();
+        if self.actions.is_empty() && nothing_under_way && room > 0 {
             let next = self.map.next();
             self.waiting[bulk].extend(next);
         }

@@ -138,8 +138,14 @@ impl Trap {
     /// from now on, which is what it is.
     pub fn release(&self) -> Result<(), PagerError> {
         let guest = self.memory.guest();
-        let done = self.uffd.unregister(guest.base().cast(), guest.len());
-        done.map_err(|error| PagerError::Userfault { operation: "UFFDIO_UNREGISTER", source: errno(error) })
+        let (base, len) = (guest.base().cast(), guest.len());
+        let done = self.uffd.unregister(base, len);
+        done.map_err(|error| PagerError::Userfault { operation: "UFFDIO_UNREGISTER", source: errno(error) })?;
+        // Unregistering wakes who waits before it changes the mapping. Where faults take only the
+        // lock of their mapping (Linux 6.7), one may begin to wait in between and sleep for ever;
+        // none can after it.
+        let woken = self.uffd.wake(base, len);
+        woken.map_err(|error| PagerError::Userfault { operation: "UFFDIO_WAKE", source: errno(error) })
     }
 
     fn address(&self, offset: u64) -> *mut libc::c_void {
