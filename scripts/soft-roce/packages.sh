@@ -33,10 +33,10 @@ librdmacm.so.1|librdmacm1|connections by RDMA address
 rdma-ndd|rdma-core|device nodes and their permissions
 ib_read_lat|perftest|the reference for latency and bandwidth'
 
-# is_present WHAT: a path, a library by the start of its name, or a command.
+# is_present WHAT: a path or pattern, a library by the start of its name, or a command.
 is_present() {
     case $1 in
-    /*) [[ -e $1 ]] ;;
+    /*) compgen -G "$1" >/dev/null ;;
     lib*) compgen -G "/usr/lib/*/$1*" >/dev/null ||
         compgen -G "/usr/lib/*/libibverbs/$1*" >/dev/null ;;
     *) PATH=$PATH:/usr/sbin:/sbin command -v "$1" >/dev/null ;;

@@ -191,10 +191,9 @@ impl<H: DestinationHost> Destination<'_, H> {
                 }
             }
         }
-        let reason = if refusals.is_empty() { "none is accepted here".into() } else { refusals.join("; ") };
+        let reason = if refusals.is_empty() { "none is accepted".into() } else { refusals.join("; ") };
         let names: Vec<&str> = offered.iter().map(|transport| transport.name()).collect();
-        let reason = format!("no transport of those offered ({}) works: {reason}", names.join(", "));
-        Err(SessionError::Refused { reason })
+        Err(SessionError::NoTransport { offered: names.join(", "), reason })
     }
 
     /// Connects the lanes and starts the pager over them.

@@ -106,6 +106,14 @@ pub enum SessionError {
         /// Its reason.
         reason: String,
     },
+    /// Nothing that the source offered can be used here.
+    #[error("no transport of those offered ({offered}) works here: {reason}")]
+    NoTransport {
+        /// Their names.
+        offered: String,
+        /// Why not, for each.
+        reason: String,
+    },
     /// The peer sent a message that does not belong here.
     #[error("the peer sent {message} while this side waited for {waiting_for}")]
     Unexpected {

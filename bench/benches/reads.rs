@@ -1,0 +1,28 @@
+//! One-sided reads beside their floors, in one run: bare sockets for TCP, a copy for shared memory.
+#![allow(missing_docs)] // criterion's macros make functions without documentation
+
+use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use postcopy_bench::{Loopback, PingPong};
+use postcopy_transport::Transport;
+
+fn reads(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("read");
+    for bytes in [4096u32, 65536] {
+        group.throughput(Throughput::Bytes(bytes.into()));
+        let mut floor = PingPong::new(bytes as usize);
+        group.bench_function(BenchmarkId::new("floor-sockets", bytes), |b| b.iter(|| floor.round_trip()));
+        let (from, mut to) = (vec![7u8; bytes as usize], vec![0u8; bytes as usize]);
+        group.bench_function(BenchmarkId::new("floor-copy", bytes), |b| {
+            b.iter(|| std::hint::black_box(&mut to).copy_from_slice(std::hint::black_box(&from)));
+        });
+        for transport in Transport::ALL.into_iter().filter(|transport| transport.available().is_ok()) {
+            let mut lane = Loopback::new(transport);
+            let name = BenchmarkId::new(transport.name(), bytes);
+            group.bench_function(name, |b| b.iter(|| lane.read(bytes)));
+        }
+    }
+    group.finish();
+}
+
+criterion_group!(benches, reads);
+criterion_main!(benches);
