@@ -20,7 +20,7 @@ const ORIGINS: [Part; 4] = [
 ];
 /// What downtime is made of.
 const DOWNTIME: [Part; 3] =
-    [("freeze and save", plot::BLUE), ("load", plot::AMBER), ("handover messages", plot::GREY)];
+    [("freeze and save", plot::BLUE), ("load", plot::AMBER), ("state on the way, handover", plot::GREY)];
 const RESIDENT: [Part; 1] = [("resume to all resident", plot::GREEN)];
 
 /// Text for HTML, in an element or a quoted attribute.
@@ -101,7 +101,9 @@ fn latency(out: &mut String, migrations: &[Migration]) -> anyhow::Result<()> {
         let percentiles = [stall.p50, stall.p90, stall.p99, stall.p999, stall.max];
         Some(Series { label: m.label.clone(), percentiles })
     });
-    let about = "Every first access to a page that the guest's program made while it moved, local ones too.";
+    let about = "Every access that the guest's program timed, from its last reset to its report: before, \
+                 during and after the move, pages that were there already among them. A long setup brings many \
+                 of those; the right end is the move's.";
     curves(out, "Accesses as the guest saw them", about, stalls.collect())
 }
 

@@ -31,7 +31,7 @@ const AXIS: Ink = ink((110, 118, 129), (139, 148, 158));
 const GRID: Ink = ink((221, 225, 230), (52, 58, 66));
 const INKS: [Ink; 9] = [BLUE, VERMILION, GREEN, PURPLE, AMBER, GREY, TEXT, AXIS, GRID];
 
-/// Colours of series; a ninth looks like the first, and is told apart by its label.
+/// Colours of series; a sixth looks like the first, and is told apart by its label.
 const SERIES: [Ink; 5] = [BLUE, VERMILION, GREEN, PURPLE, AMBER];
 
 const WIDTH: u32 = 960;
@@ -58,12 +58,12 @@ fn hex(RGBColor(red, green, blue): RGBColor) -> String {
     format!("#{red:02X}{green:02X}{blue:02X}")
 }
 
-/// Style rules that turn every plot's colours, and those of `.swatch`es, into those on dark.
+/// Style rules that turn the colours of plots and their keys into those on dark.
 pub(super) fn dark_style() -> String {
     INKS.iter().fold(String::new(), |mut css, ink| {
         let (light, dark) = (hex(ink.light), hex(ink.dark));
         let _ =
-            write!(css, "svg [fill=\"{light}\"]{{fill:{dark}}}svg [stroke=\"{light}\"]{{stroke:{dark}}}\n");
+            writeln!(css, "svg [fill=\"{light}\"]{{fill:{dark}}}svg [stroke=\"{light}\"]{{stroke:{dark}}}");
         css
     })
 }
@@ -197,7 +197,7 @@ fn draw_bars(
         .margin_right(110)
         .x_label_area_size(30)
         .y_label_area_size(LEFT)
-        .build_cartesian_2d(0.0..widest, (0..rows).into_segmented())?;
+        .build_cartesian_2d(0.0..widest, (0..rows - 1).into_segmented())?;
     chart
         .configure_mesh()
         .disable_y_mesh()

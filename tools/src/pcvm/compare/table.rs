@@ -71,7 +71,7 @@ fn pages(of: &[Migration]) -> Section {
             cell(pages, pages * PAGE_SIZE)
         }),
         row(of, "by drain", |m| cell(m.report.pager.pages.drain_pages, m.report.pager.bulk_bytes)),
-        row(of, "zero, never sent", |m| cell(m.report.pager.pages.zero_pages, 0)),
+        row(of, "zero, never sent", |m| m.report.pager.pages.zero_pages.to_string()),
     ];
     Section { title: "Pages", rows }
 }
