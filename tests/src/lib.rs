@@ -55,9 +55,15 @@ impl Drop for Scratch {
     }
 }
 
-/// A TCP port of this host that nobody listens on now.
+/// TCP ports of this host that nobody listens on now, each another.
+pub fn free_ports<const N: usize>() -> [u16; N] {
+    let bound = [(); N].map(|()| std::net::TcpListener::bind("0.0.0.0:0").unwrap());
+    bound.map(|listener| listener.local_addr().unwrap().port())
+}
+
+/// One such port.
 pub fn free_port() -> u16 {
-    std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+    free_ports::<1>()[0]
 }
 
 /// A pcvm process that holds a guest or waits for one. Ended when dropped.
@@ -80,10 +86,14 @@ impl Pcvm {
         let mut command = Command::new(program("pcvm"));
         command.args(args).arg("--control").arg(&control).arg("--console").arg(&console);
         let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(stderr).spawn().unwrap();
-        let started = Self { child, control, console, log };
-        started.wait_until("it can be controlled", |this| {
-            this.control.exists() || std::fs::metadata(&this.log).is_ok_and(|log| log.len() > 0)
-        });
+        let mut started = Self { child, control, console, log };
+        let begin = Instant::now();
+        while !started.control.exists() {
+            let ended = started.child.try_wait().unwrap();
+            assert!(ended.is_none(), "{name} ended at its start: {}", started.log());
+            assert!(begin.elapsed() < PATIENCE, "{name} does not start: {}", started.log());
+            std::thread::sleep(Duration::from_millis(10));
+        }
         started
     }
 
@@ -122,11 +132,25 @@ impl Pcvm {
         std::fs::read_to_string(&self.log).unwrap_or_default()
     }
 
+    /// What each thread is doing, for the report of something that hangs.
+    fn threads(&self) -> String {
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", self.pid())).into_iter().flatten().flatten();
+        let read = |path: PathBuf| std::fs::read_to_string(path).unwrap_or_default();
+        let line = |task: PathBuf| {
+            let stat = read(task.join("stat"));
+            let fields: Vec<&str> = stat.rsplit(") ").next().unwrap_or_default().split(' ').collect();
+            let (name, place) = (read(task.join("comm")), read(task.join("wchan")));
+            let times = fields.get(11..13).unwrap_or_default().join("+");
+            format!("{} {} in {place}, {times} ticks\n", name.trim(), fields.first().unwrap_or(&"gone"))
+        };
+        tasks.map(|task| line(task.path())).collect()
+    }
+
     /// Waits until `reached` says so.
     pub fn wait_until(&self, what: &str, reached: impl Fn(&Self) -> bool) {
         let begin = Instant::now();
         while !reached(self) {
-            let said = || format!("\nconsole:\n{}\nlog:\n{}", self.console(), self.log());
+            let said = || format!("\nconsole:\n{}\nlog:\n{}\n{}", self.console(), self.log(), self.threads());
             assert!(begin.elapsed() < PATIENCE, "not within {PATIENCE:?}: {what}{}", said());
             std::thread::sleep(Duration::from_millis(10));
         }

@@ -1,7 +1,7 @@
 //! A real guest moves between processes of this host: the tiny guest, on this host's KVM.
 #![allow(clippy::unwrap_used)] // helpers of tests, where a panic is the report
 
-use postcopy_e2e::{Pcvm, Scratch, free_port};
+use postcopy_e2e::{Pcvm, Scratch, free_port, free_ports};
 use serde_json::Value;
 
 fn number(report: &Value, path: &str) -> u64 {
@@ -55,7 +55,7 @@ fn over_shared_memory() {
 #[test]
 fn back_and_forth_between_two_processes() {
     let scratch = Scratch::new("back-and-forth");
-    let (port_a, port_b) = (free_port(), free_port());
+    let [port_a, port_b] = free_ports();
     let kernel = scratch.tiny_kernel();
     let listen_a = format!("127.0.0.1:{port_a}");
     let run =

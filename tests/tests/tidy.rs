@@ -90,6 +90,8 @@ fn functions_fit_a_screen() {
             let is_fn = code.contains("fn ") && !code.starts_with("//") && !code.ends_with(';');
             match begun {
                 None if is_fn && code.ends_with(['{', '(', '>']) => begun = Some((number, indent, code)),
+                // A declaration without a body.
+                Some((_, outer, _)) if indent == outer && code.ends_with(';') => begun = None,
                 Some((first, outer, name)) if indent == outer && code == "}" => {
                     let lines = number - first + 1;
                     if lines > MAX_FUNCTION {
@@ -126,8 +128,8 @@ fn unsafe_stays_in_leaf_modules() {
         "transport/src/verbs/",
         "engine/src/pagemap.rs",
         "engine/src/pager/trap.rs",
-        "vmm-glue/src/",
-        "tests/guest/src/",
+        "vmm-glue/",
+        "tests/guest/",
     ];
     check("unsafe lives behind safe types, in few places that one can audit", |name, text| {
         let code = text.lines().filter(|line| !line.trim_start().starts_with("//"));

@@ -1,6 +1,6 @@
 //! The pager: a thread that turns faults into reads and reads into published pages.
 //!
-//! [`Pager::start`] spawns one thread (a *shard*, see [`shard`]'s loop) over a [`Trap`] and two
+//! [`Pager::start`] spawns one thread (a *shard*, see the loop in `shard.rs`) over a [`Trap`] and two
 //! lanes. The thread knows no session; progress and the end come out of a watch channel. When it
 //! ends badly, or panics, the trap stays: the guest waits for its pages and never reads zeros.
 

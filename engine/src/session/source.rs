@@ -171,8 +171,14 @@ impl<'a> Source<'a> {
         if !self.options.transports.is_empty() {
             return Ok(self.options.transports.clone());
         }
-        let between_hosts = [Transport::Verbs, Transport::Tcp].into_iter();
-        Ok(between_hosts.filter(|transport| transport.available().is_ok()).collect())
+        let usable = |transport: &Transport| match transport.available() {
+            Ok(()) => true,
+            Err(error) => {
+                tracing::warn!(%error, "going on without it");
+                false
+            }
+        };
+        Ok([Transport::Verbs, Transport::Tcp].into_iter().filter(usable).collect())
     }
 
     async fn export(

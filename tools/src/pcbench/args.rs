@@ -127,7 +127,10 @@ impl TryFrom<&ReadArgs> for Plan {
         for transport in &args.transport {
             transport.available()?;
         }
-        let available = |transport: &Transport| transport.available().is_ok();
+        let available = |transport: &Transport| {
+            let found = transport.available();
+            found.inspect_err(|error| eprintln!("pcbench: going on without it: {error}")).is_ok()
+        };
         let transports = match args.transport.is_empty() {
             true => {
                 [Transport::Shm, Transport::Tcp, Transport::Verbs].into_iter().filter(available).collect()

@@ -12,6 +12,7 @@
 //!
 //! The state and its transitions are here; who asks for them is in [`crate::server`].
 
+use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -205,13 +206,13 @@ pub(crate) fn run(args: &RunArgs) -> anyhow::Result<()> {
         ..Default::default()
     };
     runtime()?.block_on(async {
-        let listener = match listen {
-            Some(address) => Some(bind(address).await?),
-            None => None,
-        };
+        // Tried now, so that a wrong address is said now.
+        if let Some(address) = listen {
+            drop(bind(address).await?);
+        }
         let control = server::bind(&args.host.control)?;
         let guest = Arc::new(MovableVm::boot(config, &source, console(&args.host.console))?);
-        hold(control, &args.host, listener, options, Some(guest)).await
+        hold(control, &args.host, None, listen, options, Some(guest)).await
     })
 }
 
@@ -232,7 +233,7 @@ pub(crate) fn receive(args: &ReceiveArgs) -> anyhow::Result<()> {
     runtime()?.block_on(async {
         let listener = bind(address).await?;
         let control = server::bind(&args.host.control)?;
-        hold(control, &args.host, Some(listener), options, None).await
+        hold(control, &args.host, Some(listener), Some(address), options, None).await
     })
 }
 
@@ -240,7 +241,7 @@ fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
     tokio::runtime::Builder::new_current_thread().enable_all().build().context("starting the control plane")
 }
 
-async fn bind(address: std::net::SocketAddr) -> anyhow::Result<TcpListener> {
+async fn bind(address: SocketAddr) -> anyhow::Result<TcpListener> {
     Ok(TcpListener::bind(address).await.map_err(|source| SessionError::Listen { address, source })?)
 }
 
@@ -257,6 +258,7 @@ async fn hold(
     control: server::ControlSocket,
     args: &HostArgs,
     mut listener: Option<TcpListener>,
+    address: Option<SocketAddr>,
     options: ReceiveOptions,
     mut guest: Option<Arc<MovableVm>>,
 ) -> anyhow::Result<()> {
@@ -271,11 +273,12 @@ async fn hold(
                 hold_one(&host, guest).await
             }
             None => {
-                let door = listener.take().context("there is nowhere to wait for a guest")?;
-                // Who takes in one guest only leaves the port to others when it is there.
-                let arrived = await_guest(&host, &door, &factory, &options).await;
-                listener = args.again.then_some(door);
-                match arrived {
+                // Who has a guest does not listen: a second source is refused at once.
+                let door = match listener.take() {
+                    Some(door) => door,
+                    None => bind(address.context("there is nowhere to wait for a guest")?).await?,
+                };
+                match await_guest(&host, door, &factory, &options).await {
                     Ok(arrived) => take_in(&host, arrived).await,
                     Err(next) => next,
                 }
@@ -304,12 +307,12 @@ async fn hold(
 /// Waits for a guest to arrive.
 async fn await_guest(
     host: &Arc<Host>,
-    listener: &TcpListener,
+    listener: TcpListener,
     factory: &Arc<VmHost>,
     options: &ReceiveOptions,
 ) -> Result<Arrived<MovableVm>, Next> {
     tokio::select! {
-        arrived = session::receive(listener, factory.clone(), options.clone()) => {
+        arrived = session::receive(&listener, factory.clone(), options.clone()) => {
             arrived.map_err(|error| Next::Fail(format!("no guest was taken in: {error}")))
         }
         () = quit(host) => Err(Next::Exit),

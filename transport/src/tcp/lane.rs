@@ -47,7 +47,7 @@ impl Awaited {
     }
 }
 
-/// One-sided reads over a TCP connection to a [`super::Responder`].
+/// One-sided reads over a TCP connection to a responder of [`super::TcpExporter`].
 pub struct TcpLane {
     stream: TcpStream,
     memories: Vec<HostMemory>,

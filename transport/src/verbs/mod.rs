@@ -1,7 +1,7 @@
 //! One-sided reads by RDMA READ: the peer's NIC answers, its CPU takes no part.
 //!
 //! Both sides make a reliable-connected queue pair for each lane and exchange its address
-//! ([`wire`]) through the caller's control channel. The exporter's memory is registered for remote
+//! (`wire.rs`) through the caller's control channel. The exporter's memory is registered for remote
 //! *reading* only; the importer's for local writing only.
 
 mod device;
