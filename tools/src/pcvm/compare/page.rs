@@ -103,7 +103,7 @@ fn latency(out: &mut String, migrations: &[Migration]) -> anyhow::Result<()> {
     });
     let about = "Every access that the guest's program timed, from its last reset to its report: before, \
                  during and after the move, pages that were there already among them. A long setup brings many \
-                 of those; the right end is the move's.";
+                 of those: compare curves only where the numbers of accesses, below, are alike.";
     curves(out, "Accesses as the guest saw them", about, stalls.collect())
 }
 
