@@ -33,6 +33,8 @@ pub(crate) enum Command {
     Type(TypeArgs),
     /// End the doubt after a migration whose handover was not confirmed.
     Resolve(ResolveArgs),
+    /// Compare migrations side by side: a table, and on request JSON and a page with plots.
+    Compare(CompareArgs),
     /// Print a completion script for a shell.
     Completions {
         /// Which shell.
@@ -158,6 +160,26 @@ pub(crate) struct MigrateArgs {
     /// No progress on stderr.
     #[arg(long)]
     pub(crate) quiet: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct CompareArgs {
+    /// Write one self-contained HTML page with the table and plots.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) html: Option<PathBuf>,
+    /// Write all reports and this machine's description as one JSON document.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) json: Option<PathBuf>,
+    /// Title of the page.
+    #[arg(long, default_value = "Migrations compared", value_name = "TEXT")]
+    pub(crate) title: String,
+    /// A remark below the title, such as what the guest was doing.
+    #[arg(long, default_value = "", value_name = "TEXT")]
+    pub(crate) note: String,
+    /// A migration: its name, the file with what `pcvm migrate --json` printed, and if there is
+    /// one a file with the line that the test guest printed.
+    #[arg(required = true, value_name = "LABEL=REPORT.json[,GUEST.json]")]
+    pub(crate) migrations: Vec<String>,
 }
 
 #[derive(Debug, Args)]

@@ -1,10 +1,11 @@
 //! pcvm: run a KVM guest, and move it by post-copy.
 //!
 //! `run` and `receive` are processes that hold a guest ([`host`]); the other commands speak to
-//! them over their control socket ([`client`]).
+//! them over their control socket ([`client`]); `compare` only reads their reports.
 
 mod args;
 mod client;
+mod compare;
 mod control;
 mod host;
 mod report;
@@ -55,6 +56,7 @@ fn dispatch(command: Command) -> anyhow::Result<()> {
         Command::Quit(args) => client::quit(&args),
         Command::Type(args) => client::type_text(&args),
         Command::Resolve(args) => client::resolve(&args),
+        Command::Compare(args) => compare::run(&args),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "pcvm", &mut std::io::stdout());
             Ok(())
