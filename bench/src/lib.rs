@@ -5,7 +5,8 @@ use std::io::{Read as _, Write};
 use std::net::{TcpListener, TcpStream};
 
 use postcopy_transport::{
-    AnyLane, EndpointOptions, Exporter, HostMemory, Importer, Lane, Read, Token, Transport,
+    AnyLane, EndpointOptions, Exporter, HostMemory, Importer, Lane, LocalRegion, Read, RemoteRegion, Token,
+    Transport,
 };
 
 /// Memory that is read from.
@@ -24,9 +25,10 @@ pub fn socket_pair() -> (TcpStream, TcpStream) {
 /// A lane between two ends in this process.
 pub struct Loopback {
     lane: AnyLane,
-    exporter: Exporter,
-    importer: Importer,
+    remote: RemoteRegion,
+    local: LocalRegion,
     at: u64,
+    _exporter: Exporter,
 }
 
 impl Loopback {
@@ -46,14 +48,15 @@ impl Loopback {
             ours
         });
         let lane = importer.connect(pending, &grant, stream).unwrap();
-        Self { lane, exporter, importer, at: 0 }
+        let (remote, local) = (exporter.regions()[0], importer.regions()[0]);
+        Self { lane, remote, local, at: 0, _exporter: exporter }
     }
 
     /// One read of `bytes` from the next place, waited for.
     pub fn read(&mut self, bytes: u32) {
         self.at = (self.at + 1_048_573 * 4096) % (REGION as u64 - u64::from(bytes)) / 4096 * 4096;
-        let remote = self.exporter.regions()[0].slice(self.at, bytes).unwrap();
-        let local = self.importer.regions()[0].slice(self.at, bytes).unwrap();
+        let remote = self.remote.slice(self.at, bytes).unwrap();
+        let local = self.local.slice(self.at, bytes).unwrap();
         let read = Read::new(Token(self.at), local, remote).unwrap();
         assert_eq!(self.lane.post(&[read]).unwrap(), 1);
         let mut done = Vec::with_capacity(1);

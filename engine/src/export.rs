@@ -18,6 +18,12 @@ pub struct Export {
     memory: HostMemory,
 }
 
+impl std::fmt::Debug for Export {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Export").finish_non_exhaustive()
+    }
+}
+
 impl Export {
     /// Registers `memory` and an empty page map. The guest may still run.
     ///

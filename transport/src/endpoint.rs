@@ -14,7 +14,7 @@ use crate::region::{LocalRegion, RemoteRegion};
 use crate::shm::{ShmExporter, ShmLane};
 use crate::tcp::{TcpExporter, TcpLane};
 #[cfg(feature = "rdma")]
-use crate::verbs::{VerbsExporter, VerbsImporter, VerbsLane, VerbsOptions, VerbsRequest};
+use crate::verbs::{VerbsExporter, VerbsImporter, VerbsLane, VerbsRequest};
 
 /// The wires there are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -87,29 +87,18 @@ impl FromStr for Transport {
     }
 }
 
-/// Which device and addresses to use.
+/// Which RDMA device, port and address to use. Everything is found where nothing is said.
 #[derive(Clone, Debug, Default)]
 pub struct EndpointOptions {
-    /// RDMA device name.
+    /// Device name, such as `mlx5_0` or `rxe0`. Default: the one that owns `local`, else the first
+    /// with an active port.
     pub device: Option<String>,
-    /// RDMA port number, from 1.
+    /// Port number, from 1. Default: the first active one.
     pub port: Option<u8>,
-    /// GID index on RoCE.
+    /// GID index, on RoCE. Default: the RoCE v2 entry of `local`, else the best of the port.
     pub gid_index: Option<u32>,
     /// This host's address on the network that the peer is reached by.
     pub local: Option<IpAddr>,
-}
-
-#[cfg(feature = "rdma")]
-impl From<&EndpointOptions> for VerbsOptions {
-    fn from(options: &EndpointOptions) -> Self {
-        Self {
-            device: options.device.clone(),
-            port: options.port,
-            gid_index: options.gid_index,
-            local: options.local,
-        }
-    }
 }
 
 /// The side whose memory is read. Dropping it closes every lane and takes the memory back.
@@ -138,7 +127,7 @@ impl Exporter {
             Transport::Shm => Self::Shm(ShmExporter::new(memories)?),
             Transport::Tcp => Self::Tcp(TcpExporter::new(memories)?),
             #[cfg(feature = "rdma")]
-            Transport::Verbs => Self::Verbs(VerbsExporter::new(memories, &options.into())?),
+            Transport::Verbs => Self::Verbs(VerbsExporter::new(memories, options)?),
             #[cfg(not(feature = "rdma"))]
             Transport::Verbs => return Err(built_without()),
         })
@@ -216,7 +205,7 @@ impl Importer {
             Transport::Shm => ImporterKind::Shm,
             Transport::Tcp => ImporterKind::Tcp,
             #[cfg(feature = "rdma")]
-            Transport::Verbs => ImporterKind::Verbs(VerbsImporter::new(memories, &options.into())?),
+            Transport::Verbs => ImporterKind::Verbs(VerbsImporter::new(memories, options)?),
             #[cfg(not(feature = "rdma"))]
             Transport::Verbs => return Err(built_without()),
         };

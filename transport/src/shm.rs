@@ -43,11 +43,7 @@ struct Grant {
 impl Grant {
     fn random() -> Result<Self, SetupError> {
         let mut grant = Self { name: [0; 16], secret: [0; 16] };
-        let refused = |e: getrandom::Error| SetupError::Io {
-            operation: "getrandom",
-            source: io::Error::other(e.to_string()),
-        };
-        getrandom::fill(grant.as_mut_bytes()).map_err(refused)?;
+        getrandom::fill(grant.as_mut_bytes()).map_err(|error| SetupError::io("getrandom")(error.into()))?;
         Ok(grant)
     }
 

@@ -65,12 +65,6 @@ pub struct MigrationError {
     pub export: Option<Box<Export>>,
 }
 
-impl std::fmt::Debug for Export {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Export").finish_non_exhaustive()
-    }
-}
-
 /// Moves `guest` to the destination that listens at `peer`.
 ///
 /// Returns when every page is there and the source's memory may go. Progress goes to `progress`.
@@ -313,9 +307,7 @@ fn accepted(message: Message) -> Result<(Transport, [Vec<u8>; LANES]), SessionEr
 
 fn random_id() -> Result<SessionId, SessionError> {
     let mut id = SessionId::default();
-    let refused =
-        |e: getrandom::Error| SessionError::Connection { source: std::io::Error::other(e.to_string()) };
-    getrandom::fill(&mut id).map_err(refused)?;
+    getrandom::fill(&mut id).map_err(|error| SessionError::Connection { source: error.into() })?;
     Ok(id)
 }
 

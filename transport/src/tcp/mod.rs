@@ -52,8 +52,5 @@ impl TcpExporter {
 }
 
 fn random_key() -> Result<u64, SetupError> {
-    getrandom::u64().map_err(|error| SetupError::Io {
-        operation: "getrandom",
-        source: std::io::Error::other(error.to_string()),
-    })
+    getrandom::u64().map_err(|error| SetupError::io("getrandom")(error.into()))
 }

@@ -87,21 +87,24 @@ fn serve(mut stream: &TcpStream, exports: &Exports) -> io::Result<()> {
 /// Answers a batch of requests, in order.
 fn answer(stream: &TcpStream, exports: &Exports, requests: &[Request]) -> io::Result<()> {
     let mut headers = [[0u8; RESPONSE_BYTES]; BATCH];
-    for (header, request) in headers.iter_mut().zip(requests) {
+    let mut found = [None; BATCH];
+    for ((header, found), request) in headers.iter_mut().zip(&mut found).zip(requests) {
         let len = request.len.get();
         if request.opcode.get() != OP_READ || len == 0 || len > MAX_READ {
             return Err(io::Error::new(ErrorKind::InvalidData, "a request that no reader of ours makes"));
         }
-        let status = if exports.find(request).is_some() { STATUS_OK } else { STATUS_REFUSED };
+        *found = exports.find(request);
+        let status = if found.is_some() { STATUS_OK } else { STATUS_REFUSED };
         *header =
             zerocopy::transmute!(Response { tag: request.tag, status: status.into(), len: request.len });
     }
-    let padding = vec![0u8; if requests.iter().all(|r| exports.find(r).is_some()) { 0 } else { PADDING }];
+    let found = &found[..requests.len()];
+    let padding = vec![0u8; if found.iter().all(Option::is_some) { 0 } else { PADDING }];
     let mut vectors = Vectors::new();
-    for (header, request) in headers.iter().zip(requests) {
+    for ((header, found), request) in headers.iter().zip(found).zip(requests) {
         vectors.push(header.as_bytes());
         let len = request.len.get() as usize;
-        match exports.find(request) {
+        match found {
             Some(memory) => {
                 let inside = vectors.push_memory(memory, request.addr.get(), len);
                 assert!(inside, "find checked the bounds");

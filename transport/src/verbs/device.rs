@@ -10,22 +10,9 @@ use sideway::ibverbs::device_context::{DeviceContext, LinkLayer, PortState};
 use sideway::ibverbs::memory_region::MemoryRegion;
 use sideway::ibverbs::protection_domain::ProtectionDomain;
 
+use crate::endpoint::EndpointOptions;
 use crate::error::SetupError;
 use crate::memory::HostMemory;
-
-/// Which device, port and address to use. Everything is found where nothing is said.
-#[derive(Clone, Debug, Default)]
-pub struct VerbsOptions {
-    /// Device name, such as `mlx5_0` or `rxe0`. Default: the one that owns `local`, else the first
-    /// with an active port.
-    pub device: Option<String>,
-    /// Port number, from 1. Default: the first active one.
-    pub port: Option<u8>,
-    /// GID index, on RoCE. Default: the RoCE v2 entry of `local`, else the best of the port.
-    pub gid_index: Option<u32>,
-    /// This host's address on the network that the peer is reached by.
-    pub local: Option<IpAddr>,
-}
 
 /// An opened device with the port and address that lanes will use.
 pub(crate) struct VerbsDevice {
@@ -62,7 +49,7 @@ fn devices() -> Result<DeviceList, SetupError> {
 
 impl VerbsDevice {
     /// Opens what `options` say, or what fits best.
-    pub(crate) fn open(options: &VerbsOptions) -> Result<Self, SetupError> {
+    pub(crate) fn open(options: &EndpointOptions) -> Result<Self, SetupError> {
         let list = devices()?;
         let names: Vec<String> = list.iter().map(|device| device.name()).collect();
         if names.is_empty() {
@@ -94,7 +81,7 @@ impl VerbsDevice {
     }
 
     /// Opens one device; the rank says how well it fits (2: owns the local address).
-    fn open_one(device: &Device<'_>, options: &VerbsOptions) -> Result<(u8, Self), SetupError> {
+    fn open_one(device: &Device<'_>, options: &EndpointOptions) -> Result<(u8, Self), SetupError> {
         let name = device.name();
         let failed = |operation| {
             let device = name.clone();
@@ -176,7 +163,7 @@ fn choose_port(context: &DeviceContext, count: u8, wanted: Option<u8>) -> Result
 fn choose_gid(
     context: &DeviceContext,
     port: u8,
-    options: &VerbsOptions,
+    options: &EndpointOptions,
 ) -> Result<Option<(u8, u8, Gid)>, SetupError> {
     let table = context.query_gid_table().map_err(|error| none(format!("reading the GID table: {error}")))?;
     let of_port = || table.iter().filter(|entry| entry.port_num() == u32::from(port));

@@ -15,12 +15,13 @@ use std::sync::Arc;
 use sideway::ibverbs::AccessFlags;
 use zerocopy::IntoBytes;
 
+pub use device::device_names;
 use device::{Registered, VerbsDevice};
-pub use device::{VerbsOptions, device_names};
 pub use lane::VerbsLane;
 use queue_pair::Connection;
 use wire::QueuePairAddress;
 
+use crate::endpoint::EndpointOptions;
 use crate::error::SetupError;
 use crate::memory::HostMemory;
 use crate::region::RemoteRegion;
@@ -51,7 +52,7 @@ impl VerbsExporter {
     /// Opens a device and registers `memories` for remote reading.
     ///
     /// Errors: no device fits `options`, or the registration is refused (locked-memory limit).
-    pub fn new(memories: &[HostMemory], options: &VerbsOptions) -> Result<Self, SetupError> {
+    pub fn new(memories: &[HostMemory], options: &EndpointOptions) -> Result<Self, SetupError> {
         let device = Arc::new(VerbsDevice::open(options)?);
         let exported = register(&device, memories, AccessFlags::RemoteRead)?;
         Ok(Self { connections: Vec::new(), exported, device })
@@ -97,7 +98,7 @@ impl VerbsImporter {
     /// Opens a device and registers `memories` for reads to land in.
     ///
     /// Errors: no device fits `options`, or the registration is refused (locked-memory limit).
-    pub fn new(memories: &[HostMemory], options: &VerbsOptions) -> Result<Self, SetupError> {
+    pub fn new(memories: &[HostMemory], options: &EndpointOptions) -> Result<Self, SetupError> {
         let device = Arc::new(VerbsDevice::open(options)?);
         let memories = Arc::new(register(&device, memories, AccessFlags::LocalWrite)?);
         Ok(Self { memories, device })
