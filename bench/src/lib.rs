@@ -5,8 +5,8 @@ use std::io::{Read as _, Write};
 use std::net::{TcpListener, TcpStream};
 
 use postcopy_transport::{
-    AnyLane, EndpointOptions, Exporter, HostMemory, Importer, Lane, LocalRegion, Read, RemoteRegion, Token,
-    Transport,
+    AnyLane, EndpointOptions, Exporter, HostMemory, Importer, Lane, LaneClass, LocalRegion, Read,
+    RemoteRegion, Token, Transport,
 };
 
 /// Memory that is read from.
@@ -40,14 +40,7 @@ impl Loopback {
         let options = EndpointOptions::default();
         let mut exporter = Exporter::new(transport, &[memory], &options).unwrap();
         let importer = Importer::new(transport, &[landing], &options).unwrap();
-        let (pending, request) = importer.request().unwrap();
-        let grant = exporter.grant(&request).unwrap();
-        let stream = transport.needs_stream().then(|| {
-            let (ours, theirs) = socket_pair();
-            exporter.attach(theirs).unwrap();
-            ours
-        });
-        let lane = importer.connect(pending, &grant, stream).unwrap();
+        let lane = importer.connect_local(&mut exporter, LaneClass::Urgent).unwrap();
         let (remote, local) = (exporter.regions()[0], importer.regions()[0]);
         Self { lane, remote, local, at: 0, _exporter: exporter }
     }

@@ -13,7 +13,7 @@ pub const LANES: usize = 2;
 /// Guest memory, exported. Passive but for the thread that fills the page map (and, over TCP, one
 /// responder a lane). Dropping it closes the lanes and takes the memory back.
 pub struct Export {
-    exporter: Exporter,
+    pub(crate) exporter: Exporter,
     map: PageMap,
     memory: HostMemory,
 }
@@ -53,7 +53,12 @@ impl Export {
         self.exporter.grant(request)
     }
 
-    /// Gives the next lane its stream.
+    /// How many connected streams the granted lanes still need.
+    pub fn awaited(&self) -> usize {
+        self.exporter.awaited()
+    }
+
+    /// Gives the first lane that awaits one a stream.
     ///
     /// Errors: the transport uses no streams, or the system refuses.
     pub fn attach(&mut self, stream: TcpStream) -> Result<(), SetupError> {

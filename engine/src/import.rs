@@ -3,10 +3,11 @@
 use std::net::TcpStream;
 
 use postcopy_transport::{
-    AnyLane, EndpointOptions, HostMemory, Importer, LaneRequest, RemoteRegion, SetupError, Transport,
+    AnyLane, EndpointOptions, HostMemory, Importer, LaneClass, LaneRequest, RemoteRegion, SetupError,
+    Transport,
 };
 
-use crate::export::LANES;
+use crate::export::{Export, LANES};
 use crate::memory::GuestMemory;
 use crate::pagemap::map_bytes;
 use crate::pager::{Pager, PagerConfig, PagerError, SourceMemory, Trap};
@@ -39,24 +40,32 @@ impl Import {
     ///
     /// Errors: the device refuses.
     pub fn request(&self) -> Result<([LaneRequest; LANES], [Vec<u8>; LANES]), SetupError> {
-        let (urgent, urgent_blob) = self.importer.request()?;
-        let (bulk, bulk_blob) = self.importer.request()?;
+        let (urgent, urgent_blob) = self.importer.request(LaneClass::Urgent)?;
+        let (bulk, bulk_blob) = self.importer.request(LaneClass::Bulk)?;
         Ok(([urgent, bulk], [urgent_blob, bulk_blob]))
     }
 
-    /// Finishes the two lanes.
+    /// Finishes the two lanes, each with the streams that it needs ([`LaneRequest::streams`]).
     ///
     /// Errors: a grant is malformed, or the system or device refuses.
     pub fn connect(
         &self,
         requests: [LaneRequest; LANES],
         grants: &[Vec<u8>; LANES],
-        streams: [Option<TcpStream>; LANES],
+        streams: [Vec<TcpStream>; LANES],
     ) -> Result<[AnyLane; LANES], SetupError> {
         let ([urgent, bulk], [urgent_stream, bulk_stream]) = (requests, streams);
         let urgent = self.importer.connect(urgent, &grants[0], urgent_stream)?;
         let bulk = self.importer.connect(bulk, &grants[1], bulk_stream)?;
         Ok([urgent, bulk])
+    }
+
+    /// The two lanes to an export in this process.
+    ///
+    /// Errors: as [`Import::connect`].
+    pub fn connect_local(&self, export: &mut Export) -> Result<[AnyLane; LANES], SetupError> {
+        let urgent = self.importer.connect_local(&mut export.exporter, LaneClass::Urgent)?;
+        Ok([urgent, self.importer.connect_local(&mut export.exporter, LaneClass::Bulk)?])
     }
 
     /// Starts the pager over connected lanes.

@@ -2,7 +2,6 @@
 //! guest memory while it is drained, and every byte of every page must be right.
 #![allow(clippy::unwrap_used)] // helpers of tests, where a panic is the report
 
-use std::net::{TcpListener, TcpStream};
 use std::time::Duration;
 
 use postcopy_engine::export::Export;
@@ -26,12 +25,6 @@ fn content(page: u64) -> Vec<u8> {
     bytes
 }
 
-fn stream_pair() -> (TcpStream, TcpStream) {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let one = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-    (one, listener.accept().unwrap().0)
-}
-
 fn guest() -> GuestMemory {
     GuestMemory::new(MemoryLayout::pc(BYTES, 3 << 30).unwrap()).unwrap()
 }
@@ -51,16 +44,7 @@ fn destination(transport: Transport, export: &mut Export) -> (GuestMemory, Pager
     let memory = guest();
     let trap = Trap::register(&memory).unwrap();
     let import = Import::new(transport, &memory, &EndpointOptions::default()).unwrap();
-    let (requests, blobs) = import.request().unwrap();
-    let grants = blobs.map(|blob| export.grant(&blob).unwrap());
-    let streams = [(); 2].map(|()| {
-        transport.needs_stream().then(|| {
-            let (ours, theirs) = stream_pair();
-            export.attach(theirs).unwrap();
-            ours
-        })
-    });
-    let lanes = import.connect(requests, &grants, streams).unwrap();
+    let lanes = import.connect_local(export).unwrap();
     let pager = import.start(trap, lanes, export.regions(), PagerConfig::default()).unwrap();
     (memory, pager)
 }

@@ -16,6 +16,12 @@ pub enum SetupError {
         /// Why, and what to do.
         reason: String,
     },
+    /// An option that makes no sense, here or on this device.
+    #[error("{reason}")]
+    Option {
+        /// Which, and what would do.
+        reason: String,
+    },
     /// Registering memory with the device failed.
     #[error(
         "cannot register {bytes} bytes of memory with {device}: {source}; \

@@ -9,6 +9,15 @@ use crate::region::{LocalSlice, RemoteSlice};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Token(pub u64);
 
+/// What a lane is for. Both sides know it, and serve it accordingly.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum LaneClass {
+    /// Somebody waits for each read: latency first.
+    Urgent,
+    /// Many reads in flight: rate first.
+    Bulk,
+}
+
 /// One one-sided read: so many bytes from there to here.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Read {

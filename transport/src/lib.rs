@@ -21,12 +21,16 @@ mod lane;
 mod memory;
 mod region;
 pub mod shm;
+mod striped;
 pub mod tcp;
 #[cfg(feature = "rdma")]
 pub mod verbs;
 
-pub use endpoint::{AnyLane, EndpointOptions, Exporter, Importer, LaneRequest, Transport};
+pub use endpoint::{
+    AnyLane, EndpointOptions, Exporter, Importer, LaneRequest, MAX_PATHS, Transport, default_spin,
+};
 pub use error::{LaneError, ReadError, SetupError};
-pub use lane::{Completion, Lane, Read, Token};
+pub use lane::{Completion, Lane, LaneClass, Read, Token};
 pub use memory::HostMemory;
 pub use region::{LocalRegion, LocalSlice, MAX_READ, RemoteRegion, RemoteSlice};
+pub use striped::Striped;

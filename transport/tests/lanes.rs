@@ -9,8 +9,8 @@ use std::net::{TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
 use postcopy_transport::{
-    AnyLane, Completion, EndpointOptions, Exporter, HostMemory, Importer, Lane, LaneError, Read, ReadError,
-    RemoteRegion, Token, Transport,
+    AnyLane, Completion, EndpointOptions, Exporter, HostMemory, Importer, Lane, LaneClass, LaneError, Read,
+    ReadError, RemoteRegion, SetupError, Token, Transport,
 };
 
 const MEMORY: usize = 4 << 20;
@@ -60,25 +60,38 @@ fn filled(len: usize) -> (HostMemory, Vec<u8>) {
     (memory, bytes)
 }
 
-fn add_lane(exporter: &mut Exporter, importer: &Importer, transport: Transport) -> AnyLane {
-    let (request, blob) = importer.request().unwrap();
-    let grant = exporter.grant(&blob).unwrap();
-    let stream = transport.needs_stream().then(|| {
-        let (ours, theirs) = stream_pair();
-        exporter.attach(theirs).unwrap();
-        ours
-    });
-    importer.connect(request, &grant, stream).unwrap()
+fn pair(transport: Transport) -> (Pair, Vec<u8>) {
+    pair_by(transport, LaneClass::Urgent, &EndpointOptions::default())
 }
 
-fn pair(transport: Transport) -> (Pair, Vec<u8>) {
+fn pair_by(transport: Transport, class: LaneClass, options: &EndpointOptions) -> (Pair, Vec<u8>) {
     let (source, bytes) = filled(MEMORY);
     let landing = HostMemory::anonymous("landing", MEMORY).unwrap();
-    let options = EndpointOptions::default();
-    let mut exporter = Exporter::new(transport, std::slice::from_ref(&source), &options).unwrap();
-    let importer = Importer::new(transport, std::slice::from_ref(&landing), &options).unwrap();
-    let lane = add_lane(&mut exporter, &importer, transport);
+    let mut exporter = Exporter::new(transport, std::slice::from_ref(&source), options).unwrap();
+    let importer = Importer::new(transport, std::slice::from_ref(&landing), options).unwrap();
+    let lane = importer.connect_local(&mut exporter, class).unwrap();
     (Pair { exporter, source, landing, importer, lane }, bytes)
+}
+
+/// Lanes of every class, of one path and of several, and (with two devices named in
+/// `POSTCOPY_RAILS`) of several rails.
+fn variants() -> Vec<(Transport, LaneClass, EndpointOptions)> {
+    let rails = std::env::var("POSTCOPY_RAILS").unwrap_or_default();
+    let rails: Vec<String> = rails.split(',').filter(|name| !name.is_empty()).map(Into::into).collect();
+    let mut variants = Vec::new();
+    for transport in available() {
+        for class in [LaneClass::Urgent, LaneClass::Bulk] {
+            for paths in [1, 3] {
+                let options = EndpointOptions { paths: Some(paths), ..Default::default() };
+                variants.push((transport, class, options));
+            }
+        }
+        if transport == Transport::Verbs && !rails.is_empty() {
+            let options = EndpointOptions { devices: rails.clone(), ..Default::default() };
+            variants.push((transport, LaneClass::Bulk, options));
+        }
+    }
+    variants
 }
 
 impl Pair {
@@ -105,8 +118,8 @@ fn collect(lane: &mut AnyLane, count: usize) -> Result<Vec<Completion>, LaneErro
 
 #[test]
 fn every_byte_arrives_in_its_place_at_any_size_and_order() {
-    for transport in available() {
-        let (mut pair, bytes) = pair(transport);
+    for (transport, class, options) in variants() {
+        let (mut pair, bytes) = pair_by(transport, class, &options);
         let sizes = [1u32, 8, 63, 4096, 4096 + 17, 65536, 1 << 20];
         let mut target = 0u64;
         let mut expected = vec![0u8; MEMORY];
@@ -140,14 +153,14 @@ fn every_byte_arrives_in_its_place_at_any_size_and_order() {
 
 #[test]
 fn a_lane_takes_as_many_reads_as_it_has_room_for() {
-    for transport in available() {
-        let (mut pair, _) = pair(transport);
-        let reads: Vec<Read> = (0..200).map(|i| pair.read(i, i * 4096, i * 4096, 4096)).collect();
+    for (transport, class, options) in variants() {
+        let (mut pair, _) = pair_by(transport, class, &options);
+        let reads: Vec<Read> = (0..500).map(|i| pair.read(i, i * 4096, i * 4096, 4096)).collect();
         let room = pair.lane.room();
-        assert!(room > 0 && room < 200, "{transport}: {room}");
+        assert!(room > 0 && room < 500, "{transport}: {room}");
         let accepted = pair.lane.post(&reads).unwrap();
         assert_eq!(accepted, room, "{transport}");
-        assert_eq!(pair.lane.post(&reads[accepted..]).unwrap(), pair.lane.room().min(200 - accepted));
+        assert_eq!(pair.lane.post(&reads[accepted..]).unwrap(), pair.lane.room().min(500 - accepted));
         let done = collect(&mut pair.lane, accepted).unwrap();
         assert!(done.len() >= accepted, "{transport}");
     }
@@ -156,8 +169,11 @@ fn a_lane_takes_as_many_reads_as_it_has_room_for() {
 #[test]
 fn an_armed_lane_wakes_its_sleeper() {
     use rustix::event::{PollFd, PollFlags, Timespec, poll};
-    for transport in available().into_iter().filter(|transport| *transport != Transport::Shm) {
-        let (mut pair, _) = pair(transport);
+    for (transport, class, options) in variants() {
+        if transport == Transport::Shm {
+            continue;
+        }
+        let (mut pair, _) = pair_by(transport, class, &options);
         let mut done = Vec::new();
         for round in 0..200 {
             let read = pair.read(round, round * 4096, 0, 4096);
@@ -180,7 +196,7 @@ fn an_armed_lane_wakes_its_sleeper() {
 fn a_wrong_key_fails_the_read_and_other_lanes_go_on() {
     for transport in available() {
         let (mut pair, _) = pair(transport);
-        let mut other = add_lane(&mut pair.exporter, &pair.importer, transport);
+        let mut other = pair.importer.connect_local(&mut pair.exporter, LaneClass::Urgent).unwrap();
         let (stranger, _) = filled(MEMORY);
         let strange =
             Exporter::new(transport, &[stranger.clone(), stranger], &EndpointOptions::default()).unwrap();
@@ -219,8 +235,9 @@ fn a_shm_importer_cannot_write_what_it_was_given() {
 fn lane_against(answer: Vec<u8>) -> Result<Vec<Completion>, LaneError> {
     let (pair, _) = pair(Transport::Tcp);
     let (ours, mut theirs) = stream_pair();
-    let (request, _) = pair.importer.request().unwrap();
-    let mut lane = pair.importer.connect(request, &[], Some(ours)).unwrap();
+    let (request, blob) = pair.importer.request(LaneClass::Urgent).unwrap();
+    // Over TCP a grant says what the request says.
+    let mut lane = pair.importer.connect(request, &blob, vec![ours]).unwrap();
     lane.post(&[pair.read(5, 0, 0, 64)]).unwrap();
     let mut asked = [0u8; 32];
     theirs.read_exact(&mut asked).unwrap();
@@ -251,6 +268,13 @@ fn a_malicious_server_ends_the_lane_and_nothing_else() {
     }
 }
 
+/// Has the exporter serve one more lane, whoever is at its other end.
+fn attach(pair: &mut Pair, stream: TcpStream) {
+    let (_, blob) = pair.importer.request(LaneClass::Urgent).unwrap();
+    pair.exporter.grant(&blob).unwrap();
+    pair.exporter.attach(stream).unwrap();
+}
+
 #[test]
 fn a_malicious_client_is_cut_off_and_the_exporter_serves_on() {
     let (mut pair, _) = pair(Transport::Tcp);
@@ -265,14 +289,14 @@ fn a_malicious_client_is_cut_off_and_the_exporter_serves_on() {
     for bad in [frame(2, 64, 0), frame(1, 0, 0), frame(1, u32::MAX, 0)] {
         let (mut ours, theirs) = stream_pair();
         ours.set_read_timeout(Some(PATIENCE)).unwrap();
-        pair.exporter.attach(theirs).unwrap();
+        attach(&mut pair, theirs);
         ours.write_all(&bad).unwrap();
         let mut answer = Vec::new();
         assert_eq!(ours.read_to_end(&mut answer).unwrap_or(0), 0, "{bad:?} was answered");
     }
     // Out of bounds with an unknown key is a refusal, padded to the length that was asked for.
     let (mut ours, theirs) = stream_pair();
-    pair.exporter.attach(theirs).unwrap();
+    attach(&mut pair, theirs);
     ours.write_all(&frame(1, 200_000, u64::MAX)).unwrap();
     let mut answer = vec![0u8; 16 + 200_000];
     ours.read_exact(&mut answer).unwrap();
@@ -287,11 +311,56 @@ fn a_malicious_client_is_cut_off_and_the_exporter_serves_on() {
 
 #[test]
 fn a_device_that_is_not_there_is_named_in_the_error() {
-    let options = EndpointOptions { device: Some("mlx9_9".into()), ..Default::default() };
+    let options = EndpointOptions { devices: vec!["mlx9_9".into()], ..Default::default() };
     let (memory, _) = filled(4096);
     let error = Exporter::new(Transport::Verbs, &[memory], &options).err().unwrap().to_string();
     assert!(error.starts_with("transport verbs is not available here"), "{error}");
     if Transport::Verbs.available().is_ok() {
         assert!(error.contains("mlx9_9"), "{error}");
+    }
+}
+
+#[test]
+fn options_that_make_no_sense_are_named_in_the_error() {
+    let (memory, _) = filled(4096);
+    let memories = std::slice::from_ref(&memory);
+    let refusal = |transport, options: EndpointOptions| {
+        Importer::new(transport, memories, &options).err().map(|error| error.to_string()).unwrap()
+    };
+    for paths in [0, 17] {
+        let options = EndpointOptions { paths: Some(paths), ..Default::default() };
+        assert_eq!(refusal(Transport::Tcp, options), format!("a lane has 1 to 16 paths, not {paths}"));
+    }
+    if Transport::Verbs.available().is_ok() {
+        let verbs = |options| refusal(Transport::Verbs, options);
+        let error = verbs(EndpointOptions { gid_index: Some(200), ..Default::default() });
+        assert!(error.contains("no GID index 200; the port has 0"), "{error}");
+        let error = verbs(EndpointOptions { port: Some(9), ..Default::default() });
+        assert!(error.contains("port 9 does not exist"), "{error}");
+        let error = verbs(EndpointOptions { mtu: Some(1500), ..Default::default() });
+        assert!(error.contains("an MTU of 1500 bytes is none of"), "{error}");
+        let error = verbs(EndpointOptions { ack_timeout: Some(32), ..Default::default() });
+        assert!(error.contains("the ACK timeout is 1 to 31, not 32"), "{error}");
+        let error = verbs(EndpointOptions { retries: Some(8), ..Default::default() });
+        assert!(error.contains("the number of retries is 0 to 7, not 8"), "{error}");
+    }
+}
+
+#[test]
+fn what_a_grant_does_not_fit_is_refused() {
+    for transport in available() {
+        let (mut pair, _) = pair(transport);
+        let (request, blob) = pair.importer.request(LaneClass::Urgent).unwrap();
+        let grant = pair.exporter.grant(&blob).unwrap();
+        let cut = pair.importer.connect(request, &grant[..grant.len() - 1], Vec::new());
+        assert!(matches!(cut.err(), Some(SetupError::Malformed { .. })), "{transport}");
+        // A grant of another class, and streams that do not come.
+        let (request, _) = pair.importer.request(LaneClass::Bulk).unwrap();
+        assert!(pair.importer.connect(request, &grant, Vec::new()).is_err(), "{transport}");
+        if transport == Transport::Tcp {
+            let (request, blob) = pair.importer.request(LaneClass::Urgent).unwrap();
+            let grant = pair.exporter.grant(&blob).unwrap();
+            assert!(pair.importer.connect(request, &grant, Vec::new()).is_err());
+        }
     }
 }

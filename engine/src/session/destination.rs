@@ -207,7 +207,7 @@ impl<H: DestinationHost> Destination<'_, H> {
         let (requests, lanes) = import.request()?;
         channel.send(&Message::Accept { transport: transport.name().into(), lanes }).await?;
         let (grants, regions) = granted(channel.receive("Granted", WORK_PATIENCE).await?)?;
-        let streams = if transport.needs_stream() { self.accept_lanes().await? } else { [None, None] };
+        let streams = self.accept_lanes([requests[0].streams(), requests[1].streams()]).await?;
         let pager = self.options.pager;
         let started = blocking(move || {
             let lanes = import.connect(requests, &grants, streams)?;
@@ -216,10 +216,14 @@ impl<H: DestinationHost> Destination<'_, H> {
         started.await
     }
 
-    /// Accepts the source's lane connections, in any order; others are not let in.
-    async fn accept_lanes(&self) -> Result<[Option<std::net::TcpStream>; LANES], SessionError> {
-        let mut lanes = [const { None }; LANES];
-        while lanes.iter().any(Option::is_none) {
+    /// Accepts the source's lane connections, so many for each lane, in any order; others are not
+    /// let in.
+    async fn accept_lanes(
+        &self,
+        needed: [usize; LANES],
+    ) -> Result<[Vec<std::net::TcpStream>; LANES], SessionError> {
+        let mut lanes = [const { Vec::new() }; LANES];
+        while lanes.iter().zip(needed).any(|(lane, needed)| lane.len() < needed) {
             let accepted = tokio::time::timeout(STEP_PATIENCE, self.listener.accept()).await;
             let silent = SessionError::Silent { waiting_for: "its lanes", patience: STEP_PATIENCE };
             let (mut stream, from) =
@@ -233,9 +237,9 @@ impl<H: DestinationHost> Destination<'_, H> {
                     continue;
                 }
             };
-            let slot = lanes.get_mut(lane).filter(|slot| slot.is_none());
+            let slot = lanes.get_mut(lane).filter(|slot| slot.len() < needed[lane]);
             let slot = slot.ok_or(SessionError::Protocol("a lane that was not granted"))?;
-            *slot = Some(stream.into_std().map_err(|source| SessionError::Connection { source })?);
+            slot.push(stream.into_std().map_err(|source| SessionError::Connection { source })?);
         }
         Ok(lanes)
     }

@@ -186,14 +186,17 @@ impl<'a> Source<'a> {
         let (memory, endpoint) = (self.guest.memory(), self.options.endpoint.clone());
         let mut export = blocking(move || Export::new(transport, &memory, &endpoint)).await?;
         let mut lanes = [const { Vec::new() }; LANES];
-        for (grant, request) in lanes.iter_mut().zip(&requests) {
-            *grant = export.grant(request)?;
+        let mut streams = [0; LANES];
+        for lane in 0..LANES {
+            let before = export.awaited();
+            lanes[lane] = export.grant(&requests[lane])?;
+            streams[lane] = export.awaited() - before;
         }
         let regions = export.regions().map(|region| region.to_bytes());
         channel.send(&Message::Granted { lanes, regions }).await?;
-        if transport.needs_stream() {
-            for lane in 0..LANES as u32 {
-                let stream = self.dial(session, Purpose::Lane(lane)).await?;
+        for (lane, streams) in streams.into_iter().enumerate() {
+            for _ in 0..streams {
+                let stream = self.dial(session, Purpose::Lane(lane as u32)).await?;
                 let stream = stream.into_std().map_err(|source| SessionError::Connection { source })?;
                 export.attach(stream)?;
             }

@@ -75,7 +75,9 @@ pub(crate) struct DeviceArgs {
 
 impl DeviceArgs {
     pub(crate) fn endpoint(&self, local: Option<IpAddr>) -> EndpointOptions {
-        EndpointOptions { device: self.device.clone(), port: self.ib_port, gid_index: self.gid_index, local }
+        let devices = self.device.iter().cloned().collect();
+        let (port, gid_index) = (self.ib_port, self.gid_index);
+        EndpointOptions { devices, port, gid_index, local, ..EndpointOptions::default() }
     }
 }
 

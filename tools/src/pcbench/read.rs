@@ -1,13 +1,13 @@
 //! The measurement: closed-loop reads of one size over one lane.
 
-use std::net::{TcpListener, TcpStream, ToSocketAddrs};
+use std::net::{TcpStream, ToSocketAddrs};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
 use hdrhistogram::Histogram;
 use postcopy_engine::stats::Percentiles;
 use postcopy_transport::{
-    AnyLane, Exporter, HostMemory, Importer, Lane, MAX_READ, Read, RemoteRegion, Token, Transport,
+    AnyLane, Exporter, HostMemory, Importer, Lane, LaneClass, MAX_READ, Read, RemoteRegion, Token, Transport,
 };
 use serde::Serialize;
 
@@ -106,18 +106,7 @@ impl Bench {
         pattern::fill(&memory);
         let mut exporter = Exporter::new(transport, &[memory], &plan.device.endpoint(None))?;
         let (importer, landing) = importer(transport, plan, None)?;
-        let (pending, request) = importer.request()?;
-        let grant = exporter.grant(&request)?;
-        let stream = match transport.needs_stream() {
-            true => {
-                let listener = TcpListener::bind("127.0.0.1:0")?;
-                let stream = TcpStream::connect(listener.local_addr()?)?;
-                exporter.attach(listener.accept()?.0)?;
-                Some(stream)
-            }
-            false => None,
-        };
-        let lane = importer.connect(pending, &grant, stream)?;
+        let lane = importer.connect_local(&mut exporter, LaneClass::Urgent)?;
         let region = exporter.regions()[0];
         let held = Held::Loopback { _exporter: Box::new(exporter) };
         Ok(Self { transport, lane, region, landing, importer, next: 1, _held: held })

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, bail};
-use postcopy_transport::{AnyLane, Exporter, HostMemory, Importer, RemoteRegion, Transport};
+use postcopy_transport::{AnyLane, Exporter, HostMemory, Importer, LaneClass, RemoteRegion, Transport};
 use serde::{Deserialize, Serialize};
 use serde_json::{from_str, to_string};
 
@@ -100,7 +100,7 @@ fn attend(
                 Ok(offered) => offered,
                 Err(error) => return send(&mut stream, &Answer::Refused(format!("{error:#}"))),
             };
-            attend_reader(stream, &mut exporter, answer, transport.parse().ok(), awaited)
+            attend_reader(stream, &mut exporter, answer, awaited)
         }
     }
 }
@@ -133,7 +133,6 @@ fn attend_reader(
     mut stream: TcpStream,
     exporter: &mut Exporter,
     answer: Answer,
-    transport: Option<Transport>,
     awaited: &Awaited,
 ) -> anyhow::Result<()> {
     let (sender, lane) = channel();
@@ -141,7 +140,7 @@ fn attend_reader(
         awaited.lock().unwrap_or_else(PoisonError::into_inner).insert(name.clone(), sender);
     }
     send(&mut stream, &answer)?;
-    if transport.is_some_and(Transport::needs_stream) {
+    while exporter.awaited() > 0 {
         exporter.attach(lane.recv_timeout(PATIENCE).context("its lane did not come")?)?;
     }
     stream.set_read_timeout(None)?;
@@ -165,7 +164,7 @@ pub(crate) fn connect(
 ) -> anyhow::Result<Remote> {
     control.set_read_timeout(Some(PATIENCE))?;
     let peer = control.peer_addr()?;
-    let (pending, request) = importer.request()?;
+    let (pending, request) = importer.request(LaneClass::Urgent)?;
     send(&mut control, &Hello::Read { version: VERSION, transport: transport.name().into(), request })?;
     let answer =
         receive(&mut control).with_context(|| format!("{peer} does not answer; is it `pcbench serve`?"))?;
@@ -174,15 +173,13 @@ pub(crate) fn connect(
             Answer::Granted { region, grant, lane } => (region, grant, lane),
             Answer::Refused(reason) => bail!("{peer} refused: {reason}"),
         };
-    let stream = match transport.needs_stream() {
-        true => {
-            let mut stream = TcpStream::connect(peer)?;
-            send(&mut stream, &Hello::Lane { name })?;
-            Some(stream)
-        }
-        false => None,
-    };
+    let mut streams = Vec::new();
+    for _ in 0..pending.streams() {
+        let mut stream = TcpStream::connect(peer)?;
+        send(&mut stream, &Hello::Lane { name: name.clone() })?;
+        streams.push(stream);
+    }
     let region: [u8; 24] = region.try_into().ok().context("the server's region is malformed")?;
-    let lane = importer.connect(pending, &grant, stream)?;
+    let lane = importer.connect(pending, &grant, streams)?;
     Ok(Remote { lane, region: RemoteRegion::from_bytes(region), control })
 }

@@ -136,10 +136,10 @@ impl WireArgs {
 
     pub(crate) fn endpoint(&self) -> EndpointOptions {
         EndpointOptions {
-            device: self.device.clone(),
+            devices: self.device.iter().cloned().collect(),
             port: self.ib_port,
             gid_index: self.gid_index,
-            local: None,
+            ..EndpointOptions::default()
         }
     }
 }

@@ -94,7 +94,12 @@ async fn carry_out(request: Request, host: &Arc<Host>, writer: &mut OwnedWriteHa
         Request::Resolve { guest } => end_doubt(host, guest).await,
         Request::Quit => (Answer::Done, Some(State::Quit)),
         Request::Migrate { to, transports, device, ib_port, gid_index } => {
-            let endpoint = EndpointOptions { device, port: ib_port, gid_index, local: None };
+            let endpoint = EndpointOptions {
+                devices: device.into_iter().collect(),
+                port: ib_port,
+                gid_index,
+                ..EndpointOptions::default()
+            };
             let parsed = transports.iter().map(|name| name.parse()).collect::<Result<Vec<Transport>, _>>();
             match parsed {
                 Ok(transports) => migrate(host, &to, MigrateOptions { transports, endpoint }, writer).await,

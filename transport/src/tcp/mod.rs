@@ -8,13 +8,17 @@ mod responder;
 mod vectored;
 mod wire;
 
+use std::collections::VecDeque;
 use std::net::TcpStream;
 use std::sync::Arc;
+use std::time::Duration;
 
 pub use lane::TcpLane;
 use responder::{Exports, Responder};
 
+use crate::endpoint::{EndpointOptions, default_spin};
 use crate::error::SetupError;
+use crate::lane::LaneClass;
 use crate::memory::HostMemory;
 use crate::region::RemoteRegion;
 
@@ -22,16 +26,20 @@ use crate::region::RemoteRegion;
 pub struct TcpExporter {
     exports: Arc<Exports>,
     lanes: Vec<Responder>,
+    /// Granted paths whose stream has not come yet.
+    awaited: VecDeque<LaneClass>,
+    spin: Duration,
 }
 
 impl TcpExporter {
     /// Exports `memories` under keys of 64 random bits each.
     ///
     /// Errors: the system has no randomness to give.
-    pub fn new(memories: &[HostMemory]) -> Result<Self, SetupError> {
+    pub fn new(memories: &[HostMemory], options: &EndpointOptions) -> Result<Self, SetupError> {
         let keyed = |memory: &HostMemory| Ok((random_key()?, memory.clone()));
         let regions = memories.iter().map(keyed).collect::<Result<_, SetupError>>()?;
-        Ok(Self { exports: Arc::new(Exports { regions }), lanes: Vec::new() })
+        let spin = options.spin.unwrap_or_else(default_spin);
+        Ok(Self { exports: Arc::new(Exports { regions }), lanes: Vec::new(), awaited: VecDeque::new(), spin })
     }
 
     /// The capabilities to give to the importer, in the order of the memories.
@@ -40,12 +48,25 @@ impl TcpExporter {
         self.exports.regions.iter().map(region).collect()
     }
 
-    /// Serves a lane on a connected stream.
+    /// Promises to serve a path of a lane, whose stream follows.
+    pub(crate) fn grant(&mut self, class: LaneClass) -> Vec<u8> {
+        self.awaited.push_back(class);
+        Vec::new()
+    }
+
+    /// Granted paths whose stream has not come yet.
+    pub(crate) fn awaited(&self) -> usize {
+        self.awaited.len()
+    }
+
+    /// Serves the first path that awaits it on a connected stream. Urgent lanes spin for the next
+    /// request, bulk lanes sleep.
     ///
-    /// Errors: the system refuses a socket option or a thread.
+    /// Errors: none awaits a stream, or the system refuses a socket option or a thread.
     pub fn attach(&mut self, stream: TcpStream) -> Result<(), SetupError> {
-        let lane = self.lanes.len();
-        let responder = Responder::start(stream, self.exports.clone(), lane);
+        let class = self.awaited.pop_front().ok_or(SetupError::Malformed { what: "lane stream" })?;
+        let spin = if class == LaneClass::Urgent { self.spin } else { Duration::ZERO };
+        let responder = Responder::start(stream, self.exports.clone(), self.lanes.len(), spin);
         self.lanes.push(responder.map_err(SetupError::io("starting a lane"))?);
         Ok(())
     }

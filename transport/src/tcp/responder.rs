@@ -5,7 +5,9 @@ use std::net::{Shutdown, TcpStream};
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
+use rustix::net::RecvFlags;
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::vectored::{self, Vectors};
@@ -41,12 +43,18 @@ pub(crate) struct Responder {
 }
 
 impl Responder {
-    pub(crate) fn start(stream: TcpStream, exports: Arc<Exports>, lane: usize) -> io::Result<Self> {
+    /// Starts to answer. The thread polls for `spin` after each answer before it sleeps.
+    pub(crate) fn start(
+        stream: TcpStream,
+        exports: Arc<Exports>,
+        lane: usize,
+        spin: Duration,
+    ) -> io::Result<Self> {
         stream.set_nodelay(true)?;
         stream.set_nonblocking(false)?;
         let serving = stream.try_clone()?;
         let thread = std::thread::Builder::new().name(format!("lane-{lane}")).spawn(move || {
-            if let Err(error) = serve(&serving, &exports) {
+            if let Err(error) = serve(&serving, &exports, spin) {
                 tracing::debug!(lane, %error, "responder ended");
             }
             // The reader must not wait for answers that will not come.
@@ -66,11 +74,11 @@ impl Drop for Responder {
 }
 
 /// Answers until the peer goes away or breaks the protocol.
-fn serve(mut stream: &TcpStream, exports: &Exports) -> io::Result<()> {
+fn serve(stream: &TcpStream, exports: &Exports, spin: Duration) -> io::Result<()> {
     let mut buffer = [0u8; BATCH * REQUEST_BYTES];
     let mut filled = 0;
     loop {
-        match stream.read(&mut buffer[filled..]) {
+        match receive(stream, &mut buffer[filled..], spin) {
             Ok(0) => return Ok(()),
             Ok(got) => filled += got,
             Err(error) if error.kind() == ErrorKind::Interrupted => continue,
@@ -82,6 +90,19 @@ fn serve(mut stream: &TcpStream, exports: &Exports) -> io::Result<()> {
         buffer.copy_within(whole..filled, 0);
         filled -= whole;
     }
+}
+
+/// Receives what is there; if nothing is, polls for `spin` and then sleeps until something comes.
+fn receive(mut stream: &TcpStream, buffer: &mut [u8], spin: Duration) -> io::Result<usize> {
+    let begun = Instant::now();
+    while begun.elapsed() < spin {
+        match rustix::net::recv(stream, &mut *buffer, RecvFlags::DONTWAIT) {
+            Err(rustix::io::Errno::WOULDBLOCK) => std::hint::spin_loop(),
+            Ok((got, _)) => return Ok(got),
+            Err(error) => return Err(error.into()),
+        }
+    }
+    stream.read(buffer)
 }
 
 /// Answers a batch of requests, in order.

@@ -1,6 +1,7 @@
 //! Choosing and opening an RDMA device.
 
 use std::net::{IpAddr, Ipv6Addr};
+use std::ops::RangeInclusive;
 use std::sync::Arc;
 
 use sideway::ibverbs::AccessFlags;
@@ -13,6 +14,11 @@ use sideway::ibverbs::protection_domain::ProtectionDomain;
 use crate::endpoint::EndpointOptions;
 use crate::error::SetupError;
 use crate::memory::HostMemory;
+
+/// Local ACK timeout: 4.096 µs × 2^14 = 67 ms, doubled by many devices. perftest's default.
+const ACK_TIMEOUT: u8 = 14;
+/// Retries before the queue pair fails: the most that three bits hold.
+const RETRIES: u8 = 7;
 
 /// An opened device with the port and address that lanes will use.
 pub(crate) struct VerbsDevice {
@@ -27,6 +33,10 @@ pub(crate) struct VerbsDevice {
     pub(crate) gid: Option<(u8, Gid)>,
     /// Outstanding reads per queue pair, as target and as initiator (the smaller).
     pub(crate) read_atoms: u8,
+    /// Local ACK timeout as the verbs code.
+    pub(crate) ack_timeout: u8,
+    /// Times that a queue pair sends again.
+    pub(crate) retries: u8,
 }
 
 fn none(reason: impl Into<String>) -> SetupError {
@@ -48,8 +58,8 @@ fn devices() -> Result<DeviceList, SetupError> {
 }
 
 impl VerbsDevice {
-    /// Opens what `options` say, or what fits best.
-    pub(crate) fn open(options: &EndpointOptions) -> Result<Self, SetupError> {
+    /// Opens the device named `wanted` as `options` say, or the one that fits best.
+    pub(crate) fn open(wanted: Option<&str>, options: &EndpointOptions) -> Result<Self, SetupError> {
         let list = devices()?;
         let names: Vec<String> = list.iter().map(|device| device.name()).collect();
         if names.is_empty() {
@@ -57,7 +67,6 @@ impl VerbsDevice {
                 "this machine has no RDMA device; scripts/soft-roce/setup makes a software one",
             ));
         }
-        let wanted = options.device.as_deref();
         if let Some(wanted) = wanted
             && !names.iter().any(|name| name == wanted)
         {
@@ -106,7 +115,9 @@ impl VerbsDevice {
             domain,
             port,
             lid: state.lid(),
-            mtu: state.active_mtu() as u16,
+            mtu: choose_mtu(state.active_mtu() as u16, options.mtu)?,
+            ack_timeout: within("ACK timeout", options.ack_timeout, 1..=31)?.unwrap_or(ACK_TIMEOUT),
+            retries: within("number of retries", options.retries, 0..=7)?.unwrap_or(RETRIES),
             gid,
             read_atoms: atoms as u8,
             context,
@@ -116,20 +127,32 @@ impl VerbsDevice {
 
     /// Registers `memory`, for the peer to read or for reads to land in.
     ///
-    /// Pins every page of it.
+    /// Pins every page of it, unless `on_demand`.
     pub(crate) fn register(
         &self,
         memory: &HostMemory,
-        access: AccessFlags,
+        mut access: AccessFlags,
+        on_demand: bool,
     ) -> Result<Arc<MemoryRegion>, SetupError> {
+        if on_demand {
+            access |= AccessFlags::OnDemand;
+        }
         // SAFETY: the mapping is valid for its whole length, and whoever keeps the registration
         // keeps a clone of `memory` beside it (see `Registered`), so it stays mapped.
         let registration = unsafe { self.domain.reg_mr(memory.base() as usize, memory.len(), access) };
-        registration.map_err(|error| SetupError::Register {
-            device: self.name.clone(),
-            bytes: memory.len(),
-            memlock: memlock(),
-            source: std::io::Error::other(error.to_string()),
+        registration.map_err(|error| match on_demand {
+            true => SetupError::Option {
+                reason: format!(
+                    "{} cannot register memory for on-demand paging ({error}); leave that option out",
+                    self.name
+                ),
+            },
+            false => SetupError::Register {
+                device: self.name.clone(),
+                bytes: memory.len(),
+                memlock: memlock(),
+                source: std::io::Error::other(error.to_string()),
+            },
         })
     }
 }
@@ -144,6 +167,28 @@ fn memlock() -> String {
     match rustix::process::getrlimit(rustix::process::Resource::Memlock).current {
         Some(bytes) => format!("{} KiB", bytes >> 10),
         None => "unlimited".into(),
+    }
+}
+
+/// The verbs code of the path MTU: what the port has active, or less if `wanted`.
+fn choose_mtu(active: u16, wanted: Option<u16>) -> Result<u16, SetupError> {
+    let bytes = |code: u16| 128u16 << code;
+    let Some(wanted) = wanted else { return Ok(active) };
+    let code = (1..=active).find(|code| bytes(*code) == wanted);
+    code.ok_or_else(|| SetupError::Option {
+        reason: format!(
+            "an MTU of {wanted} bytes is none of 256, 512, 1024, 2048 and 4096, or more than the port's {}",
+            bytes(active)
+        ),
+    })
+}
+
+fn within(what: &str, wanted: Option<u8>, range: RangeInclusive<u8>) -> Result<Option<u8>, SetupError> {
+    match wanted {
+        Some(value) if !range.contains(&value) => Err(SetupError::Option {
+            reason: format!("the {what} is {} to {}, not {value}", range.start(), range.end()),
+        }),
+        other => Ok(other),
     }
 }
 

@@ -1,5 +1,6 @@
 //! The reading side of a verbs lane: RDMA READ straight into the landing place.
 
+use std::collections::VecDeque;
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
@@ -9,27 +10,47 @@ use sideway::ibverbs::queue_pair::{PostSendGuard, QueuePair, SetScatterGatherEnt
 use super::device::Registered;
 use super::notify;
 use super::queue_pair::Connection;
+use super::wire::KeyPair;
 use crate::error::LaneError;
-use crate::lane::{Completion, Lane, Read, Token};
+use crate::lane::{Completion, Lane, LaneClass, Read, Token};
 
-/// One-sided reads over a reliable-connected queue pair. Every read is signalled.
+/// On a bulk lane one read of so many is signalled, and the last of each batch. A completion says
+/// that all reads before it are complete too: a queue pair completes in order.
+const SIGNAL_EVERY: usize = 4;
+
+/// One-sided reads over a reliable-connected queue pair. On an urgent lane every read is signalled.
 ///
 /// Dropping the lane destroys the queue pair: no read writes to its landing place after that.
 pub struct VerbsLane {
     connection: Connection,
     memories: Arc<Vec<Registered>>,
+    keys: Vec<KeyPair>,
     depth: usize,
-    in_flight: usize,
+    signal_every: usize,
+    /// Reads posted and not completed, in order.
+    posted: VecDeque<Token>,
+    /// How many reads were completed: the number of the first in `posted`.
+    completed: u64,
     armed: bool,
 }
 
 impl VerbsLane {
-    pub(crate) fn new(connection: Connection, memories: Arc<Vec<Registered>>, depth: usize) -> Self {
-        Self { connection, memories, depth, in_flight: 0, armed: false }
+    pub(crate) fn new(
+        connection: Connection,
+        memories: Arc<Vec<Registered>>,
+        keys: Vec<KeyPair>,
+        depth: usize,
+        class: LaneClass,
+    ) -> Self {
+        let signal_every = if class == LaneClass::Urgent { 1 } else { SIGNAL_EVERY };
+        let posted = VecDeque::with_capacity(depth);
+        Self { connection, memories, keys, depth, signal_every, posted, completed: 0, armed: false }
     }
 
-    fn failure(&self, status: u32, vendor: u32, token: Token) -> LaneError {
+    fn failure(&self, status: u32, vendor: u32, number: u64) -> LaneError {
         let queue_pair = self.connection.pair.qp_number();
+        let at = number.wrapping_sub(self.completed) as usize;
+        let token = self.posted.get(at).copied().unwrap_or(Token(u64::MAX));
         LaneError::QueuePair { queue_pair, status: status_name(status), vendor, token }
     }
 }
@@ -41,19 +62,22 @@ impl Lane for VerbsLane {
             return Ok(0);
         }
         let mut batch = self.connection.pair.start_post_send();
-        for read in &reads[..accepted] {
+        for (at, read) in reads[..accepted].iter().enumerate() {
             let (local, remote) = (read.local(), read.remote());
             let memory = &self.memories[usize::from(local.region)];
             let address = memory.memory.at(local.offset, local.len as usize);
             let address = address.expect("a LocalSlice lies in its region by construction");
-            let request = batch.construct_wr(read.token().0, WorkRequestFlags::Signaled);
-            let target = request.setup_read(remote.key as u32, remote.addr);
+            let signalled = at + 1 == accepted || (at + 1) % self.signal_every == 0;
+            let flags = if signalled { WorkRequestFlags::Signaled } else { WorkRequestFlags::none() };
+            let number = self.completed + self.posted.len() as u64;
+            let target = batch.construct_wr(number, flags);
+            let target = target.setup_read(KeyPair::translate(&self.keys, remote.key), remote.addr);
             // SAFETY: the range was just checked to lie inside the registered memory, which
             // `self.memories` keeps registered and mapped until the queue pair is gone.
             unsafe { target.setup_sge(memory.key.lkey(), address as u64, local.len) };
+            self.posted.push_back(read.token());
         }
         batch.post().map_err(|error| io::Error::other(format!("posting reads: {error}")))?;
-        self.in_flight += accepted;
         Ok(accepted)
     }
 
@@ -61,23 +85,27 @@ impl Lane for VerbsLane {
         let queue = self.connection.completions.clone();
         let Ok(poller) = queue.start_poll() else { return Ok(()) };
         for done in poller {
-            let token = Token(done.wr_id());
             if done.status() != 0 {
-                return Err(self.failure(done.status(), done.vendor_err(), token));
+                return Err(self.failure(done.status(), done.vendor_err(), done.wr_id()));
             }
-            self.in_flight -= 1;
             self.armed = false;
-            completions.push(Completion { token, result: Ok(()) });
+            while self.completed <= done.wr_id() {
+                let Some(token) = self.posted.pop_front() else {
+                    return Err(LaneError::Protocol("the device completed a read that was not posted"));
+                };
+                self.completed += 1;
+                completions.push(Completion { token, result: Ok(()) });
+            }
         }
         Ok(())
     }
 
     fn room(&self) -> usize {
-        self.depth - self.in_flight
+        self.depth - self.posted.len()
     }
 
     fn in_flight(&self) -> usize {
-        self.in_flight
+        self.posted.len()
     }
 
     fn arm(&mut self) -> Result<bool, LaneError> {

@@ -19,10 +19,11 @@ pub use device::device_names;
 use device::{Registered, VerbsDevice};
 pub use lane::VerbsLane;
 use queue_pair::Connection;
-use wire::QueuePairAddress;
+use wire::{KeyPair, QueuePairAddress};
 
 use crate::endpoint::EndpointOptions;
 use crate::error::SetupError;
+use crate::lane::LaneClass;
 use crate::memory::HostMemory;
 use crate::region::RemoteRegion;
 
@@ -30,98 +31,131 @@ use crate::region::RemoteRegion;
 /// device never runs dry between two doorbells.
 const DEPTH: usize = 64;
 
-fn register(
-    device: &VerbsDevice,
-    memories: &[HostMemory],
-    access: AccessFlags,
-) -> Result<Vec<Registered>, SetupError> {
-    let one = |memory: &HostMemory| {
-        device.register(memory, access).map(|key| Registered { key, memory: memory.clone() })
-    };
-    memories.iter().map(one).collect()
+/// A device, and what is registered with it.
+struct Rail {
+    registered: Arc<Vec<Registered>>,
+    device: Arc<VerbsDevice>,
+}
+
+impl Rail {
+    /// Opens every device that `options` name, or the best one, and registers `memories` with each.
+    fn open_all(
+        memories: &[HostMemory],
+        options: &EndpointOptions,
+        access: AccessFlags,
+    ) -> Result<Vec<Self>, SetupError> {
+        let names: Vec<Option<&str>> = match options.devices.as_slice() {
+            [] => vec![None],
+            names => names.iter().map(|name| Some(name.as_str())).collect(),
+        };
+        let open = |name| {
+            let device = Arc::new(VerbsDevice::open(name, options)?);
+            let one = |memory: &HostMemory| {
+                let key = device.register(memory, access, options.on_demand)?;
+                Ok(Registered { key, memory: memory.clone() })
+            };
+            let registered = memories.iter().map(one).collect::<Result<Vec<_>, SetupError>>()?;
+            Ok(Self { registered: Arc::new(registered), device })
+        };
+        names.into_iter().map(open).collect()
+    }
 }
 
 /// Exports memory by RDMA. Once its lanes are granted it is passive. Fields drop in order.
 pub struct VerbsExporter {
     connections: Vec<Connection>,
-    exported: Vec<Registered>,
-    device: Arc<VerbsDevice>,
+    rails: Vec<Rail>,
 }
 
 impl VerbsExporter {
-    /// Opens a device and registers `memories` for remote reading.
+    /// Opens the devices and registers `memories` for remote reading.
     ///
     /// Errors: no device fits `options`, or the registration is refused (locked-memory limit).
     pub fn new(memories: &[HostMemory], options: &EndpointOptions) -> Result<Self, SetupError> {
-        let device = Arc::new(VerbsDevice::open(options)?);
-        let exported = register(&device, memories, AccessFlags::RemoteRead)?;
-        Ok(Self { connections: Vec::new(), exported, device })
+        let rails = Rail::open_all(memories, options, AccessFlags::RemoteRead)?;
+        Ok(Self { connections: Vec::new(), rails })
     }
 
-    /// The device's name.
-    pub fn device(&self) -> &str {
-        &self.device.name
-    }
-
-    /// The capabilities to give to the importer, in the order of the memories.
+    /// The capabilities to give to the importer, in the order of the memories: those of the first
+    /// rail. The others' keys go with the grants of their paths.
     pub fn regions(&self) -> Vec<RemoteRegion> {
         let region = |registered: &Registered| {
             let memory = &registered.memory;
             RemoteRegion::new(memory.base() as u64, memory.len() as u64, registered.key.rkey().into())
         };
-        self.exported.iter().map(region).collect()
+        self.rails[0].registered.iter().map(region).collect()
     }
 
-    /// Connects a queue pair to the importer's, and returns its own address.
+    /// Connects a queue pair to the importer's, and returns its own address, with the keys of the
+    /// memories on its rail.
     ///
-    /// Errors: the request is malformed, or the device refuses.
-    pub fn grant(&mut self, request: &[u8]) -> Result<Vec<u8>, SetupError> {
-        let peer = QueuePairAddress::decode(request)?;
-        let mut connection = Connection::new(&self.device, 1, AccessFlags::RemoteRead)?;
+    /// Errors: the request is malformed, there is no such rail, or the device refuses.
+    pub(crate) fn grant(&mut self, request: &[u8]) -> Result<Vec<u8>, SetupError> {
+        let malformed = || SetupError::Malformed { what: "queue pair request" };
+        let (rail, address) = request.split_first().ok_or_else(malformed)?;
+        let peer = QueuePairAddress::decode(address)?;
+        let rails = self.rails.len();
+        let reason = || format!("the peer uses {} RDMA devices and this side {rails}", rail + 1);
+        let own =
+            self.rails.get(usize::from(*rail)).ok_or_else(|| SetupError::Option { reason: reason() })?;
+        let mut connection = Connection::new(&own.device, 1, AccessFlags::RemoteRead)?;
         connection.connect(&peer)?;
-        let address = connection.address().as_bytes().to_vec();
+        let mut grant = connection.address().as_bytes().to_vec();
+        for (first, here) in self.rails[0].registered.iter().zip(own.registered.iter()) {
+            grant.extend_from_slice(KeyPair::new(first.key.rkey(), here.key.rkey()).as_bytes());
+        }
         self.connections.push(connection);
-        Ok(address)
+        Ok(grant)
     }
 }
 
 /// Opens lanes to an exporter.
 pub struct VerbsImporter {
-    memories: Arc<Vec<Registered>>,
-    device: Arc<VerbsDevice>,
+    rails: Vec<Rail>,
+    on_demand: bool,
 }
 
-/// A lane that awaits the exporter's grant.
-pub struct VerbsRequest(Connection);
+/// A path of a lane that awaits the exporter's grant.
+pub(crate) struct VerbsRequest {
+    connection: Connection,
+    memories: Arc<Vec<Registered>>,
+    class: LaneClass,
+}
 
 impl VerbsImporter {
-    /// Opens a device and registers `memories` for reads to land in.
+    /// Opens the devices and registers `memories` for reads to land in.
     ///
     /// Errors: no device fits `options`, or the registration is refused (locked-memory limit).
     pub fn new(memories: &[HostMemory], options: &EndpointOptions) -> Result<Self, SetupError> {
-        let device = Arc::new(VerbsDevice::open(options)?);
-        let memories = Arc::new(register(&device, memories, AccessFlags::LocalWrite)?);
-        Ok(Self { memories, device })
+        let access = AccessFlags::LocalWrite | AccessFlags::RelaxedOrdering;
+        Ok(Self { rails: Rail::open_all(memories, options, access)?, on_demand: options.on_demand })
     }
 
-    /// The device's name.
-    pub fn device(&self) -> &str {
-        &self.device.name
+    /// True if registration populated and pinned the memory.
+    pub(crate) fn pins_memory(&self) -> bool {
+        !self.on_demand
     }
 
-    /// Starts a lane: what to keep, and what to send to the exporter.
-    pub fn request(&self) -> Result<(VerbsRequest, Vec<u8>), SetupError> {
-        let connection = Connection::new(&self.device, DEPTH as u32, AccessFlags::LocalWrite)?;
-        let address = connection.address().as_bytes().to_vec();
-        Ok((VerbsRequest(connection), address))
+    /// Starts path number `at` of a lane: what to keep, and what to send to the exporter.
+    pub(crate) fn request(&self, at: usize, class: LaneClass) -> Result<(VerbsRequest, Vec<u8>), SetupError> {
+        let rail = at % self.rails.len();
+        let Rail { registered, device } = &self.rails[rail];
+        let connection = Connection::new(device, DEPTH as u32, AccessFlags::LocalWrite)?;
+        let mut blob = vec![rail as u8];
+        blob.extend_from_slice(connection.address().as_bytes());
+        Ok((VerbsRequest { connection, memories: registered.clone(), class }, blob))
     }
 
-    /// Finishes a lane with the exporter's grant.
+    /// Finishes a path with the exporter's grant.
     ///
     /// Errors: the grant is malformed, or the device refuses.
-    pub fn connect(&self, request: VerbsRequest, grant: &[u8]) -> Result<VerbsLane, SetupError> {
-        let VerbsRequest(mut connection) = request;
-        connection.connect(&QueuePairAddress::decode(grant)?)?;
-        Ok(VerbsLane::new(connection, self.memories.clone(), DEPTH))
+    pub(crate) fn connect(&self, request: VerbsRequest, grant: &[u8]) -> Result<VerbsLane, SetupError> {
+        let VerbsRequest { mut connection, memories, class } = request;
+        let malformed = || SetupError::Malformed { what: "queue pair grant" };
+        let split = grant.split_at_checked(size_of::<QueuePairAddress>());
+        let (address, keys) = split.ok_or_else(malformed)?;
+        connection.connect(&QueuePairAddress::decode(address)?)?;
+        let keys = KeyPair::decode_all(keys).ok_or_else(malformed)?;
+        Ok(VerbsLane::new(connection, memories, keys, DEPTH, class))
     }
 }

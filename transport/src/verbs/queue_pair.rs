@@ -15,10 +15,8 @@ use crate::error::SetupError;
 
 /// Packet sequence numbers are 24 bits wide.
 const PSN_MASK: u32 = (1 << 24) - 1;
-/// Local ACK timeout: 4.096 µs × 2^14 = 67 ms, doubled by many devices. perftest's default.
-const ACK_TIMEOUT: u8 = 14;
-/// Retries before the queue pair fails: the most that three bits hold.
-const RETRIES: u8 = 7;
+/// Retries after receiver-not-ready; no receives are ever posted, so it never counts.
+const RNR_RETRIES: u8 = 7;
 /// Receiver-not-ready timer code; no receives are ever posted, so it never runs.
 const RNR_TIMER: u8 = 12;
 /// Hops that a routed RoCE packet may take.
@@ -97,9 +95,9 @@ impl Connection {
         let mut send = QueuePairAttribute::new();
         send.setup_state(QueuePairState::ReadyToSend)
             .setup_sq_psn(self.psn)
-            .setup_timeout(ACK_TIMEOUT)
-            .setup_retry_cnt(RETRIES)
-            .setup_rnr_retry(RETRIES)
+            .setup_timeout(self.device.ack_timeout)
+            .setup_retry_cnt(self.device.retries)
+            .setup_rnr_retry(RNR_RETRIES)
             .setup_max_read_atomic(atoms);
         self.pair.modify(&send).map_err(|e| failed("ibv_modify_qp to RTS")(e.to_string()))?;
         Ok(atoms)

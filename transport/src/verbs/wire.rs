@@ -4,6 +4,9 @@
 //! 0         2     4     6       7     8            12           16                          32
 //! | version | mtu | lid | atoms | pad | queue pair | first PSN  |            GID            |
 //! ```
+//!
+//! A request is the rail's number (one byte) and this; a grant is this and, for each memory, its
+//! key on the first rail and its key on the path's rail.
 
 use zerocopy::byteorder::little_endian::{U16, U32};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
@@ -57,6 +60,32 @@ impl QueuePairAddress {
     }
 }
 
+/// A memory's keys: on the first rail, which its capability has, and on another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+pub(crate) struct KeyPair {
+    first: U32,
+    own: U32,
+}
+
+impl KeyPair {
+    pub(crate) fn new(first: u32, own: u32) -> Self {
+        Self { first: first.into(), own: own.into() }
+    }
+
+    /// Reads the end of a peer's grant: whole pairs.
+    pub(crate) fn decode_all(bytes: &[u8]) -> Option<Vec<Self>> {
+        <[Self]>::ref_from_bytes(bytes).ok().map(<[Self]>::to_vec)
+    }
+
+    /// The key that opens, on the path's rail, what `key` opens on the first. A key that is not
+    /// known opens nothing on any rail.
+    pub(crate) fn translate(pairs: &[Self], key: u64) -> u32 {
+        let known = pairs.iter().find(|pair| u64::from(pair.first.get()) == key);
+        known.map_or(key as u32, |pair| pair.own.get())
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -73,6 +102,15 @@ mod tests {
         golden[16..].fill(9);
         assert_eq!(example().as_bytes(), golden);
         assert_eq!(QueuePairAddress::decode(&golden).unwrap(), example());
+    }
+
+    #[test]
+    fn keys_are_translated_by_rail() {
+        let bytes = [KeyPair::new(5, 50), KeyPair::new(6, 60)].as_bytes().to_vec();
+        assert_eq!(bytes, [5, 0, 0, 0, 50, 0, 0, 0, 6, 0, 0, 0, 60, 0, 0, 0]);
+        let pairs = KeyPair::decode_all(&bytes).unwrap();
+        assert_eq!([5, 6, 7].map(|key| KeyPair::translate(&pairs, key)), [50, 60, 7]);
+        assert!(KeyPair::decode_all(&bytes[..15]).is_none());
     }
 
     #[test]
