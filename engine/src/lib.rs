@@ -6,6 +6,9 @@
 #![warn(missing_docs)]
 
 pub mod export;
+#[cfg(feature = "fuzz")]
+#[doc(hidden)]
+pub mod fuzz;
 pub mod import;
 pub mod memory;
 pub mod pagemap;

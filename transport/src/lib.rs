@@ -17,6 +17,9 @@
 
 mod endpoint;
 mod error;
+#[cfg(feature = "fuzz")]
+#[doc(hidden)]
+pub mod fuzz;
 mod lane;
 mod memory;
 mod region;

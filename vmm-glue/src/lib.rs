@@ -46,6 +46,13 @@ pub use migration::{MovableVm, VmHost};
 pub use state::{MAX_STATE_BYTES, STATE_VERSION};
 pub use vm::{PAUSE_TIMEOUT, PreparedVm, Vm};
 
+/// Feeds any bytes to the decoder of saved states: an entry point for fuzzing.
+#[cfg(feature = "fuzz")]
+#[doc(hidden)]
+pub fn fuzz_state(bytes: &[u8]) {
+    state::fuzz(bytes);
+}
+
 /// Whether this machine has a KVM that can run guests of this crate.
 ///
 /// Errors: as [`Vm::boot`] has them for KVM.

@@ -84,6 +84,19 @@ impl VmState {
     }
 }
 
+/// Feeds any bytes to the decoder, as they are and as the payload of a state whose header is right.
+#[cfg(feature = "fuzz")]
+pub(crate) fn fuzz(bytes: &[u8]) {
+    drop(VmState::decode(bytes));
+    let mut whole = MAGIC.to_vec();
+    whole.extend(STATE_VERSION.to_le_bytes());
+    whole.extend((bytes.len() as u32).to_le_bytes());
+    whole.extend(crc32fast::hash(bytes).to_le_bytes());
+    whole.extend([0; 4]);
+    whole.extend(bytes);
+    drop(VmState::decode(&whole));
+}
+
 fn word(bytes: &[u8], at: usize) -> u32 {
     bytes.get(at..at + 4).and_then(|word| word.try_into().ok()).map_or(0, u32::from_le_bytes)
 }

@@ -30,7 +30,11 @@ use std::time::Duration;
 
 pub use destination::{Arrived, DestinationGuest, DestinationHost, Drain, ReceiveOptions, receive};
 pub use message::GuestDescription;
+#[cfg(feature = "fuzz")]
+pub(crate) use message::fuzz_frame;
 pub use preamble::PROTOCOL_VERSION;
+#[cfg(feature = "fuzz")]
+pub(crate) use preamble::fuzz_preamble;
 pub use report::{ArrivalReport, MigrationReport, Phase, Progress, REPORT_VERSION};
 pub use source::{MigrateOptions, MigrationError, Owner, SourceGuest, migrate};
 

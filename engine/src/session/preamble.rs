@@ -77,6 +77,15 @@ impl Preamble {
     }
 }
 
+/// Feeds any bytes to the decoder.
+#[cfg(feature = "fuzz")]
+pub(crate) fn fuzz_preamble(bytes: &[u8]) {
+    let Some(bytes) = bytes.first_chunk() else { return };
+    if let Ok(preamble) = Preamble::decode(bytes) {
+        assert_eq!(preamble.encode(), *bytes, "what is understood has one form");
+    }
+}
+
 /// Reads a peer's preamble.
 pub(super) async fn read(stream: &mut TcpStream, patience: Duration) -> Result<Preamble, SessionError> {
     let mut bytes = [0; PREAMBLE_BYTES];

@@ -116,6 +116,14 @@ pub struct EndpointOptions {
     pub spin: Option<Duration>,
 }
 
+/// Feeds any bytes to the decoder of requests and grants.
+#[cfg(feature = "fuzz")]
+pub(crate) fn fuzz_envelope(bytes: &[u8]) {
+    if let Ok(envelope) = handshake::Envelope::decode(bytes, "fuzzed") {
+        assert_eq!(envelope.encode(), bytes, "what is understood has one form");
+    }
+}
+
 /// How long a thread polls before it sleeps, where nothing else is said: 100 µs on four cores or
 /// more, 20 µs (about a network round trip) on fewer, since a spinning thread there keeps others
 /// from running.

@@ -62,6 +62,11 @@ pub struct TcpLane {
 impl TcpLane {
     pub(crate) fn new(stream: TcpStream, memories: Vec<HostMemory>) -> io::Result<Self> {
         stream.set_nodelay(true)?;
+        Self::over(stream, memories)
+    }
+
+    /// A lane over any stream of bytes.
+    pub(crate) fn over(stream: TcpStream, memories: Vec<HostMemory>) -> io::Result<Self> {
         stream.set_nonblocking(true)?;
         Ok(Self { stream, memories, awaited: VecDeque::with_capacity(DEPTH), unsent: Vec::new() })
     }

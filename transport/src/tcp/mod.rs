@@ -14,7 +14,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 pub use lane::TcpLane;
-use responder::{Exports, Responder};
+pub(crate) use responder::Exports;
+use responder::Responder;
+#[cfg(feature = "fuzz")]
+pub(crate) use responder::serve;
 
 use crate::endpoint::{EndpointOptions, default_spin};
 use crate::error::SetupError;

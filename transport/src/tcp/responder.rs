@@ -74,7 +74,7 @@ impl Drop for Responder {
 }
 
 /// Answers until the peer goes away or breaks the protocol.
-fn serve(stream: &TcpStream, exports: &Exports, spin: Duration) -> io::Result<()> {
+pub(crate) fn serve(stream: &TcpStream, exports: &Exports, spin: Duration) -> io::Result<()> {
     let mut buffer = [0u8; BATCH * REQUEST_BYTES];
     let mut filled = 0;
     loop {

@@ -5,11 +5,13 @@ use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
-use sideway::ibverbs::queue_pair::{PostSendGuard, QueuePair, SetScatterGatherEntry, WorkRequestFlags};
+use rdma_mummy_sys::ibv_wc_status;
+use sideway::ibverbs::queue_pair::QueuePair;
 
 use super::device::Registered;
 use super::notify;
 use super::queue_pair::Connection;
+use super::queues::{Batch, Completions, WorkRequest};
 use super::wire::KeyPair;
 use crate::error::LaneError;
 use crate::lane::{Completion, Lane, LaneClass, Read, Token};
@@ -32,6 +34,8 @@ pub struct VerbsLane {
     /// How many reads were completed: the number of the first in `posted`.
     completed: u64,
     armed: bool,
+    batch: Batch,
+    polled: Completions,
 }
 
 impl VerbsLane {
@@ -44,14 +48,9 @@ impl VerbsLane {
     ) -> Self {
         let signal_every = if class == LaneClass::Urgent { 1 } else { SIGNAL_EVERY };
         let posted = VecDeque::with_capacity(depth);
-        Self { connection, memories, keys, depth, signal_every, posted, completed: 0, armed: false }
-    }
-
-    fn failure(&self, status: u32, vendor: u32, number: u64) -> LaneError {
-        let queue_pair = self.connection.pair.qp_number();
-        let at = number.wrapping_sub(self.completed) as usize;
-        let token = self.posted.get(at).copied().unwrap_or(Token(u64::MAX));
-        LaneError::QueuePair { queue_pair, status: status_name(status), vendor, token }
+        let (batch, polled) = (Batch::new(depth), Completions::new());
+        let (completed, armed) = (0, false);
+        Self { connection, memories, keys, depth, signal_every, posted, completed, armed, batch, polled }
     }
 }
 
@@ -61,35 +60,43 @@ impl Lane for VerbsLane {
         if accepted == 0 {
             return Ok(0);
         }
-        let mut batch = self.connection.pair.start_post_send();
         for (at, read) in reads[..accepted].iter().enumerate() {
             let (local, remote) = (read.local(), read.remote());
             let memory = &self.memories[usize::from(local.region)];
             let address = memory.memory.at(local.offset, local.len as usize);
             let address = address.expect("a LocalSlice lies in its region by construction");
-            let signalled = at + 1 == accepted || (at + 1) % self.signal_every == 0;
-            let flags = if signalled { WorkRequestFlags::Signaled } else { WorkRequestFlags::none() };
-            let number = self.completed + self.posted.len() as u64;
-            let target = batch.construct_wr(number, flags);
-            let target = target.setup_read(KeyPair::translate(&self.keys, remote.key), remote.addr);
+            let request = WorkRequest {
+                number: self.completed + self.posted.len() as u64,
+                signalled: at + 1 == accepted || (at + 1) % self.signal_every == 0,
+                local: address as u64,
+                lkey: memory.key.lkey(),
+                remote: remote.addr,
+                rkey: KeyPair::translate(&self.keys, remote.key),
+                len: local.len,
+            };
             // SAFETY: the range was just checked to lie inside the registered memory, which
             // `self.memories` keeps registered and mapped until the queue pair is gone.
-            unsafe { target.setup_sge(memory.key.lkey(), address as u64, local.len) };
+            unsafe { self.batch.push(request) };
             self.posted.push_back(read.token());
         }
-        batch.post().map_err(|error| io::Error::other(format!("posting reads: {error}")))?;
+        let posted = self.batch.post(&self.connection.pair);
+        posted.map_err(|error| io::Error::other(format!("posting reads: {error}")))?;
         Ok(accepted)
     }
 
     fn poll(&mut self, completions: &mut Vec<Completion>) -> Result<(), LaneError> {
-        let queue = self.connection.completions.clone();
-        let Ok(poller) = queue.start_poll() else { return Ok(()) };
-        for done in poller {
-            if done.status() != 0 {
-                return Err(self.failure(done.status(), done.vendor_err(), done.wr_id()));
+        for done in self.polled.poll(&self.connection.completions)? {
+            if done.status != ibv_wc_status::IBV_WC_SUCCESS {
+                let at = done.wr_id.wrapping_sub(self.completed) as usize;
+                return Err(LaneError::QueuePair {
+                    queue_pair: self.connection.pair.qp_number(),
+                    status: status_name(done.status),
+                    vendor: done.vendor_err,
+                    token: self.posted.get(at).copied().unwrap_or(Token(u64::MAX)),
+                });
             }
             self.armed = false;
-            while self.completed <= done.wr_id() {
+            while self.completed <= done.wr_id {
                 let Some(token) = self.posted.pop_front() else {
                     return Err(LaneError::Protocol("the device completed a read that was not posted"));
                 };

@@ -8,6 +8,7 @@ mod device;
 mod lane;
 mod notify;
 mod queue_pair;
+mod queues;
 mod wire;
 
 use std::sync::Arc;
@@ -58,6 +59,15 @@ impl Rail {
             Ok(Self { registered: Arc::new(registered), device })
         };
         names.into_iter().map(open).collect()
+    }
+}
+
+/// Feeds any bytes to the decoders of addresses and keys.
+#[cfg(feature = "fuzz")]
+pub(crate) fn fuzz_addresses(bytes: &[u8]) {
+    let _ = QueuePairAddress::decode(bytes);
+    if let Some(keys) = KeyPair::decode_all(bytes) {
+        let _ = KeyPair::translate(&keys, bytes.len() as u64);
     }
 }
 
