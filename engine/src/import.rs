@@ -68,6 +68,13 @@ impl Import {
         Ok([urgent, self.importer.connect_local(&mut export.exporter, LaneClass::Bulk)?])
     }
 
+    /// A lane for one thread that serves its own faults, to an export in this process.
+    ///
+    /// Errors: as [`Import::connect`].
+    pub fn connect_one_local(&self, export: &mut Export) -> Result<AnyLane, SetupError> {
+        self.importer.connect_local(&mut export.exporter, LaneClass::Urgent)
+    }
+
     /// Starts the pager over connected lanes.
     ///
     /// Errors: the source's regions do not fit, or the system refuses a thread.

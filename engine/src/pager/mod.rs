@@ -4,9 +4,12 @@
 //! lanes. The thread knows no session; progress and the end come out of a watch channel. When it
 //! ends badly, or panics, the trap stays: the guest waits for its pages and never reads zeros.
 
+mod claims;
 mod map_reader;
 mod rest;
+mod server;
 mod shard;
+mod sigbus;
 mod trap;
 
 use std::sync::Arc;
@@ -16,9 +19,13 @@ use std::time::Duration;
 
 use postcopy_transport::{AnyLane, HostMemory, LaneError, LocalRegion, ReadError, RemoteRegion};
 use rustix::event::{EventfdFlags, eventfd};
+pub use server::{FaultFailed, FaultServer};
+pub use sigbus::SelfService;
 use tokio::sync::watch;
 pub use trap::Trap;
 
+use self::claims::Claims;
+use self::server::Shared;
 use crate::memory::{GuestMemory, PageIndex};
 use crate::stats::PagerReport;
 
@@ -50,6 +57,12 @@ pub enum PagerError {
         lane: &'static str,
         /// Pages that had not arrived.
         outstanding: u64,
+        /// Why.
+        source: LaneError,
+    },
+    /// The lane of a thread that serves its own faults died.
+    #[error("the lane of a thread that serves itself failed: {source}; the guest waits")]
+    Server {
         /// Why.
         source: LaneError,
     },
@@ -112,10 +125,9 @@ pub struct PagerConfig {
 }
 
 impl Default for PagerConfig {
-    /// 100 µs with four cores or more, 20 µs (about one network round trip) with fewer.
+    /// [`postcopy_transport::default_spin`].
     fn default() -> Self {
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        Self { spin: Duration::from_micros(if cores >= 4 { 100 } else { 20 }) }
+        Self { spin: postcopy_transport::default_spin() }
     }
 }
 
@@ -141,12 +153,22 @@ pub struct Pager {
     stop: Arc<StopSignal>,
     thread: Option<JoinHandle<()>>,
     trap: Trap,
+    shared: Arc<Shared>,
+    spin: Duration,
+    _signals: Option<sigbus::Registration>,
 }
 
-/// Asks the thread to stop, also while it sleeps.
+/// Asks the thread to stop, or to look at its notes, also while it sleeps.
 struct StopSignal {
     asked: AtomicBool,
     wake: rustix::fd::OwnedFd,
+}
+
+impl StopSignal {
+    /// Ends a sleep, or the next.
+    fn rouse(&self) {
+        let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
+    }
 }
 
 impl Pager {
@@ -168,12 +190,33 @@ impl Pager {
         let stop = Arc::new(StopSignal { asked: AtomicBool::new(false), wake });
         let (sender, status) = watch::channel(PagerStatus::default());
         let pages = memory.layout().total_pages();
-        let shard = shard::Shard::new(trap.clone(), pages, source, [urgent, bulk], stop.clone(), config)?;
+        let (notes, heard) = std::sync::mpsc::channel();
+        let shared = Arc::new(Shared {
+            claims: Claims::new(pages),
+            trap: trap.clone(),
+            memory: source.memory,
+            landing: source.landing,
+            populated: source.populated,
+            stop: stop.clone(),
+            notes,
+            draining: AtomicBool::new(false),
+        });
+        let shard = shard::Shard::new(shared.clone(), heard, pages, source, [urgent, bulk], config)?;
+        let signals = match trap.is_for_self_service() {
+            true => Some(sigbus::register(shared.clone()).map_err(failed("handling SIGBUS"))?),
+            false => None,
+        };
         let thread = std::thread::Builder::new()
             .name("pager".into())
             .spawn(move || shard::supervise(shard, &sender))
             .map_err(failed("starting the pager thread"))?;
-        Ok(Self { status, stop, thread: Some(thread), trap })
+        Ok(Self { status, stop, thread: Some(thread), trap, shared, spin: config.spin, _signals: signals })
+    }
+
+    /// Lets a thread serve its own faults over `lane`, which nobody else uses. The trap must be one
+    /// [for self-service](Trap::register_for_self_service).
+    pub fn server(&self, lane: AnyLane) -> FaultServer {
+        FaultServer::new(self.shared.clone(), lane, self.spin)
     }
 
     /// Progress, and the end.
@@ -190,7 +233,7 @@ impl Pager {
 
     fn end(&mut self) {
         self.stop.asked.store(true, Ordering::Release);
-        let _ = rustix::io::write(&self.stop.wake, &1u64.to_ne_bytes());
+        self.stop.rouse();
         if let Some(thread) = self.thread.take() {
             drop(thread.join());
         }

@@ -6,9 +6,6 @@ use std::time::{Duration, Instant};
 use postcopy_transport::{AnyLane, Lane, LaneError};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-/// How long a sleep lasts while the source's page map grows: it tells nobody when it does.
-const MAP_PATIENCE: Duration = Duration::from_micros(500);
-
 /// Counts idle turns of the loop and says when to sleep.
 pub(super) struct Rest {
     spin: Duration,
@@ -25,14 +22,14 @@ impl Rest {
         self.idle_since = None;
     }
 
-    /// The turn did nothing: spin for a while, then sleep until a descriptor or (with
-    /// `map_pending`) a short time says otherwise.
+    /// The turn did nothing: spin for a while, then sleep until a descriptor or the end of `limit`
+    /// says otherwise.
     pub(super) fn idle(
         &mut self,
         now: Instant,
         lanes: &mut [AnyLane; 2],
         others: [BorrowedFd<'_>; 2],
-        map_pending: bool,
+        limit: Option<Duration>,
     ) -> Result<(), (usize, LaneError)> {
         let since = *self.idle_since.get_or_insert(now);
         if now.duration_since(since) < self.spin {
@@ -44,11 +41,12 @@ impl Rest {
                 return Ok(());
             }
         }
-        sleep(lanes, others, map_pending.then_some(MAP_PATIENCE));
+        sleep(lanes, others, limit);
         Ok(())
     }
 }
 
+/// Sleeps. The second of `others` is an eventfd, which is taken back.
 fn sleep(lanes: &[AnyLane; 2], others: [BorrowedFd<'_>; 2], limit: Option<Duration>) {
     let [urgent, bulk] = lanes;
     let [first, second] = others;
@@ -62,4 +60,7 @@ fn sleep(lanes: &[AnyLane; 2], others: [BorrowedFd<'_>; 2], limit: Option<Durati
     let limit = limit.map(|limit| Timespec { tv_sec: 0, tv_nsec: limit.as_nanos() as i64 });
     // An error (a signal) is a wake-up like any other: the loop looks at everything again.
     let _ = poll(&mut descriptors, limit.as_ref());
+    if descriptors[1].revents().contains(PollFlags::IN) {
+        let _ = rustix::io::read(second, &mut [0; 8]);
+    }
 }

@@ -6,19 +6,22 @@
 //! what arrived on the bulk lane one read is published a turn, so that a fault waits behind at
 //! most that.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant};
 
-use postcopy_transport::{AnyLane, Completion, Lane, LaneError, LocalRegion, Read, RemoteRegion, Token};
+use postcopy_transport::{AnyLane, Completion, Lane, LaneError, Read, Token, give_way, is_crowded};
 use rustix::fd::AsFd;
 use tokio::sync::watch;
 use userfaultfd::EventBuffer;
 
+use super::claims::Claim;
 use super::map_reader::{Landed, MAP_TOKEN, MapReader};
 use super::rest::Rest;
-use super::{PagerConfig, PagerError, PagerState, PagerStatus, SourceMemory, StopSignal, Trap};
+use super::server::{Note, Shared, Stamps};
+use super::{PagerConfig, PagerError, PagerState, PagerStatus, SourceMemory};
 use crate::memory::{PAGE_SIZE, PageIndex};
 use crate::planner::{Action, LaneId, Planner, Run};
 use crate::stats::{PagerReport, StageReport, Stages};
@@ -27,6 +30,10 @@ use crate::stats::{PagerReport, StageReport, Stages};
 const FAULT_BATCH: usize = 64;
 /// How often progress is published.
 const PROGRESS: Duration = Duration::from_millis(100);
+/// How long a sleep lasts while the source's page map grows: it tells nobody when it does.
+const MAP_PATIENCE: Duration = Duration::from_micros(500);
+/// How long a sleep lasts while other threads serve faults: they rouse the shard only if they must.
+const NOTES_PATIENCE: Duration = Duration::from_millis(10);
 /// A token is the first page and, in its upper bits below [`MAP_TOKEN`], the count.
 const COUNT_SHIFT: u32 = 48;
 
@@ -39,12 +46,14 @@ struct Fault {
 
 /// Everything that one pager thread owns.
 pub(super) struct Shard {
-    trap: Trap,
+    /// What threads that serve their own faults share with it.
+    shared: Arc<Shared>,
+    notes: Receiver<Note>,
+    /// Pages that the planner wanted read and another thread had claimed, with the lane that the
+    /// planner believes them on.
+    elsewhere: HashMap<PageIndex, LaneId>,
     planner: Planner,
     map: MapReader,
-    memory: RemoteRegion,
-    landing: LocalRegion,
-    populated: bool,
     /// Urgent, bulk.
     lanes: [AnyLane; 2],
     /// Reads that their lane had no room for yet, by lane.
@@ -53,7 +62,6 @@ pub(super) struct Shard {
     stages: Stages,
     bytes: [u64; 2],
     total: u64,
-    stop: Arc<StopSignal>,
     rest: Rest,
     actions: Vec<Action>,
     completions: Vec<Completion>,
@@ -61,6 +69,8 @@ pub(super) struct Shard {
     arrived: VecDeque<Completion>,
     seen: Vec<PageIndex>,
     events: EventBuffer,
+    pieces: Vec<Run>,
+    taken: Vec<PageIndex>,
     done: bool,
 }
 
@@ -85,50 +95,59 @@ pub(super) fn supervise(mut shard: Shard, status: &watch::Sender<PagerStatus>) {
 
 impl Shard {
     pub(super) fn new(
-        trap: Trap,
+        shared: Arc<Shared>,
+        notes: Receiver<Note>,
         pages: u64,
         source: SourceMemory,
         lanes: [AnyLane; 2],
-        stop: Arc<StopSignal>,
         config: PagerConfig,
     ) -> Result<Self, PagerError> {
         if source.memory.len() != pages * PAGE_SIZE || source.landing.slice(0, 1).is_none() {
             return Err(PagerError::Peer("its memory region has the wrong size"));
         }
         Ok(Self {
-            trap,
+            shared,
+            notes,
+            elsewhere: HashMap::new(),
             planner: Planner::new(pages),
             map: MapReader::new(pages, source.map_memory, source.map_landing, source.map)?,
-            memory: source.memory,
-            landing: source.landing,
-            populated: source.populated,
             lanes,
             waiting: [Vec::new(), Vec::new()],
             faults: Vec::new(),
             stages: Stages::default(),
             bytes: [0; 2],
             total: pages,
-            stop,
             rest: Rest::new(config.spin),
             actions: Vec::new(),
             completions: Vec::new(),
             arrived: VecDeque::new(),
             seen: Vec::new(),
             events: EventBuffer::new(FAULT_BATCH),
+            pieces: Vec::new(),
+            taken: Vec::new(),
             done: false,
         })
     }
 
     fn run(&mut self, status: &watch::Sender<PagerStatus>) -> Result<PagerState, PagerError> {
+        if self.shared.trap.is_for_self_service() && is_crowded() {
+            // The faults are served elsewhere: what is left here is the drain.
+            if let Err(error) = give_way() {
+                tracing::debug!(%error, "the drain keeps its priority");
+            }
+        }
         let mut reported = Instant::now();
-        while !self.stop.asked.load(Ordering::Acquire) {
+        while !self.shared.stop.asked.load(Ordering::Acquire) {
             let now = Instant::now();
             let mut busy = self.take_faults(now)?;
+            busy |= self.take_notes()?;
             busy |= self.poll_urgent()?;
             busy |= self.poll_bulk()?;
             busy |= self.drain()?;
             if self.done {
-                self.trap.release()?;
+                // Nobody may be reading a page when the guest is let at all of them.
+                self.shared.claims.close();
+                self.shared.trap.release()?;
                 return Ok(PagerState::Resident);
             }
             if now.duration_since(reported) >= PROGRESS {
@@ -146,7 +165,7 @@ impl Shard {
 
     fn take_faults(&mut self, now: Instant) -> Result<bool, PagerError> {
         let mut seen = std::mem::take(&mut self.seen);
-        self.trap.take_faults(&mut self.events, &mut seen)?;
+        self.shared.trap.take_faults(&mut self.events, &mut seen)?;
         for page in &seen {
             if !self.planner.fault(*page, &mut self.actions) {
                 return Err(PagerError::StrayFault(*page));
@@ -159,6 +178,31 @@ impl Shard {
         seen.clear();
         self.seen = seen;
         if any {
+            self.carry_out()?;
+        }
+        Ok(any)
+    }
+
+    /// Hears of the faults that other threads serve, as if it had seen and served them itself.
+    fn take_notes(&mut self) -> Result<bool, PagerError> {
+        let mut any = false;
+        while let Ok(note) = self.notes.try_recv() {
+            any = true;
+            match note {
+                Note::Serving(page) | Note::Wanted(page) => {
+                    if !self.elsewhere.contains_key(&page) && !self.planner.fault(page, &mut self.actions) {
+                        return Err(PagerError::StrayFault(page));
+                    }
+                }
+                Note::Served(page, stamps) => {
+                    record(&mut self.stages, stamps);
+                    if let Some(lane) = self.elsewhere.remove(&page) {
+                        self.bytes[LaneId::Urgent as usize] += PAGE_SIZE;
+                        self.planner.landed(lane, Run::one(page), &mut self.actions);
+                    }
+                }
+                Note::Failed(error) => return Err(error),
+            }
             self.carry_out()?;
         }
         Ok(any)
@@ -212,6 +256,7 @@ impl Shard {
         match self.map.landed()? {
             Landed::Read(read) => self.waiting[LaneId::Bulk as usize].push(read),
             Landed::Known { to, zeros } => {
+                zeros.iter().for_each(|page| self.shared.claims.zero(*page));
                 self.planner.map_extended(to, zeros.into_iter(), &mut self.actions)
             }
             Landed::NothingNew => {}
@@ -232,6 +277,7 @@ impl Shard {
         }
         let any = !self.actions.is_empty();
         self.carry_out()?;
+        self.shared.draining.store(self.lanes[bulk].in_flight() > 0, Ordering::Relaxed);
         Ok(any)
     }
 
@@ -240,19 +286,44 @@ impl Shard {
         let mut actions = std::mem::take(&mut self.actions);
         for action in actions.drain(..) {
             match action {
-                Action::Read(lane, run) => {
-                    let read = self.read_of(run);
-                    self.waiting[lane as usize].push(read);
-                }
-                Action::Publish(run) => self.trap.publish(run)?,
-                Action::PublishZero(page) => self.trap.publish_zero(page, self.populated)?,
-                Action::Wake(page) => self.trap.wake(page)?,
+                Action::Read(lane, run) => self.read(lane, run),
+                Action::Publish(run) => self.publish(run)?,
+                Action::PublishZero(page) => self.publish_zero(page)?,
+                Action::Wake(page) => self.shared.trap.wake(page)?,
                 Action::Done => self.done = true,
             }
         }
         self.actions = actions;
         self.post(LaneId::Urgent as usize)?;
         self.post(LaneId::Bulk as usize)
+    }
+
+    /// Has those pages of a run read that no other thread has claimed.
+    fn read(&mut self, lane: LaneId, run: Run) {
+        self.shared.claims.claim_run(run, &mut self.pieces, &mut self.taken);
+        for piece in self.pieces.drain(..) {
+            let token = Token(u64::from(piece.count) << COUNT_SHIFT | piece.first.0);
+            let read = self.shared.read_of(token, piece).expect("the planner stays inside memory");
+            self.waiting[lane as usize].push(read);
+        }
+        self.elsewhere.extend(self.taken.drain(..).map(|page| (page, lane)));
+    }
+
+    /// Publishes what has landed. What another thread brought, it has published.
+    fn publish(&mut self, run: Run) -> Result<(), PagerError> {
+        if !self.shared.claims.is_resident(run.first) {
+            self.shared.trap.publish(run)?;
+            self.shared.claims.published(run);
+        }
+        Ok(())
+    }
+
+    fn publish_zero(&mut self, page: PageIndex) -> Result<(), PagerError> {
+        if self.shared.claims.claim(page) == Claim::Zero {
+            self.shared.trap.publish_zero(page, self.shared.populated)?;
+            self.shared.claims.published(Run::one(page));
+        }
+        Ok(())
     }
 
     fn post(&mut self, lane: usize) -> Result<(), PagerError> {
@@ -280,11 +351,7 @@ impl Shard {
         self.faults.retain(|fault| {
             let resident = planner.is_resident(fault.page);
             if let (true, Some(posted)) = (resident, fault.posted) {
-                let ns = |from: Instant, to: Instant| to.saturating_duration_since(from).as_nanos() as u64;
-                stages.post.saturating_record(ns(fault.seen, posted));
-                stages.read.saturating_record(ns(posted, completed));
-                stages.install.saturating_record(ns(completed, published));
-                stages.total.saturating_record(ns(fault.seen, published));
+                record(stages, Stamps { seen: fault.seen, posted, completed, published });
             }
             !resident
         });
@@ -292,18 +359,13 @@ impl Shard {
 
     fn idle(&mut self, now: Instant) -> Result<(), PagerError> {
         let map_pending = !self.map.finished() && self.lanes[LaneId::Bulk as usize].in_flight() == 0;
-        let others = [self.trap.as_fd(), self.stop.wake.as_fd()];
-        let rested = self.rest.idle(now, &mut self.lanes, others, map_pending);
+        let limit = match map_pending {
+            true => Some(MAP_PATIENCE),
+            false => self.shared.trap.is_for_self_service().then_some(NOTES_PATIENCE),
+        };
+        let others = [self.shared.trap.as_fd(), self.shared.stop.wake.as_fd()];
+        let rested = self.rest.idle(now, &mut self.lanes, others, limit);
         rested.map_err(|(lane, error)| self.lane_failed(lane, error))
-    }
-
-    fn read_of(&self, run: Run) -> Read {
-        let len = run.count * PAGE_SIZE as u32;
-        let offset = run.first.offset();
-        let local = self.landing.slice(offset, len).expect("the planner stays inside memory");
-        let remote = self.memory.slice(offset, len).expect("new() checked the source's length");
-        let token = Token(u64::from(run.count) << COUNT_SHIFT | run.first.0);
-        Read::new(token, local, remote).expect("both slices have the same length")
     }
 
     fn lane_failed(&self, lane: usize, source: LaneError) -> PagerError {
@@ -322,6 +384,14 @@ impl Shard {
             stages: StageReport::default(),
         }
     }
+}
+
+fn record(stages: &mut Stages, stamps: Stamps) {
+    let ns = |from: Instant, to: Instant| to.saturating_duration_since(from).as_nanos() as u64;
+    stages.post.saturating_record(ns(stamps.seen, stamps.posted));
+    stages.read.saturating_record(ns(stamps.posted, stamps.completed));
+    stages.install.saturating_record(ns(stamps.completed, stamps.published));
+    stages.total.saturating_record(ns(stamps.seen, stamps.published));
 }
 
 fn run_of(token: Token) -> Run {

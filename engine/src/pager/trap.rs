@@ -12,6 +12,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::Arc;
 
+use postcopy_transport::HostMemory;
 use userfaultfd::{Error as UffdError, Event, EventBuffer, FeatureFlags, RegisterMode, Uffd, UffdBuilder};
 
 use crate::memory::{GuestMemory, PAGE_SIZE, PageIndex};
@@ -26,19 +27,37 @@ const MINOR_SHMEM: FeatureFlags = FeatureFlags::from_bits_retain(1 << 10);
 pub struct Trap {
     uffd: Arc<Uffd>,
     memory: GuestMemory,
+    signals: bool,
 }
 
 impl Trap {
-    /// Registers the guest mapping of `memory` for missing and minor faults.
+    /// Registers the guest mapping of `memory` for missing and minor faults, which the pager's
+    /// thread serves.
     ///
     /// Errors: userfaultfd is refused (EPERM: who runs this may not), the kernel has no minor
     /// faults on shared memory (older than 5.14), or the registration fails.
     pub fn register(memory: &GuestMemory) -> Result<Self, PagerError> {
+        Self::with(memory, false)
+    }
+
+    /// As [`Trap::register`], but the thread that touches a page is told by a signal (SIGBUS), or
+    /// KVM by an error, and serves the fault itself.
+    ///
+    /// Errors: as [`Trap::register`].
+    pub fn register_for_self_service(memory: &GuestMemory) -> Result<Self, PagerError> {
+        Self::with(memory, true)
+    }
+
+    fn with(memory: &GuestMemory, signals: bool) -> Result<Self, PagerError> {
+        let mut features = FeatureFlags::MISSING_SHMEM | MINOR_SHMEM;
+        if signals {
+            features |= FeatureFlags::SIGBUS;
+        }
         let uffd = UffdBuilder::new()
             .close_on_exec(true)
             .non_blocking(true)
             .user_mode_only(false)
-            .require_features(FeatureFlags::MISSING_SHMEM | MINOR_SHMEM)
+            .require_features(features)
             .create()
             .map_err(refused)?;
         let guest = memory.guest();
@@ -48,7 +67,17 @@ impl Trap {
             RegisterMode::MISSING | RegisterMode::MINOR,
         )
         .map_err(|error| PagerError::Userfault { operation: "UFFDIO_REGISTER", source: errno(error) })?;
-        Ok(Self { uffd: Arc::new(uffd), memory: memory.clone() })
+        Ok(Self { uffd: Arc::new(uffd), memory: memory.clone(), signals })
+    }
+
+    /// Whether touches are told to who touched, and not to the pager.
+    pub fn is_for_self_service(&self) -> bool {
+        self.signals
+    }
+
+    /// The trapped mapping.
+    pub(super) fn guest(&self) -> &HostMemory {
+        self.memory.guest()
     }
 
     /// Whether this process may use userfaultfd as the pager needs it.

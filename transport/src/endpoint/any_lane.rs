@@ -21,6 +21,8 @@ pub enum AnyLane {
     Verbs(VerbsLane),
     /// Over several paths of one of those.
     Striped(Striped),
+    /// A wire of the embedder's own.
+    Other(Box<dyn Lane>),
 }
 
 macro_rules! each {
@@ -31,6 +33,7 @@ macro_rules! each {
             #[cfg(feature = "rdma")]
             AnyLane::Verbs($lane) => $call,
             AnyLane::Striped($lane) => $call,
+            AnyLane::Other($lane) => $call,
         }
     };
 }

@@ -128,6 +128,5 @@ pub(crate) fn fuzz_envelope(bytes: &[u8]) {
 /// more, 20 µs (about a network round trip) on fewer, since a spinning thread there keeps others
 /// from running.
 pub fn default_spin() -> Duration {
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    Duration::from_micros(if cores >= 4 { 100 } else { 20 })
+    Duration::from_micros(if crate::is_crowded() { 20 } else { 100 })
 }

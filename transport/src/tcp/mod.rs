@@ -68,8 +68,8 @@ impl TcpExporter {
     /// Errors: none awaits a stream, or the system refuses a socket option or a thread.
     pub fn attach(&mut self, stream: TcpStream) -> Result<(), SetupError> {
         let class = self.awaited.pop_front().ok_or(SetupError::Malformed { what: "lane stream" })?;
-        let spin = if class == LaneClass::Urgent { self.spin } else { Duration::ZERO };
-        let responder = Responder::start(stream, self.exports.clone(), self.lanes.len(), spin);
+        let lane = self.lanes.len();
+        let responder = Responder::start(stream, self.exports.clone(), lane, class, self.spin);
         self.lanes.push(responder.map_err(SetupError::io("starting a lane"))?);
         Ok(())
     }

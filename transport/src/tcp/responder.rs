@@ -12,6 +12,7 @@ use zerocopy::{FromBytes, IntoBytes};
 
 use super::vectored::{self, Vectors};
 use super::wire::{OP_READ, REQUEST_BYTES, RESPONSE_BYTES, Request, Response, STATUS_OK, STATUS_REFUSED};
+use crate::lane::LaneClass;
 use crate::memory::HostMemory;
 use crate::region::MAX_READ;
 
@@ -43,17 +44,25 @@ pub(crate) struct Responder {
 }
 
 impl Responder {
-    /// Starts to answer. The thread polls for `spin` after each answer before it sleeps.
+    /// Starts to answer. For an urgent lane the thread polls for `spin` after each answer before it
+    /// sleeps.
     pub(crate) fn start(
         stream: TcpStream,
         exports: Arc<Exports>,
         lane: usize,
+        class: LaneClass,
         spin: Duration,
     ) -> io::Result<Self> {
+        // Where cores are few, who serves the drain leaves them to who serves a fault.
+        let gives_way = class == LaneClass::Bulk && crate::is_crowded();
+        let spin = if class == LaneClass::Urgent { spin } else { Duration::ZERO };
         stream.set_nodelay(true)?;
         stream.set_nonblocking(false)?;
         let serving = stream.try_clone()?;
         let thread = std::thread::Builder::new().name(format!("lane-{lane}")).spawn(move || {
+            if gives_way && let Err(error) = crate::give_way() {
+                tracing::debug!(lane, %error, "a bulk responder keeps its priority");
+            }
             if let Err(error) = serve(&serving, &exports, spin) {
                 tracing::debug!(lane, %error, "responder ended");
             }

@@ -1,0 +1,172 @@
+//! Who brings a page: the one thing that a shard and the threads that serve their own faults share.
+//!
+//! ```text
+//!  Missing ──claim──▶ Claimed ──published──▶ Resident
+//!     └──map: zero──▶ Zero ──claim──▶ Claimed
+//! ```
+//!
+//! A page's landing place is written by whoever claimed it and by nobody else, so nothing is read
+//! twice, and what the guest wrote is never overwritten. One byte a page; a claim is one
+//! compare-and-swap.
+
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
+
+use crate::memory::PageIndex;
+use crate::planner::Run;
+
+const MISSING: u8 = 0;
+const CLAIMED: u8 = 1;
+const ZERO: u8 = 2;
+const RESIDENT: u8 = 3;
+
+/// What a claim found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Claim {
+    /// The page is the caller's to read.
+    Read,
+    /// The page is the caller's, and known to be zero.
+    Zero,
+    /// Somebody else brings it.
+    Taken,
+    /// It is published.
+    Resident,
+}
+
+/// The claims on the pages of one shard.
+pub(super) struct Claims {
+    states: Vec<AtomicU8>,
+    /// Pages that are missing or claimed.
+    outstanding: AtomicU64,
+    /// Threads between [`Claims::enter`] and [`Claims::leave`].
+    serving: AtomicU32,
+    closing: AtomicBool,
+}
+
+impl Claims {
+    pub(super) fn new(pages: u64) -> Self {
+        let states = (0..pages).map(|_| AtomicU8::new(MISSING)).collect();
+        let outstanding = AtomicU64::new(pages);
+        Self { states, outstanding, serving: AtomicU32::new(0), closing: AtomicBool::new(false) }
+    }
+
+    fn swap(&self, page: PageIndex, from: u8, to: u8) -> Result<u8, u8> {
+        self.states[page.0 as usize].compare_exchange(from, to, Ordering::AcqRel, Ordering::Acquire)
+    }
+
+    /// Whether there is such a page.
+    pub(super) fn covers(&self, page: PageIndex) -> bool {
+        page.0 < self.states.len() as u64
+    }
+
+    /// Claims a page, which must exist.
+    pub(super) fn claim(&self, page: PageIndex) -> Claim {
+        match self.swap(page, MISSING, CLAIMED) {
+            Ok(_) => Claim::Read,
+            Err(ZERO) if self.swap(page, ZERO, CLAIMED).is_ok() => {
+                // Counted as here when the map said so; published, it is counted again.
+                self.outstanding.fetch_add(1, Ordering::AcqRel);
+                Claim::Zero
+            }
+            Err(RESIDENT) => Claim::Resident,
+            Err(_) => Claim::Taken,
+        }
+    }
+
+    /// Claims those pages of `run` that are free to read: the pieces, and the pages that others
+    /// have.
+    pub(super) fn claim_run(&self, run: Run, pieces: &mut Vec<Run>, taken: &mut Vec<PageIndex>) {
+        let mut piece: Option<Run> = None;
+        for page in run.pages() {
+            if self.swap(page, MISSING, CLAIMED).is_err() {
+                taken.push(page);
+                pieces.extend(piece.take());
+            } else if let Some(piece) = &mut piece {
+                piece.count += 1;
+            } else {
+                piece = Some(Run::one(page));
+            }
+        }
+        pieces.extend(piece);
+    }
+
+    /// The source says that the page is zero.
+    pub(super) fn zero(&self, page: PageIndex) {
+        if self.swap(page, MISSING, ZERO).is_ok() {
+            self.outstanding.fetch_sub(1, Ordering::AcqRel);
+        }
+    }
+
+    /// The claimed pages of `run` are published. Says whether they were the last.
+    pub(super) fn published(&self, run: Run) -> bool {
+        for page in run.pages() {
+            self.states[page.0 as usize].store(RESIDENT, Ordering::Release);
+        }
+        let count = u64::from(run.count);
+        self.outstanding.fetch_sub(count, Ordering::AcqRel) == count
+    }
+
+    /// Whether a page is published.
+    pub(super) fn is_resident(&self, page: PageIndex) -> bool {
+        self.states[page.0 as usize].load(Ordering::Acquire) == RESIDENT
+    }
+
+    /// Begins to serve a fault. False once the memory is being let go: every page is here then.
+    pub(super) fn enter(&self) -> bool {
+        self.serving.fetch_add(1, Ordering::SeqCst);
+        let open = !self.closing.load(Ordering::SeqCst);
+        if !open {
+            self.leave();
+        }
+        open
+    }
+
+    /// Ends what [`Claims::enter`] began.
+    pub(super) fn leave(&self) {
+        self.serving.fetch_sub(1, Ordering::SeqCst);
+    }
+
+    /// Lets nobody begin any more, and waits until nobody serves a fault: after it, no read of a
+    /// serving thread is under way that could write over what the guest wrote since.
+    pub(super) fn close(&self) {
+        self.closing.store(true, Ordering::SeqCst);
+        while self.serving.load(Ordering::SeqCst) > 0 {
+            std::thread::yield_now();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_page_has_one_owner() {
+        let claims = Claims::new(8);
+        assert_eq!(claims.claim(PageIndex(3)), Claim::Read);
+        assert_eq!(claims.claim(PageIndex(3)), Claim::Taken);
+        let (mut pieces, mut taken) = (Vec::new(), Vec::new());
+        claims.claim_run(Run { first: PageIndex(1), count: 5 }, &mut pieces, &mut taken);
+        let run = |first, count| Run { first: PageIndex(first), count };
+        assert_eq!((pieces, taken), (vec![run(1, 2), run(4, 2)], vec![PageIndex(3)]));
+        assert!(!claims.published(run(3, 1)));
+        assert_eq!(claims.claim(PageIndex(3)), Claim::Resident);
+    }
+
+    #[test]
+    fn the_last_page_is_told_and_zero_pages_count_as_here() {
+        let claims = Claims::new(4);
+        claims.zero(PageIndex(0));
+        claims.zero(PageIndex(1));
+        assert_eq!(claims.claim(PageIndex(0)), Claim::Zero);
+        assert_eq!(claims.claim(PageIndex(2)), Claim::Read);
+        claims.zero(PageIndex(2));
+        assert_eq!(claims.claim(PageIndex(3)), Claim::Read);
+        assert!(!claims.published(Run::one(PageIndex(0))));
+        assert!(!claims.published(Run::one(PageIndex(2))));
+        assert!(claims.published(Run::one(PageIndex(3))));
+        assert!(claims.enter());
+        claims.leave();
+        claims.close();
+        assert!(!claims.enter());
+    }
+}

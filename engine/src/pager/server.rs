@@ -1,0 +1,208 @@
+//! A thread that serves its own faults, on a lane of its own.
+//!
+//! The thread that touched a page claims it, reads it and publishes it, and goes on: no event, no
+//! wake-up, no other thread on the way. The shard learns of it afterwards, for its policy and its
+//! counts. A page that somebody else has claimed is waited for.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::Sender;
+use std::time::{Duration, Instant};
+
+use postcopy_transport::{AnyLane, Completion, Lane, LaneError, LocalRegion, Read, RemoteRegion, Token};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use super::claims::{Claim, Claims};
+use super::{PagerError, StopSignal, Trap};
+use crate::memory::{PAGE_SIZE, PageIndex};
+use crate::planner::Run;
+
+/// How long a page that somebody else brings is waited for by giving way, before sleeping between
+/// the looks.
+const GIVE_WAY: Duration = Duration::from_micros(100);
+/// The sleep between the looks.
+const NAP: Duration = Duration::from_micros(50);
+
+/// What a serving thread tells the shard.
+pub(super) enum Note {
+    /// It touched this page, and brings it.
+    Serving(PageIndex),
+    /// It has published it.
+    Served(PageIndex, Stamps),
+    /// A thread without a lane of its own touched this page, and waits.
+    Wanted(PageIndex),
+    /// Its lane died, or the kernel refused.
+    Failed(PagerError),
+}
+
+/// When what happened in a served fault.
+#[derive(Clone, Copy)]
+pub(super) struct Stamps {
+    pub(super) seen: Instant,
+    pub(super) posted: Instant,
+    pub(super) completed: Instant,
+    pub(super) published: Instant,
+}
+
+/// What a shard and the threads that serve themselves have in common.
+pub(super) struct Shared {
+    pub(super) claims: Claims,
+    pub(super) trap: Trap,
+    pub(super) memory: RemoteRegion,
+    pub(super) landing: LocalRegion,
+    /// Whether landing memory is populated already (pinned by its registration).
+    pub(super) populated: bool,
+    pub(super) stop: Arc<StopSignal>,
+    pub(super) notes: Sender<Note>,
+    /// The shard has bulk reads in flight: spinning would keep them from the processor.
+    pub(super) draining: AtomicBool,
+}
+
+impl Shared {
+    /// The read that brings `run`, or `None` if the source's or this side's memory ends before.
+    pub(super) fn read_of(&self, token: Token, run: Run) -> Option<Read> {
+        let len = run.count * PAGE_SIZE as u32;
+        let local = self.landing.slice(run.first.offset(), len)?;
+        Read::new(token, local, self.memory.slice(run.first.offset(), len)?)
+    }
+
+    /// Has the shard bring a page, and waits until it is there.
+    pub(super) fn ask(&self, page: PageIndex) {
+        if !self.claims.covers(page) || !self.claims.enter() {
+            return;
+        }
+        // If the shard is gone the page never comes, and this thread waits: it must not go on.
+        drop(self.notes.send(Note::Wanted(page)));
+        self.stop.rouse();
+        self.claims.leave();
+        self.await_resident(page);
+    }
+
+    /// Waits until a page that somebody else brings is published, or memory is let go.
+    fn await_resident(&self, page: PageIndex) {
+        let begun = Instant::now();
+        while !self.claims.is_resident(page) && self.claims.enter() {
+            self.claims.leave();
+            if begun.elapsed() < GIVE_WAY {
+                std::thread::yield_now();
+            } else {
+                std::thread::sleep(NAP);
+            }
+        }
+    }
+}
+
+/// Serves the faults of one thread.
+pub struct FaultServer {
+    shared: Arc<Shared>,
+    lane: AnyLane,
+    /// How long to poll for the answer before sleeping.
+    spin: Duration,
+    /// Whether spinning keeps a background read from the processor.
+    crowded: bool,
+    completions: Vec<Completion>,
+}
+
+impl FaultServer {
+    pub(super) fn new(shared: Arc<Shared>, lane: AnyLane, spin: Duration) -> Self {
+        let crowded = postcopy_transport::is_crowded();
+        Self { shared, lane, spin, crowded, completions: Vec::with_capacity(1) }
+    }
+
+    /// Whether it reads the memory of `shared`.
+    pub(super) fn is_of(&self, shared: &Shared) -> bool {
+        std::ptr::eq(&*self.shared, shared)
+    }
+
+    /// Brings a page that this thread touched. Returns when it is published, by whomever; touch it
+    /// again then.
+    ///
+    /// Errors: the lane died or the kernel refused. The shard knows; the page does not come, and the
+    /// thread must not go on.
+    pub fn serve(&mut self, page: PageIndex) -> Result<(), FaultFailed> {
+        let seen = Instant::now();
+        let shared = self.shared.clone();
+        if !shared.claims.covers(page) {
+            return self.fail(PagerError::StrayFault(page));
+        }
+        if !shared.claims.enter() {
+            return Ok(());
+        }
+        let served = match shared.claims.claim(page) {
+            Claim::Read => self.bring(page, seen),
+            Claim::Zero => self.publish_zero(page),
+            Claim::Resident => Ok(()),
+            Claim::Taken => {
+                shared.claims.leave();
+                shared.await_resident(page);
+                return Ok(());
+            }
+        };
+        shared.claims.leave();
+        served.or_else(|error| self.fail(error))
+    }
+
+    fn fail(&self, error: PagerError) -> Result<(), FaultFailed> {
+        drop(self.shared.notes.send(Note::Failed(error)));
+        self.shared.stop.rouse();
+        Err(FaultFailed)
+    }
+
+    fn bring(&mut self, page: PageIndex, seen: Instant) -> Result<(), PagerError> {
+        let shared = self.shared.clone();
+        let read = shared.read_of(Token(page.0), Run::one(page)).ok_or(PagerError::StrayFault(page))?;
+        let posted = self.lane.post(&[read]).map_err(failed)?;
+        assert!(posted == 1, "a server has one read in flight, and every lane room for that");
+        let posted = Instant::now();
+        // Before the wait: what is around the page can be read meanwhile.
+        drop(shared.notes.send(Note::Serving(page)));
+        self.await_read(posted).map_err(failed)?;
+        let completed = Instant::now();
+        let result = self.completions.pop().map_or(Ok(()), |completion| completion.result);
+        result.map_err(|source| PagerError::Read { page, source })?;
+        shared.trap.publish(Run::one(page))?;
+        let published = Instant::now();
+        let last = shared.claims.published(Run::one(page));
+        drop(shared.notes.send(Note::Served(page, Stamps { seen, posted, completed, published })));
+        if last {
+            shared.stop.rouse();
+        }
+        Ok(())
+    }
+
+    fn publish_zero(&self, page: PageIndex) -> Result<(), PagerError> {
+        self.shared.trap.publish_zero(page, self.shared.populated)?;
+        self.shared.claims.published(Run::one(page));
+        drop(self.shared.notes.send(Note::Serving(page)));
+        Ok(())
+    }
+
+    /// Waits for the one read in flight: polls for a while, then sleeps on the descriptor. Where
+    /// cores are few and a drain is under way it sleeps at once, so that the drain's threads get
+    /// what the wire leaves them; they give way as soon as the answer is there.
+    fn await_read(&mut self, posted: Instant) -> Result<(), LaneError> {
+        loop {
+            self.lane.poll(&mut self.completions)?;
+            if !self.completions.is_empty() {
+                return Ok(());
+            }
+            let crowded = self.crowded && self.shared.draining.load(Ordering::Relaxed);
+            if !crowded && posted.elapsed() < self.spin {
+                std::hint::spin_loop();
+            } else if self.lane.arm()? {
+                let descriptor = PollFd::from_borrowed_fd(self.lane.descriptor(), PollFlags::IN);
+                // A signal is a wake-up like any other: look again.
+                let _ = poll(&mut [descriptor], None::<&Timespec>);
+            }
+        }
+    }
+}
+
+fn failed(source: LaneError) -> PagerError {
+    PagerError::Server { source }
+}
+
+/// A fault could not be served; the shard has been told why.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("a page that this thread touched does not come")]
+pub struct FaultFailed;

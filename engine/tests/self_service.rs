@@ -1,0 +1,203 @@
+//! Threads that serve their own faults, over real userfaultfd in its SIGBUS mode and every transport
+//! that this machine has.
+#![allow(clippy::unwrap_used)] // helpers of tests, where a panic is the report
+
+use std::os::fd::BorrowedFd;
+use std::time::Duration;
+
+use postcopy_engine::export::Export;
+use postcopy_engine::import::Import;
+use postcopy_engine::memory::{GuestMemory, MemoryLayout, PAGE_SIZE};
+use postcopy_engine::pager::{Pager, PagerConfig, PagerError, PagerState, PagerStatus, SelfService, Trap};
+use postcopy_transport::{
+    AnyLane, Completion, EndpointOptions, HostMemory, Lane, LaneError, Read, Transport,
+};
+
+const BYTES: u64 = 16 << 20;
+const PAGES: u64 = BYTES / PAGE_SIZE;
+
+/// Content of a page: zero for every third, else different in every word.
+fn content(page: u64) -> Vec<u8> {
+    let mut bytes = vec![0u8; PAGE_SIZE as usize];
+    if !page.is_multiple_of(3) {
+        for (at, word) in bytes.chunks_mut(8).enumerate() {
+            let value = (page << 32 | at as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+            word.copy_from_slice(&value.to_le_bytes());
+        }
+    }
+    bytes
+}
+
+fn source(transport: Transport) -> (Export, GuestMemory) {
+    let memory = GuestMemory::new(MemoryLayout::pc(BYTES, 3 << 30).unwrap()).unwrap();
+    for page in (0..PAGES).filter(|page| page % 3 != 0) {
+        assert!(memory.guest().write(page * PAGE_SIZE, &content(page)));
+    }
+    (Export::new(transport, &memory, &EndpointOptions::default()).unwrap(), memory)
+}
+
+/// The destination, and lanes for so many threads.
+struct Destination {
+    memory: GuestMemory,
+    pager: Pager,
+    lanes: Vec<AnyLane>,
+}
+
+fn destination(transport: Transport, export: &mut Export, threads: usize) -> Destination {
+    let memory = GuestMemory::new(MemoryLayout::pc(BYTES, 3 << 30).unwrap()).unwrap();
+    let trap = Trap::register_for_self_service(&memory).unwrap();
+    let import = Import::new(transport, &memory, &EndpointOptions::default()).unwrap();
+    let lanes = import.connect_local(export).unwrap();
+    let pager = import.start(trap, lanes, export.regions(), PagerConfig::default()).unwrap();
+    let lanes = (0..threads).map(|_| import.connect_one_local(export).unwrap()).collect();
+    Destination { memory, pager, lanes }
+}
+
+fn end_of(pager: &Pager) -> PagerStatus {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+    let mut status = pager.status();
+    let ended = status.wait_for(|status| !matches!(status.state, PagerState::Running));
+    let ended = runtime.block_on(async { tokio::time::timeout(Duration::from_secs(60), ended).await });
+    ended.expect("the drain ends").unwrap().clone()
+}
+
+fn check(memory: &HostMemory, page: u64) {
+    let mut bytes = vec![0u8; PAGE_SIZE as usize];
+    assert!(memory.read(page * PAGE_SIZE, &mut bytes));
+    assert!(bytes == content(page), "page {page}");
+}
+
+#[test]
+fn threads_serve_themselves_while_it_drains_and_see_every_byte_right() {
+    for transport in Transport::ALL.into_iter().filter(|transport| transport.available().is_ok()) {
+        for round in 0..3u64 {
+            let (mut export, _memory) = source(transport);
+            let Destination { memory, pager, lanes } = destination(transport, &mut export, 2);
+            export.describe_pages().unwrap();
+            std::thread::scope(|scope| {
+                // Two threads with a lane each, and one that the shard serves.
+                let lanes = lanes.into_iter().map(Some).chain([None]);
+                for (thread, lane) in lanes.enumerate() {
+                    let (guest, server) = (memory.guest().clone(), lane.map(|lane| pager.server(lane)));
+                    scope.spawn(move || {
+                        let _service = server.map(SelfService::of_this_thread);
+                        for step in 0..PAGES {
+                            let page = (step * 1_009 + thread as u64 * 777 + round) % PAGES;
+                            check(&guest, page);
+                            if page % 5 == 4 {
+                                assert!(guest.write(page * PAGE_SIZE, &content(page)));
+                            }
+                        }
+                    });
+                }
+            });
+            let end = end_of(&pager);
+            assert!(matches!(end.state, PagerState::Resident), "{transport}: {:?}", end.state);
+            let counts = end.report.pages;
+            assert_eq!(counts.fault_pages + counts.drain_pages + counts.zero_pages, PAGES, "{counts:?}");
+            assert!(counts.network_faults > 0 && end.report.stages.total.count > 0, "{counts:?}");
+            (0..PAGES).for_each(|page| check(memory.guest(), page));
+        }
+    }
+}
+
+#[test]
+fn what_a_serving_thread_wrote_is_never_overwritten() {
+    let (mut export, _memory) = source(Transport::Tcp);
+    let Destination { memory, pager, mut lanes } = destination(Transport::Tcp, &mut export, 1);
+    let service = SelfService::of_this_thread(pager.server(lanes.pop().unwrap()));
+    export.describe_pages().unwrap();
+    for page in (0..PAGES).step_by(7) {
+        assert!(memory.guest().write(page * PAGE_SIZE + 100, b"written at the destination"));
+    }
+    assert!(matches!(end_of(&pager).state, PagerState::Resident));
+    for page in 0..PAGES {
+        let mut expected = content(page);
+        if page % 7 == 0 {
+            expected[100..126].copy_from_slice(b"written at the destination");
+        }
+        let mut bytes = vec![0u8; PAGE_SIZE as usize];
+        assert!(memory.guest().read(page * PAGE_SIZE, &mut bytes));
+        assert!(bytes == expected, "page {page}");
+    }
+    drop(service);
+}
+
+/// Asserts that a touch of `page` gets no answer: a reader of zeros would be heard at once.
+fn assert_waits(memory: &GuestMemory, page: u64, server: Option<postcopy_engine::pager::FaultServer>) {
+    let guest = memory.guest().clone();
+    let (said, heard) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        let _service = server.map(SelfService::of_this_thread);
+        let mut byte = [0u8];
+        let touched = guest.read(page * PAGE_SIZE, &mut byte);
+        let _ = said.send((touched, byte));
+    });
+    let seen = heard.recv_timeout(Duration::from_millis(300));
+    assert!(seen.is_err(), "the guest read {seen:?} in place of its memory");
+}
+
+#[test]
+fn a_lost_source_lets_no_thread_read_zeros() {
+    let (mut export, _memory) = source(Transport::Tcp);
+    let Destination { memory, pager, mut lanes } = destination(Transport::Tcp, &mut export, 1);
+    check(memory.guest(), 1);
+    let server = pager.server(lanes.pop().unwrap());
+    drop(export);
+    let PagerState::Failed(error) = end_of(&pager).state else { panic!("the lanes are gone") };
+    assert!(error.to_string().contains("the guest waits"), "{error}");
+    assert_waits(&memory, 2, Some(server));
+    assert_waits(&memory, 4, None);
+    // Ending the process ends the waiting threads; the pager, and its trap, live until then.
+    std::mem::forget(pager);
+}
+
+/// A lane that panics when it is asked for what has arrived.
+struct Panics(AnyLane);
+
+impl Lane for Panics {
+    fn post(&mut self, reads: &[Read]) -> Result<usize, LaneError> {
+        self.0.post(reads)
+    }
+
+    fn poll(&mut self, _: &mut Vec<Completion>) -> Result<(), LaneError> {
+        panic!("on purpose, as a defect would");
+    }
+
+    fn room(&self) -> usize {
+        self.0.room()
+    }
+
+    fn in_flight(&self) -> usize {
+        self.0.in_flight()
+    }
+
+    fn arm(&mut self) -> Result<bool, LaneError> {
+        self.0.arm()
+    }
+
+    fn descriptor(&self) -> BorrowedFd<'_> {
+        self.0.descriptor()
+    }
+}
+
+#[test]
+fn a_pager_thread_that_panics_lets_no_thread_read_zeros() {
+    for signals in [false, true] {
+        let (mut export, _memory) = source(Transport::Tcp);
+        let memory = GuestMemory::new(MemoryLayout::pc(BYTES, 3 << 30).unwrap()).unwrap();
+        let trap = match signals {
+            true => Trap::register_for_self_service(&memory).unwrap(),
+            false => Trap::register(&memory).unwrap(),
+        };
+        let import = Import::new(Transport::Tcp, &memory, &EndpointOptions::default()).unwrap();
+        let [urgent, bulk] = import.connect_local(&mut export).unwrap();
+        let lanes = [AnyLane::Other(Box::new(Panics(urgent))), bulk];
+        let pager = import.start(trap, lanes, export.regions(), PagerConfig::default()).unwrap();
+        let PagerState::Failed(error) = end_of(&pager).state else { panic!("its lane panics") };
+        assert!(matches!(*error, PagerError::Panicked(_)), "{error}");
+        assert!(error.to_string().contains("the guest waits"), "{error}");
+        assert_waits(&memory, 2, None);
+        std::mem::forget(pager);
+    }
+}
