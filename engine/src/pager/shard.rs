@@ -54,6 +54,8 @@ pub(super) struct Shard {
     elsewhere: HashMap<PageIndex, LaneId>,
     planner: Planner,
     map: MapReader,
+    /// When to ask for more of the map.
+    map_due: Instant,
     /// Urgent, bulk.
     lanes: [AnyLane; 2],
     /// Reads that their lane had no room for yet, by lane.
@@ -111,6 +113,7 @@ impl Shard {
             elsewhere: HashMap::new(),
             planner: Planner::new(pages),
             map: MapReader::new(pages, source.map_memory, source.map_landing, source.map)?,
+            map_due: Instant::now(),
             lanes,
             waiting: [Vec::new(), Vec::new()],
             faults: Vec::new(),
@@ -143,7 +146,7 @@ impl Shard {
             busy |= self.take_notes()?;
             busy |= self.poll_urgent()?;
             busy |= self.poll_bulk()?;
-            busy |= self.drain()?;
+            busy |= self.drain(now)?;
             if self.done {
                 // Nobody may be reading a page when the guest is let at all of them.
                 self.shared.claims.close();
@@ -259,25 +262,27 @@ impl Shard {
                 zeros.iter().for_each(|page| self.shared.claims.zero(*page));
                 self.planner.map_extended(to, zeros.into_iter(), &mut self.actions)
             }
-            Landed::NothingNew => {}
+            Landed::NothingNew => self.map_due = Instant::now() + MAP_PATIENCE,
         }
         Ok(())
     }
 
     /// Keeps the bulk lane filled: the page map first, then pages that it says have content.
-    fn drain(&mut self) -> Result<bool, PagerError> {
+    fn drain(&mut self, now: Instant) -> Result<bool, PagerError> {
         let bulk = LaneId::Bulk as usize;
         let room = self.lanes[bulk].room().saturating_sub(self.waiting[bulk].len());
         self.planner.drain(room.saturating_sub(1), &mut self.actions);
         // Ask for more of the map when the drain has used up what is known of it.
         let nothing_under_way = self.lanes[bulk].in_flight() == 0 && self.arrived.is_empty();
-        if self.actions.is_empty() && nothing_under_way && room > 0 {
+        if self.actions.is_empty() && nothing_under_way && room > 0 && now >= self.map_due {
             let next = self.map.next();
             self.waiting[bulk].extend(next);
         }
         let any = !self.actions.is_empty();
         self.carry_out()?;
-        self.shared.draining.store(self.lanes[bulk].in_flight() > 0, Ordering::Relaxed);
+        // What the map takes is too little to give way to.
+        let draining = self.map_due <= now && self.lanes[bulk].in_flight() > 0;
+        self.shared.draining.store(draining, Ordering::Relaxed);
         Ok(any)
     }
 

@@ -129,8 +129,10 @@ fn install() -> io::Result<()> {
 }
 
 extern "C" fn on_sigbus(signal: i32, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
-    // SAFETY: the kernel passes a valid siginfo_t, and SIGBUS has an address in it.
-    let address = unsafe { (*info).si_addr() } as usize;
+    // SAFETY: the kernel passes a valid siginfo_t.
+    let info_here = unsafe { &*info };
+    // SAFETY: a SIGBUS of the kernel's has an address in it; of others it is no address of ours.
+    let address = unsafe { info_here.si_addr() } as usize;
     // SAFETY: errno is this thread's own.
     let errno = unsafe { libc::__errno_location() };
     // SAFETY: as above.

@@ -41,6 +41,8 @@ pub(crate) enum Command {
         #[command(flatten)]
         read: ReadArgs,
     },
+    /// Measure what a thread waits when it touches memory that is still at the source.
+    Fault(crate::fault::FaultArgs),
     /// Print a completion script for a shell.
     Completions {
         /// Which shell.

@@ -4,6 +4,7 @@
 //! this process itself), and the result is a [`report`]: JSON, or a table of the same values.
 
 mod args;
+mod fault;
 mod pattern;
 mod read;
 mod report;
@@ -30,6 +31,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<()> {
     match cli.command {
         None => measure(&cli.read, None),
         Some(Command::Read { host, read }) => measure(&read, host.as_deref()),
+        Some(Command::Fault(args)) => fault::fault(&args),
         Some(Command::Serve(args)) => serve::serve(&args),
         Some(Command::Completions { shell }) => {
             clap_complete::generate(shell, &mut Cli::command(), "pcbench", &mut std::io::stdout());

@@ -125,8 +125,9 @@ pub(crate) fn fuzz_envelope(bytes: &[u8]) {
 }
 
 /// How long a thread polls before it sleeps, where nothing else is said: 100 µs on four cores or
-/// more, 20 µs (about a network round trip) on fewer, since a spinning thread there keeps others
-/// from running.
+/// more, 50 µs on fewer, where a spinning thread keeps others from running. It must outlast what the
+/// other side needs until its next request: with less than that the fault path sleeps twice a fault
+/// (docs/adr/0007-who-spins.md has the figures).
 pub fn default_spin() -> Duration {
-    Duration::from_micros(if crate::is_crowded() { 20 } else { 100 })
+    Duration::from_micros(if crate::is_crowded() { 50 } else { 100 })
 }

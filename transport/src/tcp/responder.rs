@@ -20,6 +20,10 @@ use crate::region::MAX_READ;
 const BATCH: usize = 32;
 const _: () = assert!(BATCH * 2 <= vectored::MAX_ENTRIES);
 
+/// Bytes given to the kernel at once, about: a thread of the fault path
+/// that wakes up meanwhile may have to wait for the end of the call. With less the stream loses rate.
+const SEND_BYTES: usize = 512 << 10;
+
 /// What a refused read is padded with, in pieces of this many bytes.
 const PADDING: usize = 64 << 10;
 
@@ -141,7 +145,7 @@ fn answer(stream: &TcpStream, exports: &Exports, requests: &[Request]) -> io::Re
             }
             None => pad(stream, &mut vectors, &padding, len)?,
         }
-        if vectors.is_full() {
+        if vectors.is_full() || vectors.bytes() >= SEND_BYTES {
             send_all(stream, &mut vectors)?;
         }
     }

@@ -24,6 +24,11 @@ impl<'a> Vectors<'a> {
         Self { entries: Vec::with_capacity(MAX_ENTRIES), places: PhantomData }
     }
 
+    /// Bytes in all places.
+    pub(crate) fn bytes(&self) -> usize {
+        self.entries.iter().map(|entry| entry.iov_len).sum()
+    }
+
     pub(crate) fn is_full(&self) -> bool {
         self.entries.len() + 2 > MAX_ENTRIES
     }
