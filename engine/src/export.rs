@@ -7,8 +7,12 @@ use postcopy_transport::{EndpointOptions, Exporter, HostMemory, RemoteRegion, Se
 use crate::memory::GuestMemory;
 use crate::pagemap::PageMap;
 
-/// Lanes of one migration: urgent and bulk, in this order.
+/// Lanes of every migration: urgent and bulk, in this order. Those of threads that serve their own
+/// faults follow.
 pub const LANES: usize = 2;
+
+/// Most lanes of one migration: [`LANES`], and one for each of 64 threads.
+pub const MAX_LANES: usize = LANES + 64;
 
 /// Guest memory, exported. Passive but for the thread that fills the page map (and, over TCP, one
 /// responder a lane). Dropping it closes the lanes and takes the memory back.

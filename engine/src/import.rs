@@ -12,6 +12,14 @@ use crate::memory::GuestMemory;
 use crate::pagemap::map_bytes;
 use crate::pager::{Pager, PagerConfig, PagerError, SourceMemory, Trap};
 
+/// The lanes of a migration.
+pub struct Lanes {
+    /// Urgent and bulk.
+    pub shard: [AnyLane; LANES],
+    /// One for each thread that serves its own faults.
+    pub servers: Vec<AnyLane>,
+}
+
 /// Landing memory, registered.
 pub struct Import {
     importer: Importer,
@@ -36,28 +44,35 @@ impl Import {
         Ok(Self { importer, memory: memory.clone(), map_memory })
     }
 
-    /// Starts the two lanes: what to keep, and what to send to the source.
+    /// Starts the two lanes, and one for each of `servers` threads: what to keep, and what to send
+    /// to the source.
     ///
     /// Errors: the device refuses.
-    pub fn request(&self) -> Result<([LaneRequest; LANES], [Vec<u8>; LANES]), SetupError> {
-        let (urgent, urgent_blob) = self.importer.request(LaneClass::Urgent)?;
-        let (bulk, bulk_blob) = self.importer.request(LaneClass::Bulk)?;
-        Ok(([urgent, bulk], [urgent_blob, bulk_blob]))
+    pub fn request(&self, servers: usize) -> Result<(Vec<LaneRequest>, Vec<Vec<u8>>), SetupError> {
+        let classes = [LaneClass::Urgent, LaneClass::Bulk].into_iter();
+        let classes = classes.chain(std::iter::repeat_n(LaneClass::Urgent, servers));
+        let requests: Result<Vec<_>, _> = classes.map(|class| self.importer.request(class)).collect();
+        Ok(requests?.into_iter().unzip())
     }
 
-    /// Finishes the two lanes, each with the streams that it needs ([`LaneRequest::streams`]).
+    /// Finishes the lanes, each with the streams that it needs ([`LaneRequest::streams`]).
     ///
-    /// Errors: a grant is malformed, or the system or device refuses.
+    /// Errors: a grant is missing or malformed, or the system or device refuses.
     pub fn connect(
         &self,
-        requests: [LaneRequest; LANES],
-        grants: &[Vec<u8>; LANES],
-        streams: [Vec<TcpStream>; LANES],
-    ) -> Result<[AnyLane; LANES], SetupError> {
-        let ([urgent, bulk], [urgent_stream, bulk_stream]) = (requests, streams);
-        let urgent = self.importer.connect(urgent, &grants[0], urgent_stream)?;
-        let bulk = self.importer.connect(bulk, &grants[1], bulk_stream)?;
-        Ok([urgent, bulk])
+        requests: Vec<LaneRequest>,
+        grants: &[Vec<u8>],
+        streams: Vec<Vec<TcpStream>>,
+    ) -> Result<Lanes, SetupError> {
+        let malformed = || SetupError::Malformed { what: "lane grants" };
+        if grants.len() != requests.len() || streams.len() != requests.len() {
+            return Err(malformed());
+        }
+        let each = requests.into_iter().zip(grants).zip(streams);
+        let lanes = each.map(|((request, grant), streams)| self.importer.connect(request, grant, streams));
+        let mut lanes = lanes.collect::<Result<Vec<_>, _>>()?.into_iter();
+        let (urgent, bulk) = lanes.next().zip(lanes.next()).ok_or_else(malformed)?;
+        Ok(Lanes { shard: [urgent, bulk], servers: lanes.collect() })
     }
 
     /// The two lanes to an export in this process.

@@ -16,3 +16,5 @@ pub mod pager;
 pub mod planner;
 pub mod session;
 pub mod stats;
+
+pub use postcopy_transport::is_crowded;

@@ -2,10 +2,12 @@
 //! taken apart into a state.
 
 use std::io::Write;
+use std::sync::Arc;
 
 use kvm_bindings::CpuId;
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use postcopy_engine::memory::{Gpa, GuestMemory};
+use postcopy_engine::pager::FaultServer;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::boot;
@@ -17,11 +19,23 @@ use crate::devices::i8042::I8042;
 use crate::devices::serial::{SERIAL_GSI, SerialDevice};
 use crate::error::{KvmContext, StateError, SystemContext, VmError};
 use crate::exit::{ExitEvent, ExitReason};
+use crate::fault_address::FaultAddresses;
 use crate::gate::{Gate, Order};
 use crate::memory::register_slots;
 use crate::platform::{self, PlatformState};
+use crate::self_service::VcpuFaults;
 use crate::state::VmState;
 use crate::vcpu::Vcpu;
+
+/// What a vCPU does with its processor while the guest idles.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Idle {
+    /// It leaves it to others.
+    Yielding,
+    /// It halts on it. KVM then has no way to let a vCPU wait for a missing page in the background
+    /// (its asynchronous page faults), and tells the vCPU's thread at once.
+    OnItsProcessor,
+}
 
 /// Where the guest's console output goes.
 pub(crate) type Output = Box<dyn Write + Send>;
@@ -49,9 +63,12 @@ struct Chassis {
 }
 
 impl Chassis {
-    fn new(memory: &GuestMemory) -> Result<Self, VmError> {
+    fn new(memory: &GuestMemory, idle: Idle) -> Result<Self, VmError> {
         let kvm = platform::open()?;
         let vm = platform::create(&kvm)?;
+        if idle == Idle::OnItsProcessor {
+            platform::halt_in_guest(&vm)?;
+        }
         register_slots(&vm, memory)?;
         let serial_line = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).system("eventfd")?;
         vm.register_irqfd(&serial_line, SERIAL_GSI).kvm("KVM_IRQFD")?;
@@ -100,9 +117,14 @@ pub(crate) struct Prepared {
 
 impl Prepared {
     /// A machine of the given shape. Guest memory is not touched.
-    pub(crate) fn new(config: VmConfig, memory: GuestMemory, output: Output) -> Result<Self, VmError> {
+    pub(crate) fn new(
+        config: VmConfig,
+        memory: GuestMemory,
+        output: Output,
+        idle: Idle,
+    ) -> Result<Self, VmError> {
         check_memory(&config, &memory)?;
-        let chassis = Chassis::new(&memory)?;
+        let chassis = Chassis::new(&memory, idle)?;
         let supported = cpuid::supported(&chassis.kvm)?;
         let fds = (0..usize::from(config.cpus)).map(|index| chassis.create_vcpu(index));
         Ok(Self { fds: fds.collect::<Result<_, _>>()?, chassis, supported, config, memory, output })
@@ -145,7 +167,7 @@ impl Machine {
     ) -> Result<Self, VmError> {
         check_memory(&config, &memory)?;
         let entry = boot::load(&config, &memory, source)?;
-        let chassis = Chassis::new(&memory)?;
+        let chassis = Chassis::new(&memory, Idle::Yielding)?;
         let supported = cpuid::supported(&chassis.kvm)?;
         let mut fds = Vec::new();
         let mut shown: Vec<CpuId> = Vec::new();
@@ -190,6 +212,27 @@ impl Machine {
             vcpus,
         };
         state.encode()
+    }
+
+    /// Has each vCPU serve its own faults: one server for each, in their order. The pages that KVM
+    /// touches itself are brought now, since it passes over those that are missing.
+    pub(crate) fn serve_faults(
+        &self,
+        servers: Vec<FaultServer>,
+        addresses: &Arc<FaultAddresses>,
+    ) -> Result<(), VmError> {
+        if servers.len() != self.vcpus.len() {
+            return Err(VmError::Config(format!("{} servers for {} vCPUs", servers.len(), self.vcpus.len())));
+        }
+        for (at, (vcpu, server)) in self.vcpus.iter().zip(servers).enumerate() {
+            let mut faults = VcpuFaults::new(server, addresses.clone(), self.memory.clone());
+            for page in self.early_pages.iter().filter(|_| at == 0) {
+                let brought = faults.bring(*page);
+                brought.map_err(|error| VmError::Config(format!("bringing the first pages: {error}")))?;
+            }
+            vcpu.serve_faults(faults);
+        }
+        Ok(())
     }
 
     /// Guest pages that are touched first after a restore, by KVM itself or by the processor's

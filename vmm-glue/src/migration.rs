@@ -5,10 +5,13 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use postcopy_engine::memory::GuestMemory;
+use postcopy_engine::pager::FaultServer;
 use postcopy_engine::session::{
     DestinationGuest, DestinationHost, GuestDescription, GuestError, SourceGuest,
 };
 
+use crate::fault_address::FaultAddresses;
+use crate::machine::Idle;
 use crate::{BootSource, Console, ExitReason, PreparedVm, Vm, VmConfig, VmError};
 
 /// Kind and version of VMM that a guest's state belongs to. Changes with [`crate::STATE_VERSION`].
@@ -25,6 +28,8 @@ pub struct MovableVm {
     vm: Mutex<Option<Vm>>,
     /// The machine that waits for that state.
     prepared: Mutex<Option<PreparedVm>>,
+    /// What tells its vCPUs which page they missed, where they serve themselves.
+    addresses: Option<Arc<FaultAddresses>>,
 }
 
 impl MovableVm {
@@ -37,7 +42,7 @@ impl MovableVm {
             .map_err(|source| VmError::System { operation: "making guest memory", source })?;
         let vm = Vm::boot(config.clone(), memory.clone(), source, console)?;
         vm.start()?;
-        Ok(Self { config, memory, vm: Mutex::new(Some(vm)), prepared: Mutex::new(None) })
+        Ok(Self { config, memory, vm: Mutex::new(Some(vm)), prepared: Mutex::new(None), addresses: None })
     }
 
     /// The guest's shape.
@@ -101,25 +106,74 @@ impl DestinationGuest for MovableVm {
         Ok(())
     }
 
+    fn serve_faults(&self, servers: Vec<FaultServer>) -> Result<(), GuestError> {
+        match &self.addresses {
+            Some(addresses) => self.with(|vm| vm.serve_faults(servers, addresses)),
+            None => Err("the vCPUs cannot serve their own faults here".into()),
+        }
+    }
+
     fn resume(&self) -> Result<(), GuestError> {
         self.with(Vm::start)
+    }
+
+    fn memory_arrived(&self) {
+        if let Some(vm) = self.vm().as_ref() {
+            vm.memory_arrived();
+        }
     }
 }
 
 /// Takes guests of this VMM in.
 pub struct VmHost {
     console: Arc<dyn Fn() -> Console + Send + Sync>,
+    addresses: Option<Arc<FaultAddresses>>,
 }
 
 impl VmHost {
     /// A host whose guests' consoles are made by `console`.
     pub fn new(console: impl Fn() -> Console + Send + Sync + 'static) -> Self {
-        Self { console: Arc::new(console) }
+        Self { console: Arc::new(console), addresses: None }
+    }
+
+    /// Lets the guests' vCPUs serve their own faults: a touch of a missing page is answered by the
+    /// vCPU's own thread, over a lane of its own.
+    ///
+    /// The price: such a guest halts on its processor when it idles, and leaves it to nobody.
+    /// Otherwise KVM answers a fault by letting the vCPU wait in the background, and nobody is told.
+    ///
+    /// Errors: this process may not attach a BPF program to KVM's tracepoint (CAP_BPF and
+    /// CAP_PERFMON, or root), or the kernel has none.
+    pub fn with_self_service(mut self) -> Result<Self, VmError> {
+        let attached = FaultAddresses::attach();
+        let operation = "attaching a BPF program to the tracepoint kvm_page_fault (needs root, or CAP_BPF \
+                         and CAP_PERFMON, and tracefs)";
+        self.addresses = Some(Arc::new(attached.map_err(|source| VmError::System { operation, source })?));
+        Ok(self)
+    }
+
+    /// As [`VmHost::with_self_service`] where each vCPU can have a processor (four or more) and this
+    /// process may; else the pager's thread serves all faults.
+    pub fn with_self_service_if_possible(mut self) -> Self {
+        if postcopy_engine::is_crowded() {
+            return self;
+        }
+        match FaultAddresses::attach() {
+            Ok(addresses) => self.addresses = Some(Arc::new(addresses)),
+            Err(error) => tracing::info!(%error, "vCPUs cannot serve their own faults here; the pager does"),
+        }
+        self
     }
 }
 
 impl DestinationHost for VmHost {
     type Guest = MovableVm;
+
+    fn serving_threads(&self, description: &GuestDescription) -> usize {
+        let config = postcard::from_bytes::<VmConfig>(&description.config);
+        let served = self.addresses.is_some() && description.config.len() <= MAX_CONFIG;
+        config.map_or(0, |config| if served { usize::from(config.cpus) } else { 0 })
+    }
 
     fn prepare(&self, description: &GuestDescription, memory: &GuestMemory) -> Result<MovableVm, GuestError> {
         if description.vmm != VMM {
@@ -132,8 +186,10 @@ impl DestinationHost for VmHost {
         if config.layout()? != description.layout {
             return Err("the guest's memory does not fit its configuration".into());
         }
-        let prepared = Vm::prepare(config.clone(), memory.clone(), (self.console)())?;
+        let idle = if self.addresses.is_some() { Idle::OnItsProcessor } else { Idle::Yielding };
+        let prepared = Vm::prepare_with(config.clone(), memory.clone(), (self.console)(), idle)?;
         let prepared = Mutex::new(Some(prepared));
-        Ok(MovableVm { config, memory: memory.clone(), vm: Mutex::new(None), prepared })
+        let (vm, addresses) = (Mutex::new(None), self.addresses.clone());
+        Ok(MovableVm { config, memory: memory.clone(), vm, prepared, addresses })
     }
 }

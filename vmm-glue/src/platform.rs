@@ -1,8 +1,9 @@
 //! What the kernel emulates for the whole machine: interrupt controllers, timer, clock.
 
 use kvm_bindings::{
-    KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_PIT_SPEAKER_DUMMY, kvm_irqchip,
-    kvm_pit_config, kvm_pit_state2,
+    KVM_CAP_X86_DISABLE_EXITS, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
+    KVM_PIT_SPEAKER_DUMMY, KVM_X86_DISABLE_EXITS_HLT, kvm_enable_cap, kvm_irqchip, kvm_pit_config,
+    kvm_pit_state2,
 };
 use kvm_ioctls::{Cap, Kvm, VmFd};
 use serde::{Deserialize, Serialize};
@@ -48,6 +49,18 @@ pub(crate) fn open() -> Result<Kvm, VmError> {
         Some((_, name)) => Err(VmError::MissingCapability(name)),
         None => Ok(kvm),
     }
+}
+
+/// Lets the guest halt on the processor instead of leaving KVM; before there are vCPUs.
+///
+/// Errors: the kernel cannot.
+pub(crate) fn halt_in_guest(vm: &VmFd) -> Result<(), VmError> {
+    let capability = kvm_enable_cap {
+        cap: KVM_CAP_X86_DISABLE_EXITS,
+        args: [KVM_X86_DISABLE_EXITS_HLT.into(), 0, 0, 0],
+        ..Default::default()
+    };
+    vm.enable_cap(&capability).kvm("KVM_CAP_X86_DISABLE_EXITS")
 }
 
 /// Makes a VM with its interrupt controllers and timer, and no memory or vCPUs yet.

@@ -1,5 +1,6 @@
 //! A vCPU's thread: KVM_RUN, and what its exits ask for.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use kvm_bindings::{kvm_cpuid_entry2, kvm_msr_entry};
@@ -10,6 +11,7 @@ use crate::devices::{BusEvent, Devices};
 use crate::exit::ExitReason;
 use crate::kick::Kick;
 use crate::machine::Machine;
+use crate::self_service::VcpuFaults;
 
 /// What a vCPU's thread does before it enters the guest after a stop.
 #[derive(Default)]
@@ -26,6 +28,10 @@ pub(crate) struct Vcpu {
     pub(crate) cpuid: Vec<kvm_cpuid_entry2>,
     fd: Mutex<VcpuFd>,
     resume: Mutex<Resume>,
+    /// Where it serves its own faults.
+    faults: Mutex<Option<VcpuFaults>>,
+    /// It need not any more.
+    service_ended: AtomicBool,
 }
 
 impl Vcpu {
@@ -33,12 +39,29 @@ impl Vcpu {
     pub(crate) fn new(mut fd: VcpuFd, cpuid: Vec<kvm_cpuid_entry2>, deferred: Vec<kvm_msr_entry>) -> Self {
         let kick = Kick::new(&mut fd);
         let resume = Resume { msrs: deferred, stopped: false };
-        Self { kick, cpuid, fd: Mutex::new(fd), resume: Mutex::new(resume) }
+        Self {
+            kick,
+            cpuid,
+            fd: Mutex::new(fd),
+            resume: Mutex::new(resume),
+            faults: Mutex::new(None),
+            service_ended: AtomicBool::new(false),
+        }
     }
 
     /// The vCPU's descriptor. Waits while the vCPU runs.
     pub(crate) fn fd(&self) -> MutexGuard<'_, VcpuFd> {
         self.fd.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Has it serve its own faults from its next entry on.
+    pub(crate) fn serve_faults(&self, faults: VcpuFaults) {
+        *self.faults.lock().unwrap_or_else(PoisonError::into_inner) = Some(faults);
+    }
+
+    /// Has it let go of what serves its faults, after the next kick.
+    pub(crate) fn end_service(&self) {
+        self.service_ended.store(true, Ordering::Release);
     }
 
     fn resume(&self) -> MutexGuard<'_, Resume> {
@@ -73,16 +96,32 @@ impl Vcpu {
     /// Runs the guest until the vCPU is kicked (`Ok`) or the guest ends.
     fn enter(&self, devices: &Devices) -> Result<(), ExitReason> {
         let mut fd = self.fd();
+        let mut faults = self.faults.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.service_ended.load(Ordering::Acquire) {
+            *faults = None;
+        }
         self.prepare(&fd)?;
         loop {
-            match fd.run() {
-                Ok(exit) => handle(exit, devices)?,
-                Err(error) => match error.errno() {
-                    libc::EINTR => return Ok(()),
-                    libc::EAGAIN => {}
-                    _ => return Err(ExitReason::Failed(format!("KVM_RUN: {error}{}", place(&fd)))),
+            let handled = match (fd.run(), faults.as_mut()) {
+                (Ok(VcpuExit::MmioRead(at, data)), Some(faults)) if faults.is_memory(at) => {
+                    faults.read(at, data)
+                }
+                (Ok(VcpuExit::MmioWrite(at, data)), Some(faults)) if faults.is_memory(at) => {
+                    faults.write(at, data)
+                }
+                (Ok(VcpuExit::InternalError), Some(faults)) => faults.after_emulation_failure(&fd),
+                (Ok(exit), _) => {
+                    handle(exit, devices)?;
+                    continue;
+                }
+                (Err(error), faults) => match (error.errno(), faults) {
+                    (libc::EINTR, _) => return Ok(()),
+                    (libc::EAGAIN, _) => Ok(()),
+                    (libc::EFAULT, Some(faults)) => faults.after_efault(&mut fd),
+                    _ => Err(format!("KVM_RUN: {error}")),
                 },
-            }
+            };
+            handled.map_err(|error| ExitReason::Failed(format!("{error}{}", place(&fd))))?;
         }
     }
 

@@ -12,14 +12,16 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use postcopy_engine::memory::{Gpa, GuestMemory};
+use postcopy_engine::pager::FaultServer;
 
 use crate::config::{BootSource, VmConfig};
 use crate::console::{Console, StdinFeed};
 use crate::error::{SystemContext, VmError};
 use crate::exit::ExitEvent;
+use crate::fault_address::FaultAddresses;
 use crate::gate::Order;
 use crate::kick;
-use crate::machine::{Machine, Prepared};
+use crate::machine::{Idle, Machine, Prepared};
 use crate::state::VmState;
 
 /// How long [`Vm::pause`] waits for the vCPUs.
@@ -115,8 +117,17 @@ impl Vm {
     ///
     /// Errors: no usable KVM, or a configuration that makes no sense.
     pub fn prepare(config: VmConfig, memory: GuestMemory, console: Console) -> Result<PreparedVm, VmError> {
+        Self::prepare_with(config, memory, console, Idle::Yielding)
+    }
+
+    pub(crate) fn prepare_with(
+        config: VmConfig,
+        memory: GuestMemory,
+        console: Console,
+        idle: Idle,
+    ) -> Result<PreparedVm, VmError> {
         let (output, stdin) = console.open()?;
-        Ok(PreparedVm { machine: Prepared::new(config, memory, output)?, stdin })
+        Ok(PreparedVm { machine: Prepared::new(config, memory, output, idle)?, stdin })
     }
 
     fn launch(machine: Machine, stdin: bool) -> Result<Self, VmError> {
@@ -206,6 +217,25 @@ impl Vm {
     /// 64 KiB that the guest has not read.
     pub fn console_input(&self, bytes: &[u8]) -> usize {
         self.machine.devices.serial().input(bytes)
+    }
+
+    /// Has each vCPU serve its own faults, over a server of its own. Memory must be trapped for
+    /// self-service, and the guest must not have started since its restore.
+    ///
+    /// Errors: another number of servers than of vCPUs, or the pages that KVM touches first do not
+    /// come.
+    pub(crate) fn serve_faults(
+        &self,
+        servers: Vec<FaultServer>,
+        addresses: &Arc<FaultAddresses>,
+    ) -> Result<(), VmError> {
+        self.machine.serve_faults(servers, addresses)
+    }
+
+    /// No page is missing any more: lets go of what served the vCPUs' faults.
+    pub(crate) fn memory_arrived(&self) {
+        self.machine.vcpus.iter().for_each(|vcpu| vcpu.end_service());
+        self.machine.kick();
     }
 
     /// Pages that are touched first when a restored guest starts: the clock page and others that

@@ -63,6 +63,7 @@ pub(super) struct Shard {
     faults: Vec<Fault>,
     stages: Stages,
     bytes: [u64; 2],
+    self_served: u64,
     total: u64,
     rest: Rest,
     actions: Vec<Action>,
@@ -119,6 +120,7 @@ impl Shard {
             faults: Vec::new(),
             stages: Stages::default(),
             bytes: [0; 2],
+            self_served: 0,
             total: pages,
             rest: Rest::new(config.spin),
             actions: Vec::new(),
@@ -199,6 +201,7 @@ impl Shard {
                 }
                 Note::Served(page, stamps) => {
                     record(&mut self.stages, stamps);
+                    self.self_served += 1;
                     if let Some(lane) = self.elsewhere.remove(&page) {
                         self.bytes[LaneId::Urgent as usize] += PAGE_SIZE;
                         self.planner.landed(lane, Run::one(page), &mut self.actions);
@@ -386,6 +389,7 @@ impl Shard {
             fault_bytes: self.bytes[LaneId::Urgent as usize],
             bulk_bytes: self.bytes[LaneId::Bulk as usize],
             map_bytes: self.map.bytes,
+            self_served_faults: self.self_served,
             stages: StageReport::default(),
         }
     }

@@ -4,7 +4,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use postcopy_transport::{EndpointOptions, RemoteRegion, Transport};
+use postcopy_transport::{EndpointOptions, LaneRequest, RemoteRegion, Transport};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 
@@ -14,10 +14,10 @@ use super::preamble::{self, Preamble, Purpose, SessionId};
 use super::report::ArrivalReport;
 use super::source::micros;
 use super::{GuestError, STEP_PATIENCE, SessionError, WORK_PATIENCE, blocking};
-use crate::export::LANES;
-use crate::import::Import;
+use crate::export::{LANES, MAX_LANES};
+use crate::import::{Import, Lanes};
 use crate::memory::GuestMemory;
-use crate::pager::{Pager, PagerConfig, PagerState, PagerStatus, Trap};
+use crate::pager::{FaultServer, Pager, PagerConfig, PagerState, PagerStatus, Trap};
 
 /// How often the source hears of progress.
 const PROGRESS: Duration = Duration::from_millis(100);
@@ -26,6 +26,13 @@ const PROGRESS: Duration = Duration::from_millis(100);
 pub trait DestinationHost: Send + Sync + 'static {
     /// What it makes.
     type Guest: DestinationGuest;
+
+    /// How many threads of the guest will serve their own faults, at most 64: each gets a lane of its
+    /// own, and [`DestinationGuest::serve_faults`] its server. None, if not said otherwise: the
+    /// pager's thread serves all.
+    fn serving_threads(&self, _description: &GuestDescription) -> usize {
+        0
+    }
 
     /// Checks whether such a guest can run here, and prepares for it. Its memory holds nothing yet
     /// and is trapped: nothing may touch it before the state is loaded.
@@ -41,8 +48,17 @@ pub trait DestinationGuest: Send + Sync + 'static {
     /// Loads the state of vCPUs and devices. Memory that this touches is fetched on demand.
     fn load(&self, state: Vec<u8>) -> Result<(), GuestError>;
 
+    /// Takes the servers of the threads that will serve their own faults, after the state is loaded
+    /// and before the guest runs. Only called where [`DestinationHost::serving_threads`] said so.
+    fn serve_faults(&self, _servers: Vec<FaultServer>) -> Result<(), GuestError> {
+        Err("no thread of this guest serves its own faults".into())
+    }
+
     /// Lets the guest run.
     fn resume(&self) -> Result<(), GuestError>;
+
+    /// All of its memory is here: nothing faults any more, and servers of faults can go.
+    fn memory_arrived(&self) {}
 }
 
 /// How to receive a guest.
@@ -87,7 +103,7 @@ pub async fn receive<H: DestinationHost>(
     destination.options.endpoint.local = local;
     match destination.take_in(&mut channel).await {
         Ok((guest, memory, pager)) => {
-            let drain = Drain { channel, pager, resumed: Instant::now() };
+            let drain = Drain { channel, pager, guest: guest.clone(), resumed: Instant::now() };
             Ok(Arrived { guest, memory, drain })
         }
         Err(error) => {
@@ -138,12 +154,16 @@ impl<H: DestinationHost> Destination<'_, H> {
     ) -> Result<(Arc<H::Guest>, GuestMemory, Pager), SessionError> {
         let (description, offered) = offered(channel.receive("Offer", STEP_PATIENCE).await?)?;
         let memory = self.make_memory(&description)?;
-        let trap = Trap::register(&memory)?;
+        let threads = self.host.serving_threads(&description).min(MAX_LANES - LANES);
+        let trap = match threads {
+            0 => Trap::register(&memory)?,
+            _ => Trap::register_for_self_service(&memory)?,
+        };
         let guest = self.prepare(description, &memory).await?;
         let (transport, import) = self.import(&offered, &memory).await?;
-        let pager = self.connect(channel, transport, import, trap).await?;
+        let (pager, servers) = self.connect(channel, transport, import, trap, threads).await?;
         channel.send(&Message::LanesReady).await?;
-        self.load(channel, &guest).await?;
+        self.load(channel, &guest, servers).await?;
         self.resume(channel, &guest).await?;
         Ok((guest, memory, pager))
     }
@@ -203,27 +223,28 @@ impl<H: DestinationHost> Destination<'_, H> {
         transport: Transport,
         import: Import,
         trap: Trap,
-    ) -> Result<Pager, SessionError> {
-        let (requests, lanes) = import.request()?;
+        threads: usize,
+    ) -> Result<(Pager, Vec<FaultServer>), SessionError> {
+        let (requests, lanes) = import.request(threads)?;
         channel.send(&Message::Accept { transport: transport.name().into(), lanes }).await?;
         let (grants, regions) = granted(channel.receive("Granted", WORK_PATIENCE).await?)?;
-        let streams = self.accept_lanes([requests[0].streams(), requests[1].streams()]).await?;
+        let needed: Vec<usize> = requests.iter().map(LaneRequest::streams).collect();
+        let streams = self.accept_lanes(&needed).await?;
         let pager = self.options.pager;
         let started = blocking(move || {
-            let lanes = import.connect(requests, &grants, streams)?;
-            import.start(trap, lanes, regions, pager).map_err(SessionError::from)
+            let Lanes { shard, servers } = import.connect(requests, &grants, streams)?;
+            let pager = import.start(trap, shard, regions, pager)?;
+            let servers = servers.into_iter().map(|lane| pager.server(lane)).collect();
+            Ok((pager, servers))
         });
         started.await
     }
 
     /// Accepts the source's lane connections, so many for each lane, in any order; others are not
     /// let in.
-    async fn accept_lanes(
-        &self,
-        needed: [usize; LANES],
-    ) -> Result<[Vec<std::net::TcpStream>; LANES], SessionError> {
-        let mut lanes = [const { Vec::new() }; LANES];
-        while lanes.iter().zip(needed).any(|(lane, needed)| lane.len() < needed) {
+    async fn accept_lanes(&self, needed: &[usize]) -> Result<Vec<Vec<std::net::TcpStream>>, SessionError> {
+        let mut lanes: Vec<Vec<std::net::TcpStream>> = needed.iter().map(|_| Vec::new()).collect();
+        while lanes.iter().zip(needed).any(|(lane, needed)| lane.len() < *needed) {
             let accepted = tokio::time::timeout(STEP_PATIENCE, self.listener.accept()).await;
             let silent = SessionError::Silent { waiting_for: "its lanes", patience: STEP_PATIENCE };
             let (mut stream, from) =
@@ -244,10 +265,19 @@ impl<H: DestinationHost> Destination<'_, H> {
         Ok(lanes)
     }
 
-    async fn load(&self, channel: &mut Channel, guest: &Arc<H::Guest>) -> Result<(), SessionError> {
+    async fn load(
+        &self,
+        channel: &mut Channel,
+        guest: &Arc<H::Guest>,
+        servers: Vec<FaultServer>,
+    ) -> Result<(), SessionError> {
         let state = receive_state(channel).await?;
         let (guest, begun) = (guest.clone(), Instant::now());
-        let loaded = blocking(move || guest.load(state)).await;
+        let load = move || {
+            guest.load(state)?;
+            if servers.is_empty() { Ok(()) } else { guest.serve_faults(servers) }
+        };
+        let loaded = blocking(load).await;
         loaded.map_err(|source| SessionError::Guest { operation: "loading the guest's state", source })?;
         channel.send(&Message::StateLoaded { load_us: micros(begun.elapsed()) }).await
     }
@@ -278,7 +308,7 @@ fn offered(message: Message) -> Result<(GuestDescription, Vec<Transport>), Sessi
     }
 }
 
-type Granted = ([Vec<u8>; LANES], [RemoteRegion; 2]);
+type Granted = (Vec<Vec<u8>>, [RemoteRegion; 2]);
 
 fn granted(message: Message) -> Result<Granted, SessionError> {
     match message {
@@ -309,6 +339,7 @@ async fn receive_state(channel: &mut Channel) -> Result<Vec<u8>, SessionError> {
 pub struct Drain {
     channel: Channel,
     pager: Pager,
+    guest: Arc<dyn DestinationGuest>,
     resumed: Instant,
 }
 
@@ -348,6 +379,7 @@ impl Drain {
     }
 
     async fn release(mut self, pager: crate::stats::PagerReport) -> ArrivalReport {
+        self.guest.memory_arrived();
         let arrival = ArrivalReport { resident_us: micros(self.resumed.elapsed()), pager };
         self.tell(&Message::Resident(arrival)).await;
         if let Err(error) = self.channel.receive("Release", STEP_PATIENCE).await {

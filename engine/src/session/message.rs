@@ -13,7 +13,6 @@ use serde::{Deserialize, Serialize};
 
 use super::SessionError;
 use super::report::ArrivalReport;
-use crate::export::LANES;
 use crate::memory::MemoryLayout;
 use crate::stats::PagerReport;
 
@@ -45,9 +44,9 @@ pub(super) enum Message {
     /// S: this guest would come, over one of these transports, best first.
     Offer { guest: GuestDescription, transports: Vec<String> },
     /// D: it may come, over this one; here are the lane requests.
-    Accept { transport: String, lanes: [Vec<u8>; LANES] },
+    Accept { transport: String, lanes: Vec<Vec<u8>> },
     /// S: the lanes are granted, and this is the memory to read.
-    Granted { lanes: [Vec<u8>; LANES], regions: [[u8; 24]; 2] },
+    Granted { lanes: Vec<Vec<u8>>, regions: [[u8; 24]; 2] },
     /// D: lanes are connected and tested, the pager waits.
     LanesReady,
     /// S: a piece of device state. The guest is frozen.

@@ -13,7 +13,7 @@ use super::message::{GuestDescription, Message, STATE_PIECE};
 use super::preamble::{self, Preamble, Purpose, SessionId};
 use super::report::{ArrivalReport, MigrationReport, Phase, Progress, REPORT_VERSION};
 use super::{GuestError, STEP_PATIENCE, SessionError, WORK_PATIENCE, blocking};
-use crate::export::{Export, LANES};
+use crate::export::{Export, LANES, MAX_LANES};
 use crate::memory::GuestMemory;
 
 /// A running guest that can be moved away. Called from a blocking thread.
@@ -178,19 +178,18 @@ impl<'a> Source<'a> {
     async fn export(
         &mut self,
         transport: Transport,
-        requests: [Vec<u8>; LANES],
+        requests: Vec<Vec<u8>>,
         session: SessionId,
         channel: &mut Channel,
     ) -> Result<Export, SessionError> {
         self.report.transport = transport.name().into();
         let (memory, endpoint) = (self.guest.memory(), self.options.endpoint.clone());
         let mut export = blocking(move || Export::new(transport, &memory, &endpoint)).await?;
-        let mut lanes = [const { Vec::new() }; LANES];
-        let mut streams = [0; LANES];
-        for lane in 0..LANES {
+        let (mut lanes, mut streams) = (Vec::new(), Vec::new());
+        for request in &requests {
             let before = export.awaited();
-            lanes[lane] = export.grant(&requests[lane])?;
-            streams[lane] = export.awaited() - before;
+            lanes.push(export.grant(request)?);
+            streams.push(export.awaited() - before);
         }
         let regions = export.regions().map(|region| region.to_bytes());
         channel.send(&Message::Granted { lanes, regions }).await?;
@@ -297,8 +296,11 @@ impl<'a> Source<'a> {
 }
 
 /// What the destination accepted, checked.
-fn accepted(message: Message) -> Result<(Transport, [Vec<u8>; LANES]), SessionError> {
+fn accepted(message: Message) -> Result<(Transport, Vec<Vec<u8>>), SessionError> {
     match message {
+        Message::Accept { lanes, .. } if !(LANES..=MAX_LANES).contains(&lanes.len()) => {
+            Err(SessionError::Protocol("it asked for an impossible number of lanes"))
+        }
         Message::Accept { transport, lanes } => {
             let known =
                 transport.parse().map_err(|_| SessionError::Protocol("it accepted an unknown transport"));

@@ -103,8 +103,10 @@ impl FaultArgs {
     }
 
     fn pager(&self) -> PagerConfig {
-        let usual = PagerConfig::default();
-        PagerConfig { spin: self.spin.map_or(usual.spin, Duration::from_micros), ..usual }
+        match self.spin {
+            Some(spin) => PagerConfig { spin: Duration::from_micros(spin) },
+            None => PagerConfig::default(),
+        }
     }
 }
 

@@ -84,6 +84,14 @@ pub(crate) struct ReceiveArgs {
     pub(crate) memory_limit: Option<u64>,
 }
 
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub(crate) enum SelfService {
+    #[default]
+    Auto,
+    On,
+    Off,
+}
+
 /// What a process that holds a guest needs.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct HostArgs {
@@ -96,6 +104,12 @@ pub(crate) struct HostArgs {
     /// Wait for another guest, instead of exiting, when this one has moved away.
     #[arg(long)]
     pub(crate) again: bool,
+    /// Whether the vCPUs of a guest that arrives serve their own faults, each over a lane of its own, instead of the pager's
+    /// thread. `on` needs to learn from KVM which page a vCPU missed (root, or CAP_BPF and
+    /// CAP_PERFMON), and an idle guest then keeps its processors to itself. `auto`: on with four
+    /// cores or more.
+    #[arg(long, value_enum, default_value_t = SelfService::Auto)]
+    pub(crate) self_service: SelfService,
 }
 
 /// How memory travels.

@@ -25,7 +25,7 @@ use postcopy_vmm::{BootSource, Console, DEFAULT_CMDLINE, ExitReason, MovableVm, 
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 
-use crate::args::{HostArgs, ReceiveArgs, RunArgs, resolve};
+use crate::args::{HostArgs, ReceiveArgs, RunArgs, SelfService, resolve};
 use crate::control::Status;
 use crate::server;
 
@@ -253,6 +253,17 @@ fn console(name: &str) -> Console {
     }
 }
 
+/// What takes guests in.
+fn factory(args: &HostArgs) -> anyhow::Result<VmHost> {
+    let console_name = args.console.clone();
+    let host = VmHost::new(move || console(&console_name));
+    match args.self_service {
+        SelfService::Off => Ok(host),
+        SelfService::On => Ok(host.with_self_service()?),
+        SelfService::Auto => Ok(host.with_self_service_if_possible()),
+    }
+}
+
 /// Holds guests, one after another.
 async fn hold(
     control: server::ControlSocket,
@@ -264,8 +275,7 @@ async fn hold(
 ) -> anyhow::Result<()> {
     let host = Host::new();
     let server = tokio::spawn(server::serve(control, host.clone()));
-    let console_name = args.console.clone();
-    let factory = Arc::new(VmHost::new(move || console(&console_name)));
+    let factory = Arc::new(factory(args)?);
     let outcome = loop {
         let held = match guest.take() {
             Some(guest) => {
