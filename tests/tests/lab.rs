@@ -44,30 +44,22 @@ struct Lab {
 impl Lab {
     /// Boots a guest of 256 MiB that walks and rewrites `mb` MiB of it in random order.
     fn boot(name: &str, mb: u32, more: &str) -> Self {
+        Self::boot_by(name, mb, more, 1, &[])
+    }
+
+    /// As [`Lab::boot`], with so many vCPUs and more arguments for both processes.
+    fn boot_by(name: &str, mb: u32, more: &str, cpus: u32, host: &[&str]) -> Self {
         let (scratch, address) = (Scratch::new(name), variable("LAB_RDMA_ADDR"));
         let ports = free_ports();
         let listen = ports.map(|port| format!("{address}:{port}"));
         let (kernel, initrd) = (variable("LAB_KERNEL"), variable("POSTCOPY_INITRD"));
         let load = format!("pcguest.mb={mb} pcguest.pattern=random pcguest.access=write {more}");
-        let source = Pcvm::start(
-            &scratch,
-            "a",
-            &[
-                "run",
-                "--kernel",
-                &kernel,
-                "--initrd",
-                &initrd,
-                "--memory",
-                "256M",
-                "--cmdline",
-                &load,
-                "--again",
-                "--listen",
-                &listen[0],
-            ],
-        );
-        let destination = Pcvm::start(&scratch, "b", &["receive", "--listen", &listen[1], "--again"]);
+        let cpus = cpus.to_string();
+        let run = ["run", "--kernel", &kernel, "--initrd", &initrd, "--memory", "256M", "--cpus", &cpus];
+        let run = [&run[..], &["--cmdline", &load, "--again", "--listen", &listen[0]], host].concat();
+        let receive = [&["receive", "--listen", &listen[1], "--again"], host].concat();
+        let source = Pcvm::start(&scratch, "a", &run);
+        let destination = Pcvm::start(&scratch, "b", &receive);
         source.wait_until("the guest walks its memory", |source| !walks(&source.console()).is_empty());
         Self { scratch, address, ports, hosts: [source, destination], at: 0, uptime: 0.0 }
     }
@@ -136,6 +128,23 @@ fn twenty_moves_over(transport: &str) {
     total.sort_unstable();
     println!("{MOVES} moves over {transport}: median downtime {} µs", total[MOVES / 2]);
     drop(lab.scratch);
+}
+
+#[test]
+#[ignore = "needs the lab: scripts/test runs it there"]
+fn vcpus_serve_their_own_faults_over_each_transport() {
+    let mut lab = Lab::boot_by("self-service", 64, "", 2, &["--self-service", "on"]);
+    for transport in ["tcp", "verbs", "shm", "tcp"] {
+        let report = lab.go(transport);
+        let served = report["pager"]["self_served_faults"].as_u64().unwrap();
+        let faults = report["pager"]["pages"]["network_faults"].as_u64().unwrap();
+        println!("over {transport}: of {faults} network faults {served} were served by who faulted");
+        assert!(
+            served > 0 && served * 10 >= faults * 9,
+            "{served} of {faults}: the vCPUs leave too many to the pager"
+        );
+    }
+    lab.verify();
 }
 
 #[test]

@@ -37,5 +37,5 @@ pub use error::{LaneError, ReadError, SetupError};
 pub use lane::{Completion, Lane, LaneClass, Read, Token};
 pub use memory::HostMemory;
 pub use region::{LocalRegion, LocalSlice, MAX_READ, RemoteRegion, RemoteSlice};
-pub use sched::{give_way, is_crowded};
+pub use sched::{GiveWay, is_crowded};
 pub use striped::Striped;

@@ -12,7 +12,7 @@ use std::sync::atomic::Ordering;
 use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant};
 
-use postcopy_transport::{AnyLane, Completion, Lane, LaneError, Read, Token, give_way, is_crowded};
+use postcopy_transport::{AnyLane, Completion, GiveWay, Lane, LaneError, Read, Token, is_crowded};
 use rustix::fd::AsFd;
 use tokio::sync::watch;
 use userfaultfd::EventBuffer;
@@ -135,12 +135,8 @@ impl Shard {
     }
 
     fn run(&mut self, status: &watch::Sender<PagerStatus>) -> Result<PagerState, PagerError> {
-        if self.shared.trap.is_for_self_service() && is_crowded() {
-            // The faults are served elsewhere: what is left here is the drain.
-            if let Err(error) = give_way() {
-                tracing::debug!(%error, "the drain keeps its priority");
-            }
-        }
+        // Where the faults are served elsewhere, what is left here is the drain.
+        let _way = (self.shared.trap.is_for_self_service() && is_crowded()).then(GiveWay::begin);
         let mut reported = Instant::now();
         while !self.shared.stop.asked.load(Ordering::Acquire) {
             let now = Instant::now();

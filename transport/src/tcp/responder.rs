@@ -15,6 +15,7 @@ use super::wire::{OP_READ, REQUEST_BYTES, RESPONSE_BYTES, Request, Response, STA
 use crate::lane::LaneClass;
 use crate::memory::HostMemory;
 use crate::region::MAX_READ;
+use crate::sched::GiveWay;
 
 /// Requests taken from the socket at once.
 const BATCH: usize = 32;
@@ -64,9 +65,7 @@ impl Responder {
         stream.set_nonblocking(false)?;
         let serving = stream.try_clone()?;
         let thread = std::thread::Builder::new().name(format!("lane-{lane}")).spawn(move || {
-            if gives_way && let Err(error) = crate::give_way() {
-                tracing::debug!(lane, %error, "a bulk responder keeps its priority");
-            }
+            let _way = gives_way.then(GiveWay::begin);
             if let Err(error) = serve(&serving, &exports, spin) {
                 tracing::debug!(lane, %error, "responder ended");
             }
