@@ -1,0 +1,192 @@
+//! The reader's side of the set-up: lanes into the memory that a server offers.
+//!
+//! Whatever the server does or fails to do, this ends within `patience` a step, with a line that
+//! says what it was.
+
+use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
+use std::time::Duration;
+
+use anyhow::{Context, bail, ensure};
+use postcopy_tools::machine::Machine;
+use postcopy_tools::text::printable;
+use postcopy_transport::{
+    EndpointOptions, Exporter, HostMemory, Importer, LaneRequest, RemoteRegion, Transport,
+};
+
+use crate::args::PORT;
+use crate::exchange::{
+    self, Answer, Granted, Hello, LaneHello, MAX_TEXT, Mirrored, Order, ReadHello, VERSION, hex, send, unhex,
+};
+use crate::mirror;
+use crate::plan::Plan;
+use crate::run::driver::{Driver, Load};
+use crate::serve::MEMORY;
+
+/// A connected reader over one transport.
+pub(crate) struct Reader {
+    pub(crate) transport: Transport,
+    pub(crate) driver: Driver,
+    pub(crate) machine: Machine,
+    /// Where the server reads from, if it does.
+    mirrored: Option<Exporter>,
+    /// The server closes the lanes when this closes.
+    control: TcpStream,
+    server: SocketAddr,
+    patience: Duration,
+}
+
+/// The address of a server, from HOST or HOST:PORT.
+///
+/// Errors: it is no such thing, or has no address.
+pub(crate) fn resolve(host: &str) -> anyhow::Result<SocketAddr> {
+    let found = match host.to_socket_addrs() {
+        Ok(mut found) => found.next(),
+        Err(_) => (host, PORT).to_socket_addrs().ok().and_then(|mut found| found.next()),
+    };
+    found.with_context(|| format!("`{host}` is no address; write HOST or HOST:PORT"))
+}
+
+impl Reader {
+    /// Connects the lanes of `plan` over `transport` to `server`.
+    ///
+    /// Errors: it is not there, refuses, hangs, or speaks another language.
+    pub(crate) fn connect(server: SocketAddr, transport: Transport, plan: &Plan) -> anyhow::Result<Self> {
+        let patience = plan.patience;
+        let mut control = dial(server, patience)
+            .with_context(|| format!("cannot reach {server}; is `pcbench serve` running there?"))?;
+        let endpoint = plan.device.endpoint(control.local_addr().ok().map(|address| address.ip()));
+        let landing = HostMemory::anonymous("pcbench-landing", landing_bytes(plan))?;
+        let importer = Importer::new(transport, std::slice::from_ref(&landing), &endpoint)?;
+        let asked = (0..plan.lanes).map(|_| importer.request()).collect::<Result<Vec<_>, _>>()?;
+        let (pending, requests): (Vec<LaneRequest>, Vec<Vec<u8>>) = asked.into_iter().unzip();
+        let requests = requests.iter().map(|blob| hex(blob)).collect();
+        let (version, mirror) = (VERSION, plan.bidirectional);
+        let hello = ReadHello { version, transport: transport.name().into(), requests, mirror };
+        send(&mut control, &Hello::Read(hello))?;
+        let Answer::Granted(granted) = answer(&mut control, server, patience)? else {
+            bail!("{server} answered something else than a grant; it is no `pcbench serve` of this release");
+        };
+        ensure!(granted.grants.len() == pending.len(), "{server} granted another number of lanes");
+        let streams = match transport.needs_stream() {
+            true => dial_lanes(server, &granted, plan)?,
+            false => Vec::new(),
+        };
+        let mut streams = streams.into_iter();
+        let mut lanes = Vec::new();
+        for (pending, grant) in pending.into_iter().zip(&granted.grants) {
+            lanes.push(importer.connect(pending, &unhex(grant)?, streams.next())?);
+        }
+        let mirrored = match plan.bidirectional {
+            true => Some(offer(&mut control, transport, &endpoint, &granted, streams)?),
+            false => None,
+        };
+        let Answer::Ready = answer(&mut control, server, patience)? else {
+            bail!("{server} is not ready, and does not say why");
+        };
+        let region: [u8; 24] =
+            unhex(&granted.region)?.try_into().ok().context("the server's region is malformed")?;
+        let (region, local) = (RemoteRegion::from_bytes(region), importer.regions()[0]);
+        let driver = Driver::new(transport.name(), lanes, region, local, landing, patience)?;
+        let machine = sanitised(granted.machine);
+        Ok(Self { transport, driver, machine, mirrored, control, server, patience })
+    }
+
+    /// Whether the server is to read too.
+    pub(crate) fn mirrors(&self) -> bool {
+        self.mirrored.is_some()
+    }
+
+    /// Has the server read too, until [`Reader::stop_mirror`].
+    ///
+    /// Errors: it refuses or hangs.
+    pub(crate) fn start_mirror(&mut self, load: &Load) -> anyhow::Result<()> {
+        let order = Order::Start { bytes: load.bytes, depth: load.depth, completion: load.completion };
+        send(&mut self.control, &order)?;
+        match answer(&mut self.control, self.server, self.patience)? {
+            Answer::Started => Ok(()),
+            _ => bail!("{} answered out of turn", self.server),
+        }
+    }
+
+    /// Ends the server's reads; what they were like.
+    ///
+    /// Errors: they failed, or the server hangs.
+    pub(crate) fn stop_mirror(&mut self) -> anyhow::Result<Mirrored> {
+        send(&mut self.control, &Order::Stop)?;
+        match answer(&mut self.control, self.server, self.patience)? {
+            Answer::Stopped(mirrored) => Ok(mirrored),
+            _ => bail!("{} answered out of turn", self.server),
+        }
+    }
+}
+
+/// Memory for every read in flight to land in.
+fn landing_bytes(plan: &Plan) -> usize {
+    let largest = plan.sizes.iter().copied().max().unwrap_or(1) as usize;
+    (largest * plan.depth as usize * plan.lanes as usize).next_multiple_of(4096)
+}
+
+fn dial(server: SocketAddr, patience: Duration) -> anyhow::Result<TcpStream> {
+    let stream = TcpStream::connect_timeout(&server, patience)?;
+    stream.set_nodelay(true)?;
+    stream.set_write_timeout(Some(patience))?;
+    Ok(stream)
+}
+
+/// The server's next message, which may be a refusal.
+fn answer(control: &mut TcpStream, server: SocketAddr, patience: Duration) -> anyhow::Result<Answer> {
+    let answer = exchange::expect(control, patience)
+        .with_context(|| format!("{server} does not answer as `pcbench serve` does"))?;
+    match answer {
+        Answer::Refused(reason) => bail!("{server} refused: {}", printable(&reason, MAX_TEXT)),
+        answer => Ok(answer),
+    }
+}
+
+/// A connection for each lane, and for each lane of the mirror.
+fn dial_lanes(server: SocketAddr, granted: &Granted, plan: &Plan) -> anyhow::Result<Vec<TcpStream>> {
+    let count = plan.lanes as usize * if plan.bidirectional { 2 } else { 1 };
+    let one = |index| {
+        let mut stream = dial(server, plan.patience).context("connecting a lane")?;
+        send(&mut stream, &Hello::Lane(LaneHello { name: granted.name.clone(), index }))?;
+        stream.set_write_timeout(None)?;
+        Ok(stream)
+    };
+    (0..count).map(one).collect()
+}
+
+/// Offers this side's memory to the server.
+fn offer(
+    control: &mut TcpStream,
+    transport: Transport,
+    endpoint: &EndpointOptions,
+    granted: &Granted,
+    streams: impl Iterator<Item = TcpStream>,
+) -> anyhow::Result<Exporter> {
+    ensure!(granted.mirror_requests.len() == granted.grants.len(), "the server asks for other lanes");
+    let mut exporter = Exporter::new(transport, &[mirror::memory(MEMORY)?], endpoint)?;
+    let grant = |request: &String| Ok(hex(&exporter.grant(&unhex(request)?)?));
+    let grants = granted.mirror_requests.iter().map(grant).collect::<anyhow::Result<Vec<String>>>()?;
+    for stream in streams {
+        exporter.attach(stream)?;
+    }
+    let region = hex(&exporter.regions()[0].to_bytes());
+    send(control, &Order::Mirror { region, grants })?;
+    Ok(exporter)
+}
+
+/// A peer's description of itself, fit to be shown.
+fn sanitised(mut machine: Machine) -> Machine {
+    machine.cpu = printable(&machine.cpu, 100);
+    machine.kernel = printable(&machine.kernel, 100);
+    machine.rdma.truncate(16);
+    for port in &mut machine.rdma {
+        for text in [&mut port.device, &mut port.firmware, &mut port.state, &mut port.rate, &mut port.link] {
+            *text = printable(text, 60);
+        }
+        port.interface = port.interface.take().map(|name| printable(&name, 60));
+    }
+    machine.governor = machine.governor.map(|text| printable(&text, 60));
+    machine.shmem_huge_pages = machine.shmem_huge_pages.map(|text| printable(&text, 60));
+    machine
+}
