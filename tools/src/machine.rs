@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 /// Processor, kernel and what else moves latencies.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Machine {
     /// Model of the processor.
     pub cpu: String,
@@ -33,6 +34,7 @@ pub struct Machine {
 
 /// A port of an RDMA device.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct RdmaPort {
     /// Device.
     pub device: String,
