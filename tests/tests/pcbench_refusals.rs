@@ -45,6 +45,7 @@ fn sizes_that_make_no_sense() {
     {
         refused(&["--sizes", size], &["--sizes", word]);
     }
+    refused(&["--sizes", "4K,64K", "--span", "8K"], &["--span", "64K"]);
     refused(&["--sizes", "8M", "--depth", "1000"], &["to land in", "--depth"]);
 }
 

@@ -129,6 +129,10 @@ pub(crate) struct ReadArgs {
     /// Sizes: a list such as 8,4K,1M, or a range of doublings such as 8..8M.
     #[arg(long, default_value = "64,4K,64K,1M", value_name = "SIZES", help_heading = "What")]
     pub(crate) sizes: String,
+    /// Read from the first SIZE bytes of the server's memory only: 4K is always the same page, as
+    /// ib_read_lat does it. Default: all of it, in random order.
+    #[arg(long, value_parser = size::parse, value_name = "SIZE", help_heading = "What")]
+    pub(crate) span: Option<u64>,
     /// Reads of each size in each round. Default: up to 20,000 in up to half a second.
     #[arg(long, value_name = "N", conflicts_with = "duration", help_heading = "What")]
     pub(crate) iterations: Option<u64>,

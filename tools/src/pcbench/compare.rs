@@ -169,6 +169,7 @@ fn warnings(before: &Report, after: &Report) -> Vec<String> {
     let (a, b) = (&before.settings, &after.settings);
     differs("the depth", a.depth.to_string(), b.depth.to_string());
     differs("the number of lanes", a.lanes.to_string(), b.lanes.to_string());
+    differs("the span", format!("{:?}", a.span), format!("{:?}", b.span));
     differs("the rate", format!("{:?}", a.rate), format!("{:?}", b.rate));
     differs("completion", format!("{:?}", a.completion), format!("{:?}", b.completion));
     differs("direction", a.bidirectional.to_string(), b.bidirectional.to_string());

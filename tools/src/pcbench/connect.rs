@@ -100,7 +100,8 @@ impl Reader {
     ///
     /// Errors: it refuses or hangs.
     pub(crate) fn start_mirror(&mut self, load: &Load) -> anyhow::Result<()> {
-        let order = Order::Start { bytes: load.bytes, depth: load.depth, completion: load.completion };
+        let Load { bytes, depth, span, completion, .. } = *load;
+        let order = Order::Start { bytes, depth, span, completion };
         send(&mut self.control, &order)?;
         match answer(&mut self.control, self.server, self.patience)? {
             Answer::Started => Ok(()),

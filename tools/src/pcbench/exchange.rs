@@ -107,6 +107,7 @@ pub(crate) enum Order {
     Start {
         bytes: u32,
         depth: u32,
+        span: Option<u64>,
         completion: Completion,
     },
     Stop,

@@ -81,9 +81,9 @@ impl Mirror {
         loop {
             let Ok(Some(line)) = receive(stream, None) else { return Ok(()) };
             match exchange::parse(&line)? {
-                Order::Start { bytes, depth, completion } => {
+                Order::Start { bytes, depth, span, completion } => {
                     let limit = Limit { reads: None, time: None };
-                    let load = Load { bytes, depth, completion, limit, rate: None, verify: false };
+                    let load = Load { bytes, depth, span, completion, limit, rate: None, verify: false };
                     self.read_until_told(stream, &load)?;
                 }
                 Order::Mirror { .. } | Order::Stop => bail!("an order out of turn"),

@@ -36,6 +36,8 @@ pub(crate) struct Limit {
 pub(crate) struct Plan {
     pub(crate) transports: Vec<Transport>,
     pub(crate) sizes: Vec<u32>,
+    /// How much of the server's memory is read, in bytes.
+    pub(crate) span: Option<u64>,
     pub(crate) limit: Limit,
     pub(crate) rounds: u32,
     pub(crate) warm_up: u64,
@@ -69,6 +71,11 @@ impl TryFrom<&ReadArgs> for Plan {
         ensure!(rate, "--rate takes reads a second, more than 0 and at most 1e9");
         let sizes = parse_sizes(&args.sizes)?;
         let largest = sizes.iter().copied().max().unwrap_or(1);
+        ensure!(
+            args.span.is_none_or(|span| span >= u64::from(largest)),
+            "--span is less than {}, the largest of --sizes",
+            size::short(largest.into())
+        );
         let landing = u64::from(depth) * u64::from(args.lanes) * u64::from(largest);
         ensure!(
             landing <= MAX_LANDING,
@@ -82,6 +89,7 @@ impl TryFrom<&ReadArgs> for Plan {
             transports,
             missing,
             sizes,
+            span: args.span,
             limit: limit(args)?,
             rounds: args.rounds,
             warm_up: args.warm_up,
@@ -219,6 +227,7 @@ mod tests {
             &["--json", "--format", "csv"],
             &["--sizes", "8M", "--depth", "64", "--lanes", "4"],
             &["--device", "rxe0"],
+            &["--span", "4K"],
             &["--cpu", "x"],
         ] {
             assert!(plan(bad).is_err(), "{bad:?}");

@@ -1,5 +1,7 @@
 //! The figures of one size over one transport, from its rounds.
 
+use std::time::Duration;
+
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
 use hdrhistogram::Histogram;
@@ -9,8 +11,8 @@ use serde::{Deserialize, Serialize};
 use crate::run::recorder::{Interval, Latency, latency, pooled};
 use crate::run::{Measured, Round};
 
-/// Shortest interval whose bandwidth counts as a peak, in seconds.
-const PEAK_OVER_S: f64 = 0.01;
+/// Shortest stretch of a round whose bandwidth counts as a peak.
+const PEAK_OVER: Duration = Duration::from_millis(200);
 /// Fewest rounds whose medians give a confidence interval by themselves.
 const ENOUGH_ROUNDS: usize = 5;
 /// Wanted confidence of an interval, and the normal distribution's quantile for it.
@@ -34,7 +36,7 @@ pub(crate) struct Measurement {
     pub(crate) median_ci: Confidence,
     /// Median over the rounds.
     pub(crate) mb_per_s: f64,
-    /// Best interval of at least 10 ms.
+    /// Best stretch of at least 0.2 s; the median where rounds are shorter.
     pub(crate) peak_mb_per_s: f64,
     /// Median over the rounds.
     pub(crate) reads_per_s: f64,
@@ -129,9 +131,7 @@ impl Measurement {
         let all = latency(&histogram, &moments);
         let medians: Vec<f64> = rounds.iter().map(|round| round.latency.p50_us).collect();
         let mb_per_s = median(rounds.iter().map(|round| round.mb_per_s));
-        let peak = intervals.iter().filter(|i| i.length.as_secs_f64() >= PEAK_OVER_S).map(|interval| {
-            interval.moments.count as f64 * f64::from(measured.bytes) / 1e6 / interval.length.as_secs_f64()
-        });
+        let peaks = measured.rounds.iter().map(|round| peak(round, measured.bytes));
         let mirrored = measured.rounds.iter().filter_map(|round| {
             let m = round.mirrored.as_ref()?;
             Some(Reverse { latency: m.latency, mb_per_s: m.mb_per_s, reads_per_s: m.reads_per_s })
@@ -145,7 +145,7 @@ impl Measurement {
             stdev_us: moments.stdev_us(),
             median_ci: confidence(&medians, &histogram, &all),
             mb_per_s,
-            peak_mb_per_s: peak.fold(mb_per_s, f64::max),
+            peak_mb_per_s: peaks.fold(mb_per_s, f64::max),
             reads_per_s: median(rounds.iter().map(|round| round.reads_per_s)),
             rounds,
             reverse: reverse(&mirrored.collect::<Vec<_>>()),
@@ -180,6 +180,25 @@ fn figures(round: &Round, bytes: u32) -> RoundFigures {
         mb_per_s: per_s(round.reads as f64 * f64::from(bytes) / 1e6),
         reads_per_s: per_s(round.reads as f64),
     }
+}
+
+/// The best bandwidth of a round over whole intervals that take long enough together. Time in which
+/// nothing completed counts to the interval that follows, so a burst after a stall is no peak.
+fn peak(round: &Round, bytes: u32) -> f64 {
+    let mut best: f64 = 0.0;
+    for (index, first) in round.intervals.iter().enumerate() {
+        let begin = first.start + first.length;
+        let mut reads = 0;
+        for interval in &round.intervals[index + 1..] {
+            reads += interval.moments.count;
+            let took = (interval.start + interval.length).saturating_sub(begin);
+            if took >= PEAK_OVER {
+                best = best.max(reads as f64 * f64::from(bytes) / 1e6 / took.as_secs_f64());
+                break;
+            }
+        }
+    }
+    best
 }
 
 fn moment(interval: &Interval) -> Moment {

@@ -83,6 +83,8 @@ pub(crate) struct Settings {
     /// Reads in flight on each lane.
     pub(crate) depth: u32,
     pub(crate) lanes: u32,
+    /// Bytes of the server's memory that were read from; absent for all.
+    pub(crate) span: Option<u64>,
     pub(crate) completion: Completion,
     /// Reads a second, if they were due at fixed moments.
     pub(crate) rate: Option<f64>,
@@ -113,6 +115,7 @@ impl Report {
         let settings = Settings {
             depth: plan.depth,
             lanes: plan.lanes,
+            span: plan.span,
             completion: plan.completion,
             rate: plan.rate,
             iterations: plan.limit.reads,

@@ -304,7 +304,7 @@ fn timeline(area: &Area<'_>, report: &Report) -> Drawn {
         chart.draw_series(
             moments.iter().map(|m| Circle::new((x(m), m.p50_us.max(SHORTEST_US)), 3, color.filled())),
         )?;
-        let last = moments.last().map(|m| (end * 1.01, m.p50_us.max(SHORTEST_US)));
+        let last = moments.last().map(|_| (end * 1.01, measurement.latency.p50_us.max(SHORTEST_US)));
         ends.extend(last.map(|at| (*index, measurement.transport.clone(), at)));
     }
     for (index, name, at, down) in beside(ends, low, high) {

@@ -53,6 +53,9 @@ pub(super) fn how(settings: &Settings) -> String {
     let plural = |count: u32, one: &str| format!("{count} {one}{}", if count == 1 { "" } else { "s" });
     let _ = write!(out, " {}, {}", plural(*lanes, "lane"), plural(*rounds, "round"));
     let _ = write!(out, ", completions by {}", format!("{:?}", settings.completion).to_lowercase());
+    if let Some(span) = settings.span {
+        let _ = write!(out, ", from the first {}", size::short(span));
+    }
     if let Some(cpus) = &settings.cpus {
         let _ = write!(out, ", on processors {cpus:?}");
     }

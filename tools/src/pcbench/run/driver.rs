@@ -36,6 +36,8 @@ pub(crate) struct Load {
     pub(crate) bytes: u32,
     /// Reads in flight on each lane.
     pub(crate) depth: u32,
+    /// How much of the peer's memory is read, in bytes.
+    pub(crate) span: Option<u64>,
     pub(crate) completion: Completion,
     pub(crate) limit: Limit,
     /// Reads a second, open loop.
@@ -256,7 +258,7 @@ impl Driver {
         for _ in 0..count {
             let slot = turn.free[lane].pop().context("no free slot")?;
             let at = lane * depth as usize + slot as usize;
-            let offset = self.somewhere(bytes);
+            let offset = self.somewhere(turn.load);
             turn.flights[at].offset = offset;
             let remote = self.remote.slice(offset, bytes).context("a read outside of the region")?;
             let local = self.local.slice(at as u64 * u64::from(bytes), bytes).context("no place to land")?;
@@ -331,10 +333,11 @@ impl Driver {
     }
 
     /// Another aligned place each time, the same ones in each run.
-    fn somewhere(&mut self, bytes: u32) -> u64 {
+    fn somewhere(&mut self, load: &Load) -> u64 {
         self.random =
             self.random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        let places = (self.remote.len() - u64::from(bytes)) / ALIGNMENT + 1;
+        let span = load.span.unwrap_or(u64::MAX).min(self.remote.len());
+        let places = span.saturating_sub(load.bytes.into()) / ALIGNMENT + 1;
         (self.random >> 16) % places * ALIGNMENT
     }
 }

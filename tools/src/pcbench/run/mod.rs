@@ -82,8 +82,8 @@ pub(crate) fn run(plan: &Plan, host: Option<&str>) -> anyhow::Result<Run> {
 }
 
 fn load(plan: &Plan, bytes: u32) -> Load {
-    let Plan { depth, completion, limit, rate, verify, .. } = *plan;
-    Load { bytes, depth, completion, limit, rate, verify }
+    let Plan { depth, span, completion, limit, rate, verify, .. } = *plan;
+    Load { bytes, depth, span, completion, limit, rate, verify }
 }
 
 fn rounds(plan: &Plan, readers: &mut [Reader], epoch: Instant) -> anyhow::Result<Vec<Measured>> {
