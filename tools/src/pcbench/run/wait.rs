@@ -40,9 +40,9 @@ impl Waiter {
     ///
     /// Errors: a lane died.
     pub(crate) fn idle(&mut self, lanes: &mut [AnyLane], until: Option<Instant>) -> Result<bool, LaneError> {
-        std::hint::spin_loop();
         self.empty += 1;
-        // Polling looks at the clock only now and then: it costs as much as a poll.
+        // Polling looks at the clock only now and then: it costs as much as a poll. Nor is there a
+        // PAUSE: a poll of a lane is many instructions anyway, and each would delay what it finds.
         if self.completion == Completion::Poll && !self.empty.is_multiple_of(CLOCK_EVERY) {
             return Ok(true);
         }
