@@ -22,6 +22,23 @@ pub fn printable(text: &str, longest: usize) -> String {
     out
 }
 
+/// A time since 1970 in seconds as a date, such as `2026-01-31 12:00:00 UTC`.
+pub fn date(unix_s: f64) -> String {
+    let seconds = unix_s.clamp(0.0, 4e11) as u64;
+    let (days, rest) = (seconds / 86_400, seconds % 86_400);
+    // Days in eras of 400 years that begin in March, so that the leap day is the last of a year.
+    let shifted = days + 719_468;
+    let (era, day) = (shifted / 146_097, shifted % 146_097);
+    let year = (day - day / 1460 + day / 36_524 - day / 146_096) / 365;
+    let of_year = day - (365 * year + year / 4 - year / 100);
+    let month = (5 * of_year + 2) / 153;
+    let of_month = of_year - (153 * month + 2) / 5 + 1;
+    let (month, next) = if month < 10 { (month + 3, 0) } else { (month - 9, 1) };
+    let year = year + era * 400 + next;
+    let (hour, minute, second) = (rest / 3600, rest / 60 % 60, rest % 60);
+    format!("{year}-{month:02}-{of_month:02} {hour:02}:{minute:02}:{second:02} UTC")
+}
+
 /// Text for HTML or SVG, in an element or a quoted attribute.
 pub fn escape(text: &str) -> String {
     text.chars().fold(String::with_capacity(text.len()), |mut out, c| {
@@ -46,6 +63,13 @@ mod tests {
         assert_eq!(printable("a\x1b[2J\nb", 80), "a [2J b");
         assert_eq!(printable("abcdef", 3), "abc…");
         assert_eq!(escape("<b a='1' c=\"2\">&"), "&lt;b a=&#39;1&#39; c=&quot;2&quot;&gt;&amp;");
+    }
+
+    #[test]
+    fn dates() {
+        assert_eq!(date(0.0), "1970-01-01 00:00:00 UTC");
+        assert_eq!(date(951_782_400.0), "2000-02-29 00:00:00 UTC");
+        assert_eq!(date(1_795_403_919.9), "2026-11-23 03:18:39 UTC");
     }
 
     #[test]

@@ -4,6 +4,7 @@
 //! reader is killed and keep-alive closes when its host vanishes.
 
 use std::collections::HashMap;
+use std::io::Write;
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -139,7 +140,8 @@ impl Server {
 
     fn say(&self, what: std::fmt::Arguments<'_>) {
         if self.talks {
-            eprintln!("pcbench: {what}");
+            // Nobody may be listening any more; those who are served go on.
+            let _ = writeln!(std::io::stderr(), "pcbench: {what}");
         }
     }
 

@@ -7,7 +7,7 @@ use std::fmt::Write;
 use postcopy_tools::ink::{PAGE_STYLE, dark_style};
 use postcopy_tools::machine::Machine;
 use postcopy_tools::size;
-use postcopy_tools::text::escape;
+use postcopy_tools::text::{date, escape};
 
 use super::plot::plots;
 use super::table::{by_size, how, time};
@@ -137,8 +137,7 @@ fn circumstances(out: &mut String, report: &Report) {
     let build = &report.build;
     let program = format!("pcbench {}, {} build, {}", build.version, build.profile, build.architecture);
     fact(out, "Program", &program);
-    let measured =
-        format!("{:.1} s of measuring, begun {:.0} s after 1970", report.took_s, report.started_unix_s);
+    let measured = format!("{}, {:.1} s", date(report.started_unix_s), report.took_s);
     fact(out, "Run", &measured);
     machine(out, "This machine", &report.environment);
     if let Some(server) = &report.server {
