@@ -93,7 +93,7 @@ impl Examination {
                 Status::Note => "note   ",
                 Status::Problem => "PROBLEM",
             };
-            let _ = writeln!(out, "{mark}  {:<22} {}", check.name, printable(&check.found, 200));
+            let _ = writeln!(out, "{mark}  {:<22} {}", check.name, printable(&check.found, 400));
             if let Some(remedy) = &check.remedy {
                 let _ = writeln!(out, "{:>33} {remedy}", "→");
             }

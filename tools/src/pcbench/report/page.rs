@@ -75,7 +75,7 @@ fn figures(out: &mut String, report: &Report) {
     out.push_str(
         "<section>\n<h2>Figures</h2>\n<p>Latency in µs; percentiles are medians over the rounds.</p>\n",
     );
-    out.push_str("<div class=\"scroll\"><table>\n<thead><tr>");
+    out.push_str("<div class=\"scroll\"><table class=\"dense\">\n<thead><tr>");
     for column in COLUMNS {
         let _ = write!(out, "<th scope=\"col\">{column}</th>");
     }
@@ -133,7 +133,9 @@ fn row(out: &mut String, m: &Measurement) {
 }
 
 fn circumstances(out: &mut String, report: &Report) {
-    out.push_str("<section>\n<h2>Circumstances</h2>\n<div class=\"scroll\"><table>\n<tbody>\n");
+    out.push_str(
+        "<section>\n<h2>Circumstances</h2>\n<div class=\"scroll\"><table class=\"facts\">\n<tbody>\n",
+    );
     let build = &report.build;
     let program = format!("pcbench {}, {} build, {}", build.version, build.profile, build.architecture);
     fact(out, "Program", &program);

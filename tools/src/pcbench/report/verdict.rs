@@ -10,6 +10,10 @@ const PAGE: u32 = 4096;
 const NOISY_SPREAD: f64 = 0.10;
 /// A tail that is this many times the median is worth a sentence.
 const LONG_TAIL: f64 = 10.0;
+/// Medians of short intervals that differ by this factor are of more than one mode; of fewer
+/// intervals nothing is said.
+const TWO_MODES: f64 = 2.0;
+const FEWEST_INTERVALS: usize = 10;
 /// An open loop that reaches less than this part of its rate did not keep up.
 const KEPT_UP: f64 = 0.99;
 /// Load average, by processor, from which a machine counts as busy before anything is measured.
@@ -24,6 +28,7 @@ pub(super) fn verdict(report: &Report) -> Vec<String> {
     out.extend(what_dominates(report));
     kept_up(&mut out, report);
     noise(&mut out, report);
+    modes(&mut out, report);
     surroundings(&mut out, report);
     out
 }
@@ -131,6 +136,22 @@ fn noise(out: &mut Vec<String>, report: &Report) {
             m.transport,
             m.latency.p999_us / m.latency.p50_us
         ));
+    }
+}
+
+/// Whether a 4 KiB read takes now one time and then quite another, interval by interval.
+fn modes(out: &mut Vec<String>, report: &Report) {
+    for m in of_a_page(report).filter(|m| m.timeline.len() >= FEWEST_INTERVALS) {
+        let mut medians: Vec<f64> = m.timeline.iter().map(|moment| moment.p50_us).collect();
+        medians.sort_by(f64::total_cmp);
+        let (low, high) = (medians[medians.len() / 10], medians[medians.len() * 9 / 10]);
+        if low > 0.0 && high > TWO_MODES * low {
+            out.push(format!(
+                "{} has more than one mode at 4 KiB: medians of short intervals go from {low:.1} to {high:.1} µs, as \
+                 when reader and responder share a processor for a while; --cpu pins the reader.",
+                m.transport
+            ));
+        }
     }
 }
 
