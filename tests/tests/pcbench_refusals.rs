@@ -225,6 +225,21 @@ fn says(line: &'static [u8]) -> impl Fn(usize, TcpStream) -> bool + Send + 'stat
 }
 
 #[test]
+fn transports_that_nobody_asked_for_are_left_out_where_the_server_has_none() {
+    // It refuses the first, shm, and then hangs: so the reader went on to the next.
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    std::thread::spawn(move || {
+        let (mut first, _) = listener.accept().unwrap();
+        first.write_all(b"{\"refused\":\"no such thing here\"}\n").unwrap();
+        let _second = listener.accept();
+        std::thread::sleep(BOUND);
+    });
+    let out = pcbench(&["read", &address, "--give-up-after", "1"]);
+    assert_refused(&out, &["setting up tcp", "no answer within 1s"]);
+}
+
+#[test]
 fn a_server_that_says_nothing() {
     gives_up(&["no answer within 1s"], says(b""));
 }

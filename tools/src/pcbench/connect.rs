@@ -10,7 +10,7 @@ use anyhow::{Context, bail, ensure};
 use postcopy_tools::machine::Machine;
 use postcopy_tools::text::printable;
 use postcopy_transport::{
-    EndpointOptions, Exporter, HostMemory, Importer, LaneRequest, RemoteRegion, Transport,
+    EndpointOptions, Exporter, HostMemory, Importer, LaneRequest, RemoteRegion, SetupError, Transport,
 };
 
 use crate::args::PORT;
@@ -33,6 +33,24 @@ pub(crate) struct Reader {
     control: TcpStream,
     server: SocketAddr,
     patience: Duration,
+}
+
+/// The server said no.
+#[derive(Debug)]
+struct Refused(String);
+
+impl std::fmt::Display for Refused {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Refused {}
+
+/// Whether `error` may be of one transport alone, such as shared memory with another host: neither
+/// side could set it up. A server that cannot be reached, or hangs, is not.
+pub(crate) fn is_of_one_transport(error: &anyhow::Error) -> bool {
+    error.chain().any(|cause| cause.is::<SetupError>() || cause.is::<Refused>())
 }
 
 /// The address of a server, from HOST or HOST:PORT.
@@ -139,7 +157,9 @@ fn answer(control: &mut TcpStream, server: SocketAddr, patience: Duration) -> an
     let answer = exchange::expect(control, patience)
         .with_context(|| format!("{server} does not answer as `pcbench serve` does"))?;
     match answer {
-        Answer::Refused(reason) => bail!("{server} refused: {}", printable(&reason, MAX_TEXT)),
+        Answer::Refused(reason) => {
+            Err(Refused(format!("{server} refused: {}", printable(&reason, MAX_TEXT))).into())
+        }
         answer => Ok(answer),
     }
 }

@@ -54,6 +54,8 @@ pub(crate) struct Plan {
     pub(crate) output: OutputArgs,
     /// Transports left out, each with the reason.
     pub(crate) missing: Vec<String>,
+    /// Nobody asked for these transports: leave out those that the two sides do not share.
+    pub(crate) lenient: bool,
 }
 
 impl TryFrom<&ReadArgs> for Plan {
@@ -88,6 +90,7 @@ impl TryFrom<&ReadArgs> for Plan {
         Ok(Self {
             transports,
             missing,
+            lenient: args.transport.is_empty() && !args.device.is_chosen(),
             sizes,
             span: args.span,
             limit: limit(args)?,

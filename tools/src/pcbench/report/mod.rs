@@ -102,7 +102,7 @@ pub(crate) struct Settings {
     pub(crate) cpus: Option<Vec<usize>>,
     /// What `--device` said.
     pub(crate) device: Option<String>,
-    /// Transports that this machine does not have, and why.
+    /// Transports left out because a side does not have them, and why.
     pub(crate) missing: Vec<String>,
 }
 
@@ -126,7 +126,7 @@ impl Report {
             verify: plan.verify,
             cpus: run.cpus,
             device: plan.device.device.clone(),
-            missing: plan.missing.clone(),
+            missing: plan.missing.iter().chain(&run.left_out).cloned().collect(),
         };
         let mut report = Self {
             version: VERSION,

@@ -44,6 +44,7 @@ fn report(more: &[&str], rounds: u32, scale: u64) -> Report {
         environment: Machine::here(),
         server: Some((std::net::SocketAddr::from(([192, 0, 2, 7], 7171)), nasty)),
         cpus: None,
+        left_out: Vec::new(),
         measured: all.map(|(transport, bytes)| measured(transport, bytes, rounds, scale)).into(),
     };
     Report::new(&plan, run).unwrap()

@@ -13,9 +13,10 @@ use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::Context;
 use postcopy_tools::machine::Machine;
+use postcopy_tools::text::one_line;
 use postcopy_transport::Transport;
 
-use crate::connect::{Reader, resolve};
+use crate::connect::{Reader, is_of_one_transport, resolve};
 use crate::exchange::Mirrored;
 use crate::plan::{Limit, Plan};
 use crate::serve;
@@ -52,6 +53,8 @@ pub(crate) struct Run {
     /// Processors that the reader was pinned to.
     pub(crate) cpus: Option<Vec<usize>>,
     pub(crate) measured: Vec<Measured>,
+    /// Transports that the two sides do not share, and why.
+    pub(crate) left_out: Vec<String>,
 }
 
 /// Measures what `plan` says, against `host` or this process itself.
@@ -65,10 +68,7 @@ pub(crate) fn run(plan: &Plan, host: Option<&str>) -> anyhow::Result<Run> {
         None => serve::loopback(&plan.device)?,
     };
     let cpus = plan.pin.apply()?.or(near);
-    let connect = |transport: &Transport| {
-        Reader::connect(address, *transport, plan).with_context(|| format!("setting up {transport}"))
-    };
-    let mut readers = plan.transports.iter().map(connect).collect::<anyhow::Result<Vec<Reader>>>()?;
+    let (mut readers, left_out) = connect_all(plan, address)?;
     for reader in &readers {
         plan.sizes.iter().try_for_each(|bytes| reader.driver.fits(&load(plan, *bytes)))?;
     }
@@ -78,7 +78,25 @@ pub(crate) fn run(plan: &Plan, host: Option<&str>) -> anyhow::Result<Run> {
     let (begun, epoch) = (SystemTime::now(), Instant::now());
     let measured = rounds(plan, &mut readers, epoch)?;
     let server = host.and(readers.first()).map(|reader| (address, reader.machine.clone()));
-    Ok(Run { begun, took: epoch.elapsed(), environment, server, cpus, measured })
+    Ok(Run { begun, took: epoch.elapsed(), environment, server, cpus, measured, left_out })
+}
+
+/// A reader for each transport; and, where nobody asked for them by name, the transports that the
+/// two sides do not share, with the reasons.
+fn connect_all(plan: &Plan, address: SocketAddr) -> anyhow::Result<(Vec<Reader>, Vec<String>)> {
+    let (mut readers, mut left_out) = (Vec::new(), Vec::new());
+    for transport in &plan.transports {
+        let reader = Reader::connect(address, *transport, plan);
+        match reader.with_context(|| format!("setting up {transport}")) {
+            Ok(reader) => readers.push(reader),
+            Err(error) if plan.lenient && is_of_one_transport(&error) => left_out.push(error),
+            Err(error) => return Err(error),
+        }
+    }
+    if readers.is_empty() && !left_out.is_empty() {
+        return Err(left_out.remove(0));
+    }
+    Ok((readers, left_out.iter().map(one_line).collect()))
 }
 
 fn load(plan: &Plan, bytes: u32) -> Load {
