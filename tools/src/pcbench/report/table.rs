@@ -13,9 +13,10 @@ pub(super) fn table(report: &Report) -> String {
         "\ntransport  size    reads      min      p50      p90      p99    p99.9   p99.99      max  95% CI of p50",
     );
     out.push_str(if bandwidth { "        MB/s     reads/s\n" } else { "        MB/s\n" });
+    let compares = report.measurements.iter().any(|m| m.transport != report.measurements[0].transport);
     let mut last = None;
     for measurement in by_size(report) {
-        if last.is_some_and(|bytes| bytes != measurement.bytes) {
+        if compares && last.is_some_and(|bytes| bytes != measurement.bytes) {
             out.push('\n');
         }
         last = Some(measurement.bytes);
