@@ -6,9 +6,10 @@
 
 pub mod cutter;
 
-use std::io::Read;
+use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
@@ -211,6 +212,75 @@ impl Drop for Pcvm {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// A `pcbench serve` process on the loopback. Ended when dropped.
+pub struct Served {
+    child: Child,
+    address: String,
+    log: Arc<Mutex<String>>,
+}
+
+impl Served {
+    /// Starts `pcbench serve ARGS` on a port of its choice.
+    pub fn start(args: &[&str]) -> Self {
+        let mut command = Command::new(program("pcbench"));
+        command.args(["serve", "--listen", "127.0.0.1:0"]).args(args);
+        let mut child = command.stdin(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+        let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
+        let first = lines.next().unwrap().unwrap();
+        let address = first.rsplit(" on ").next().unwrap().to_owned();
+        assert!(first.contains("serving"), "{first}");
+        let log = Arc::new(Mutex::new(String::new()));
+        let written = log.clone();
+        std::thread::spawn(move || {
+            for line in lines.map_while(Result::ok) {
+                *written.lock().unwrap() += &(line + "\n");
+            }
+        });
+        Self { child, address, log }
+    }
+
+    /// Where it listens: HOST:PORT.
+    pub fn address(&self) -> &str {
+        &self.address
+    }
+
+    /// What it has said since it listens.
+    pub fn log(&self) -> String {
+        self.log.lock().unwrap().clone()
+    }
+
+    /// Process id.
+    pub fn pid(&self) -> rustix::process::Pid {
+        rustix::process::Pid::from_child(&self.child)
+    }
+
+    /// How many threads it has.
+    pub fn threads(&self) -> usize {
+        std::fs::read_dir(format!("/proc/{}/task", self.child.id())).map_or(0, Iterator::count)
+    }
+}
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Waits until `reached` says so.
+pub fn wait_until(what: &str, reached: impl Fn() -> bool) {
+    let begin = Instant::now();
+    while !reached() {
+        assert!(begin.elapsed() < PATIENCE, "not within {PATIENCE:?}: {what}");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// Runs pcbench to its end.
+pub fn pcbench(args: &[&str]) -> Output {
+    run(Command::new(program("pcbench")).args(args))
 }
 
 /// Runs pcvm to its end.

@@ -9,7 +9,7 @@ use std::io::{BufRead, BufReader, Read};
 use std::os::unix::fs::FileExt;
 use std::process::{Child, Command, Stdio};
 
-use postcopy_e2e::{Pcvm, Scratch, assert_refused, free_port, free_ports, program, run, stderr};
+use postcopy_e2e::{Pcvm, Scratch, assert_refused, free_port, free_ports, pcbench, program, run, stderr};
 use serde_json::Value;
 
 /// Moves in a row over each transport.
@@ -221,7 +221,7 @@ fn reads_over_verbs_go_on_while_the_exporter_is_stopped() {
     let target = format!("{}:{port}", variable("LAB_RDMA_ADDR"));
     let mut reader = Command::new(program("pcbench"))
         .args(["read", &target, "--transport", "verbs", "--sizes", "4K", "--iterations", "3000"])
-        .args(["--duration", "60", "--verify", "--json"])
+        .args(["--rounds", "1", "--verify", "--json"])
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()
@@ -245,6 +245,31 @@ fn reads_over_verbs_go_on_while_the_exporter_is_stopped() {
     assert!(read_all);
     let report: Value = serde_json::from_str(&json).unwrap();
     assert_eq!(report["measurements"][0]["latency"]["count"], 3000, "{report}");
+}
+
+#[test]
+#[ignore = "needs the lab: scripts/test runs it there"]
+fn a_device_or_gid_that_does_not_exist() {
+    let port = free_port();
+    let mut server = serve(port);
+    let target = format!("{}:{port}", variable("LAB_RDMA_ADDR"));
+    let read = |more: &[&str]| {
+        let verbs = ["read", &target, "--transport", "verbs", "--sizes", "4K", "--iterations", "100"];
+        pcbench(&[&verbs[..], more].concat())
+    };
+    assert_refused(&read(&["--device", "nope0"]), &["no RDMA device named nope0", "this machine has"]);
+    assert_refused(&read(&["--gid-index", "200"]), &["no GID index 200", "the port has 0"]);
+    assert_refused(&read(&["--ib-port", "9"]), &["port 9 does not exist"]);
+    let both = read(&["--verify", "--bidirectional", "--lanes", "2", "--depth", "8", "--json"]);
+    assert!(both.status.success(), "{}", stderr(&both));
+    let report: Value = serde_json::from_slice(&both.stdout).unwrap();
+    assert!(
+        report.pointer("/measurements/0/reverse/latency/count").unwrap().as_u64().unwrap() > 0,
+        "{report}"
+    );
+    assert_eq!(report["environment"]["rdma"][0]["state"], "ACTIVE", "{report}");
+    server.kill().unwrap();
+    server.wait().unwrap();
 }
 
 #[test]

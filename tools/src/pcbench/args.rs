@@ -1,28 +1,40 @@
-//! The command line of pcbench: as typed, and as a validated plan.
+//! The command line of pcbench, as typed. What it means is decided in [`crate::plan`].
 
-use std::net::IpAddr;
-use std::time::Duration;
+use std::path::PathBuf;
 
-use anyhow::{bail, ensure};
-use clap::{Args, Parser, Subcommand};
-use postcopy_transport::{EndpointOptions, MAX_READ, Transport};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use postcopy_tools::device::DeviceArgs;
+use postcopy_tools::size;
+use postcopy_transport::Transport;
+use serde::{Deserialize, Serialize};
 
 /// Where `serve` listens and `read` connects unless told otherwise.
 pub(crate) const PORT: u16 = 7171;
-/// Memory that is read from: larger than the caches of most machines.
-pub(crate) const REGION_BYTES: u64 = 64 << 20;
-const _: () = assert!(REGION_BYTES >= 2 * MAX_READ as u64);
 
-/// Most reads of one size.
-const ITERATIONS: u64 = 10_000;
-/// Most time for one size, in seconds.
-const SECONDS: f64 = 1.5;
+const EXAMPLES: &str = "\
+Examples:
+  pcbench                                      every transport of this machine, a table and a verdict
+  pcbench serve                                on one host …
+  pcbench read HOST --transport tcp,verbs      … and from another
+  pcbench read HOST --sizes 8..8M --json       the whole range, as JSON
+  pcbench read HOST --rate 20000 --depth 16    open loop: 20,000 reads a second, whatever happens
+  pcbench read HOST --report run.html          one page with plots
+  pcbench compare old.json new.json --fail-above 5%
+  pcbench doctor                               what is in the way on this machine";
+
+const READ_EXAMPLES: &str = "\
+Examples:
+  pcbench read 192.0.2.7                                   4 sizes over every transport that both have
+  pcbench read 192.0.2.7 --transport verbs --sizes 4K --iterations 100000 --hgrm 4k.hgrm
+  pcbench read 192.0.2.7 --sizes 64K --depth 32 --duration 5 --format perftest
+  pcbench read 192.0.2.7 --transport tcp,verbs --rounds 9 --json > new.json";
 
 /// Measures one-sided reads: what a page fault costs before the guest's kernel adds its share.
 ///
 /// Without a command: every transport that this machine has, over the loopback.
 #[derive(Debug, Parser)]
-#[command(name = "pcbench", version, max_term_width = 100)]
+#[command(name = "pcbench", version, max_term_width = 100, after_help = EXAMPLES)]
+#[command(args_conflicts_with_subcommands = true)]
 pub(crate) struct Cli {
     #[command(subcommand)]
     pub(crate) command: Option<Command>,
@@ -35,164 +47,182 @@ pub(crate) enum Command {
     /// Offer memory for `pcbench read` on another host.
     Serve(ServeArgs),
     /// Read from a host where `pcbench serve` runs, or over the loopback.
+    #[command(after_help = READ_EXAMPLES)]
     Read {
         /// HOST or HOST:PORT. Default: this process itself.
         host: Option<String>,
         #[command(flatten)]
-        read: ReadArgs,
+        read: Box<ReadArgs>,
     },
     /// Measure what a thread waits when it touches memory that is still at the source.
     Fault(crate::fault::FaultArgs),
+    /// Compare two reports. Exit status 0: no worse than allowed; 1: worse; 2: not comparable.
+    Compare(CompareArgs),
+    /// Say what this machine can do, what is in the way, and how to remedy it.
+    Doctor {
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
+    },
     /// Print a completion script for a shell.
     Completions {
         /// Which shell.
         shell: clap_complete::Shell,
     },
     /// Print the manual page, in roff.
-    Man,
+    Man {
+        /// Write it and one page for each command into this folder instead.
+        #[arg(long, value_name = "FOLDER")]
+        dir: Option<PathBuf>,
+    },
 }
 
 #[derive(Debug, Args)]
 pub(crate) struct ServeArgs {
-    /// Where to listen.
+    /// Where to listen. All connections come to this port.
     #[arg(long, default_value_t = format!("0.0.0.0:{PORT}"), value_name = "HOST:PORT")]
     pub(crate) listen: String,
+    /// Memory to read from, 4K to 1G. No read is larger than it.
+    #[arg(long, default_value = "64M", value_parser = size::parse, value_name = "SIZE")]
+    pub(crate) memory: u64,
+    /// Most readers at the same time; others are refused.
+    #[arg(long, default_value_t = 64, value_name = "N")]
+    pub(crate) max_clients: u32,
+    /// Processors to serve on: a list such as 0,2-5; `auto`, those near the RDMA device; `none`.
+    #[arg(long, default_value = "auto", value_name = "LIST|auto|none")]
+    pub(crate) cpu: String,
     #[command(flatten)]
     pub(crate) device: DeviceArgs,
 }
 
-/// Which RDMA device.
-#[derive(Clone, Debug, Args)]
-pub(crate) struct DeviceArgs {
-    /// RDMA device. Default: the one that owns the connection's address.
-    #[arg(long, value_name = "NAME")]
-    pub(crate) device: Option<String>,
-    /// RDMA port, from 1. Default: the first active one.
-    #[arg(long, value_name = "N")]
-    pub(crate) ib_port: Option<u8>,
-    /// GID index on RoCE. Default: the RoCE v2 entry of the connection's address.
-    #[arg(long, value_name = "N")]
-    pub(crate) gid_index: Option<u32>,
+/// How completions are awaited.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Completion {
+    /// Ask again and again: the shortest latency, a whole processor.
+    Poll,
+    /// Sleep until the lane says so.
+    Event,
+    /// Poll for 50 µs, then sleep.
+    Adaptive,
 }
 
-impl DeviceArgs {
-    pub(crate) fn endpoint(&self, local: Option<IpAddr>) -> EndpointOptions {
-        let devices = self.device.iter().cloned().collect();
-        let (port, gid_index) = (self.ib_port, self.gid_index);
-        EndpointOptions { devices, port, gid_index, local, ..EndpointOptions::default() }
-    }
+/// How the report is printed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Format {
+    /// A table and a verdict, for people.
+    #[default]
+    Table,
+    /// Everything; docs/pcbench.md has the schema.
+    Json,
+    /// One line a measurement.
+    Csv,
+    /// The columns of ib_read_lat, or of ib_read_bw if more than one read is in flight.
+    Perftest,
+    /// The columns of osu_get_latency, or of osu_get_bw if more than one read is in flight.
+    Osu,
 }
 
 #[derive(Clone, Debug, Args)]
 pub(crate) struct ReadArgs {
-    /// Transports, interleaved by size. Default: all that this machine has.
-    #[arg(long, value_delimiter = ',', value_name = "shm,tcp,verbs")]
-    transport: Vec<Transport>,
-    /// Sizes: a list such as 8,4K,1M, or a range of powers of two such as 8..8M.
-    #[arg(long, default_value = "64,4K,64K,1M", value_name = "SIZES")]
-    sizes: String,
-    /// Most reads of each size.
-    #[arg(long, default_value_t = ITERATIONS, value_name = "N")]
-    iterations: u64,
-    /// Most seconds for each size.
-    #[arg(long, default_value_t = SECONDS, value_name = "S")]
-    duration: f64,
-    /// Check every byte of every read (not only of the last of each size). Not part of the time.
+    /// Transports, interleaved. Default: all that this machine has.
+    #[arg(long, value_delimiter = ',', value_name = "shm,tcp,verbs", help_heading = "What")]
+    pub(crate) transport: Vec<Transport>,
+    /// Sizes: a list such as 8,4K,1M, or a range of doublings such as 8..8M.
+    #[arg(long, default_value = "64,4K,64K,1M", value_name = "SIZES", help_heading = "What")]
+    pub(crate) sizes: String,
+    /// Read from the first SIZE bytes of the server's memory only: 4K is always the same page, as
+    /// ib_read_lat does it. Default: all of it, in random order.
+    #[arg(long, value_parser = size::parse, value_name = "SIZE", help_heading = "What")]
+    pub(crate) span: Option<u64>,
+    /// Reads of each size in each round. Default: up to 20,000 in up to half a second.
+    #[arg(long, value_name = "N", conflicts_with = "duration", help_heading = "What")]
+    pub(crate) iterations: Option<u64>,
+    /// Seconds for each size in each round.
+    #[arg(long, value_name = "S", help_heading = "What")]
+    pub(crate) duration: Option<f64>,
+    /// Rounds; in each, every transport and size has its turn. Figures are medians over rounds.
+    #[arg(long, default_value_t = 5, value_name = "N", help_heading = "What")]
+    pub(crate) rounds: u32,
+    /// Reads before the measured ones, in each round. 0 for none.
+    #[arg(long, default_value_t = 200, value_name = "N", help_heading = "What")]
+    pub(crate) warm_up: u64,
+    /// Reads in flight on each lane. Default: 1; with --rate, 16.
+    #[arg(long, value_name = "N", help_heading = "How")]
+    pub(crate) depth: Option<u32>,
+    /// Lanes of each transport, all driven by one thread.
+    #[arg(long, default_value_t = 1, value_name = "N", help_heading = "How")]
+    pub(crate) lanes: u32,
+    /// Open loop: so many reads a second. Latency counts from the moment when each was due.
+    #[arg(long, value_name = "READS/S", help_heading = "How")]
+    pub(crate) rate: Option<f64>,
+    /// How completions are awaited. Default: poll; adaptive on a single processor.
+    #[arg(long, value_enum, value_name = "HOW", help_heading = "How")]
+    pub(crate) completion: Option<Completion>,
+    /// Processors to read on: a list such as 2 or 2,4-6; `auto`, those near the RDMA device; `none`.
+    #[arg(long, default_value = "auto", value_name = "LIST|auto|none", help_heading = "How")]
+    pub(crate) cpu: String,
+    /// The server reads from here at the same time, in the same way.
+    #[arg(long, help_heading = "How")]
+    pub(crate) bidirectional: bool,
+    /// Check every byte of every read, not only of the last of each round. Not part of the time.
+    #[arg(long, help_heading = "How")]
+    pub(crate) verify: bool,
+    /// Give up when nothing has arrived for so many seconds.
+    #[arg(long, default_value_t = 10.0, value_name = "S", help_heading = "How")]
+    pub(crate) give_up_after: f64,
+    #[command(flatten, next_help_heading = "RDMA")]
+    pub(crate) device: DeviceArgs,
+    #[command(flatten, next_help_heading = "Report")]
+    pub(crate) output: OutputArgs,
+}
+
+#[derive(Clone, Debug, Args)]
+pub(crate) struct OutputArgs {
+    /// How the report is printed.
+    #[arg(long, value_enum, value_name = "HOW", conflicts_with = "json")]
+    pub(crate) format: Option<Format>,
+    /// Short for --format json.
     #[arg(long)]
-    verify: bool,
+    pub(crate) json: bool,
+    /// Write one self-contained HTML page with plots.
+    #[arg(long, value_name = "FILE.html")]
+    pub(crate) report: Option<PathBuf>,
+    /// Write the plots as one picture.
+    #[arg(long, value_name = "FILE.svg")]
+    pub(crate) plot: Option<PathBuf>,
+    /// Write percentile distributions for HdrHistogram plotters; of several measurements, each into
+    /// a file of its own: FILE-tcp-4096.hgrm.
+    #[arg(long, value_name = "FILE.hgrm")]
+    pub(crate) hgrm: Option<PathBuf>,
+    /// Write an HdrHistogram interval log (V2, compressed), tagged such as tcp-4096.
+    #[arg(long, value_name = "FILE.hlog")]
+    pub(crate) hlog: Option<PathBuf>,
+    /// No progress on stderr.
+    #[arg(long)]
+    pub(crate) quiet: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct CompareArgs {
+    /// The earlier report: what `pcbench --json` printed.
+    #[arg(value_name = "A.json")]
+    pub(crate) before: PathBuf,
+    /// The later report.
+    #[arg(value_name = "B.json")]
+    pub(crate) after: PathBuf,
+    /// Fail (exit status 1) where a median got worse by more than this and the confidence
+    /// intervals do not overlap.
+    #[arg(long, value_name = "PERCENT")]
+    pub(crate) fail_above: Option<String>,
     /// Print JSON.
     #[arg(long)]
-    json: bool,
-    #[command(flatten)]
-    device: DeviceArgs,
-}
-
-/// What will be measured, checked.
-#[derive(Clone, Debug)]
-pub(crate) struct Plan {
-    pub(crate) transports: Vec<Transport>,
-    pub(crate) sizes: Vec<u32>,
-    pub(crate) iterations: u64,
-    pub(crate) limit: Duration,
-    pub(crate) verify: bool,
     pub(crate) json: bool,
-    pub(crate) device: DeviceArgs,
-}
-
-impl TryFrom<&ReadArgs> for Plan {
-    type Error = anyhow::Error;
-
-    fn try_from(args: &ReadArgs) -> anyhow::Result<Self> {
-        ensure!(args.iterations > 0, "--iterations 0 measures nothing; ask for at least 1");
-        let limit = Duration::try_from_secs_f64(args.duration).ok().filter(|limit| !limit.is_zero());
-        let Some(limit) = limit else {
-            bail!("--duration {} is no time; ask for more than 0 s", args.duration)
-        };
-        for transport in &args.transport {
-            transport.available()?;
-        }
-        let available = |transport: &Transport| {
-            let found = transport.available();
-            found.inspect_err(|error| eprintln!("pcbench: going on without it: {error}")).is_ok()
-        };
-        let transports = match args.transport.is_empty() {
-            true => {
-                [Transport::Shm, Transport::Tcp, Transport::Verbs].into_iter().filter(available).collect()
-            }
-            false => args.transport.clone(),
-        };
-        Ok(Self {
-            transports,
-            sizes: parse_sizes(&args.sizes)?,
-            iterations: args.iterations,
-            limit,
-            verify: args.verify,
-            json: args.json,
-            device: args.device.clone(),
-        })
-    }
-}
-
-fn parse_sizes(text: &str) -> anyhow::Result<Vec<u32>> {
-    if let Some((from, to)) = text.split_once("..") {
-        let (from, to) = (parse_size(from)?, parse_size(to)?);
-        ensure!(from <= to, "--sizes {text} goes backwards");
-        let doubled = std::iter::successors(Some(from), |size| size.checked_mul(2));
-        return Ok(doubled.take_while(|size| *size <= to).collect());
-    }
-    text.split(',').map(parse_size).collect()
-}
-
-fn parse_size(text: &str) -> anyhow::Result<u32> {
-    let digits = text.trim_end_matches(['K', 'k', 'M', 'm']);
-    let unit: u32 = match &text[digits.len()..] {
-        "" => 1,
-        "K" | "k" => 1 << 10,
-        "M" | "m" => 1 << 20,
-        _ => bail!("`{text}` is no size; write something like 64, 4K or 1M"),
-    };
-    let size = digits.parse::<u32>().ok().and_then(|number| number.checked_mul(unit));
-    match size {
-        Some(0) => bail!("a read of 0 bytes measures nothing"),
-        Some(size) if size <= MAX_READ => Ok(size),
-        Some(_) => bail!("{text} is more than one read carries; the most is {}M", MAX_READ >> 20),
-        None => bail!("`{text}` is no size; write something like 64, 4K or 1M"),
-    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn sizes() {
-        assert_eq!(parse_sizes("8,4K,1M").unwrap(), [8, 4096, 1 << 20]);
-        assert_eq!(parse_sizes("1K..8K").unwrap(), [1024, 2048, 4096, 8192]);
-        assert_eq!(parse_sizes("8..8M").unwrap().len(), 21);
-        for bad in ["", "0", "9M", "4K..1K", "x", "4KK", "99999999999"] {
-            assert!(parse_sizes(bad).is_err(), "{bad}");
-        }
-    }
 
     #[test]
     fn the_command_line_is_consistent() {

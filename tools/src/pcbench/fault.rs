@@ -4,6 +4,8 @@
 //! page of its copy once, over real userfaultfd, while it is trapped. A *stall* is a touch that took
 //! longer than [`STALL`]; a touch of a page that was there takes a tenth of that.
 
+use std::io::IsTerminal;
+use std::process::ExitCode;
 use std::sync::Barrier;
 use std::time::{Duration, Instant};
 
@@ -15,10 +17,13 @@ use postcopy_engine::import::Import;
 use postcopy_engine::memory::{GuestMemory, MemoryLayout, PAGE_SIZE};
 use postcopy_engine::pager::{FaultServer, Pager, PagerConfig, PagerState, PagerStatus, SelfService, Trap};
 use postcopy_engine::stats::{PagerReport, Percentiles};
+use postcopy_tools::{cli, size};
 use postcopy_transport::{
     AnyLane, EndpointOptions, HostMemory, Importer, Lane, LaneClass, Read, Token, Transport,
 };
 use serde::Serialize;
+
+use crate::{Ended, Failure};
 
 /// A touch that took this long or longer was a stall.
 const STALL: Duration = Duration::from_micros(1);
@@ -69,7 +74,7 @@ pub(crate) struct FaultArgs {
     #[arg(long, default_value = "tcp", value_name = "shm|tcp|verbs")]
     pub(crate) transport: Transport,
     /// Memory that is at the source.
-    #[arg(long, default_value = "256M", value_name = "SIZE", value_parser = parse_memory)]
+    #[arg(long, default_value = "256M", value_name = "SIZE", value_parser = size::parse)]
     pub(crate) memory: u64,
     /// Order of the touches.
     #[arg(long, value_enum, default_value_t = Pattern::Random)]
@@ -108,16 +113,6 @@ impl FaultArgs {
             None => PagerConfig::default(),
         }
     }
-}
-
-fn parse_memory(text: &str) -> anyhow::Result<u64> {
-    let digits = text.trim_end_matches(['M', 'G']);
-    let shift = match &text[digits.len()..] {
-        "M" => 20,
-        "G" => 30,
-        _ => bail!("a size is a number and M or G"),
-    };
-    Ok(digits.parse::<u64>()? << shift)
 }
 
 /// One case of the plan.
@@ -163,20 +158,24 @@ struct FaultReport {
     cases: Vec<Outcome>,
 }
 
-pub(crate) fn fault(args: &FaultArgs) -> anyhow::Result<()> {
-    args.transport.available()?;
-    if args.memory < 1 << 20 || !args.memory.is_multiple_of(PAGE_SIZE) || args.memory > 1 << 40 {
-        bail!("--memory is whole pages, from 1M to 1T");
+/// Runs `pcbench fault`.
+pub(crate) fn fault(args: &FaultArgs) -> Ended {
+    let whole = args.memory.is_multiple_of(PAGE_SIZE) && (1 << 20..=1 << 40).contains(&args.memory);
+    if !whole {
+        let wrong = anyhow::anyhow!("--memory takes whole pages of 4K, 1M to 1T, not {} bytes", args.memory);
+        return Err(Failure::Usage(wrong));
     }
     let report = measure(args)?;
-    match args.json {
-        true => println!("{}", serde_json::to_string_pretty(&report)?),
-        false => print!("{}", table(&report)),
-    }
-    Ok(())
+    let text = match args.json {
+        true => serde_json::to_string_pretty(&report).map_err(anyhow::Error::from)? + "\n",
+        false => table(&report),
+    };
+    cli::print(&text).map_err(anyhow::Error::from)?;
+    Ok(ExitCode::SUCCESS)
 }
 
 fn measure(args: &FaultArgs) -> anyhow::Result<FaultReport> {
+    args.transport.available()?;
     let source = guest_memory(args.memory)?;
     crate::pattern::fill(source.guest());
     let cases: Vec<Case> = (args.self_service.values().iter())
@@ -187,16 +186,21 @@ fn measure(args: &FaultArgs) -> anyhow::Result<FaultReport> {
         .collect();
     let mut rounds: Vec<Vec<Outcome>> = vec![Vec::new(); cases.len()];
     let (mut raw, mut bulk) = (Vec::new(), Vec::new());
+    let shows = std::io::stderr().is_terminal();
     for round in 0..args.rounds {
         let (read, mb_s) = raw_reads(args.transport, &source)?;
         bulk.push(mb_s);
         for (case, outcomes) in cases.iter().zip(&mut rounds) {
-            eprint!("\rpcbench: round {} of {}   ", round + 1, args.rounds);
+            if shows {
+                eprint!("\rpcbench: round {} of {}   ", round + 1, args.rounds);
+            }
             outcomes.push(run(args, *case, &source, read.p50_us)?);
         }
         raw.push(read);
     }
-    eprint!("\r                              \r");
+    if shows {
+        eprint!("\r                              \r");
+    }
     let middle = |of: &mut Vec<Outcome>| {
         of.sort_by(|one, other| one.stall.p50_us.total_cmp(&other.stall.p50_us));
         of.swap_remove(of.len() / 2)

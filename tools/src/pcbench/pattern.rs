@@ -18,11 +18,11 @@ pub(crate) fn fill(memory: &HostMemory) {
     }
 }
 
-/// Whether `len` bytes at the start of `landing` are those from `offset` (a multiple of 8).
-pub(crate) fn matches(landing: &HostMemory, offset: u64, len: u32) -> bool {
+/// Whether the `len` bytes at `at` of `landing` are those from `offset` (a multiple of 8).
+pub(crate) fn matches(landing: &HostMemory, at: u64, offset: u64, len: u32) -> bool {
     let mut bytes = vec![0; len as usize];
-    let mut expected = (offset / WORD..).flat_map(word);
-    landing.read(0, &mut bytes) && bytes.iter().all(|byte| expected.next() == Some(*byte))
+    let whole = |(index, bytes): (u64, &[u8])| word(index).starts_with(bytes);
+    landing.read(at, &mut bytes) && (offset / WORD..).zip(bytes.chunks(WORD as usize)).all(whole)
 }
 
 #[cfg(test)]
@@ -33,10 +33,11 @@ mod tests {
     fn one_wrong_bit_is_seen() {
         let memory = HostMemory::anonymous("test", 4096).unwrap();
         fill(&memory);
-        assert!(matches(&memory, 0, 4096));
-        assert!(!matches(&memory, 8, 64), "another place has other bytes");
+        assert!(matches(&memory, 0, 0, 4096));
+        assert!(!matches(&memory, 0, 8, 64), "another place has other bytes");
+        assert!(matches(&memory, 64, 64, 13), "a size that is no multiple of a word");
         let mut byte = [0];
         assert!(memory.read(4095, &mut byte) && memory.write(4095, &[byte[0] ^ 1]));
-        assert!(!matches(&memory, 0, 4096));
+        assert!(!matches(&memory, 0, 0, 4096));
     }
 }

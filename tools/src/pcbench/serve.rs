@@ -1,185 +1,300 @@
-//! The side that offers memory, and the set-up that both sides speak: a JSON line each way.
+//! The side that offers memory: a thread for each connection, an exporter for each reader.
+//!
+//! A reader's lanes live as long as its control connection, which the kernel closes when the
+//! reader is killed and keep-alive closes when its host vanishes.
 
 use std::collections::HashMap;
-use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{TcpListener, TcpStream};
-use std::sync::mpsc::{Sender, channel};
+use std::io::Write;
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, bail};
-use postcopy_transport::{AnyLane, Exporter, HostMemory, Importer, LaneClass, RemoteRegion, Transport};
-use serde::{Deserialize, Serialize};
-use serde_json::{from_str, to_string};
+use anyhow::{Context, anyhow, bail, ensure};
+use postcopy_tools::device::DeviceArgs;
+use postcopy_tools::machine::Machine;
+use postcopy_tools::text::{one_line, printable};
+use postcopy_transport::{Exporter, HostMemory, Transport};
 
-use crate::args::{DeviceArgs, REGION_BYTES, ServeArgs};
+use crate::args::ServeArgs;
+use crate::exchange::{
+    self, Answer, Granted, Hello, LaneHello, MAX_TEXT, ReadHello, hex, receive, send, unhex,
+};
+use crate::mirror::Mirror;
 use crate::pattern;
+use crate::pin::Pin;
+use crate::plan::MAX_LANES;
 
-/// Version of the set-up lines.
-const VERSION: u32 = 1;
-/// Longest line that a peer may send.
-const MAX_LINE: u64 = 16 << 10;
-/// How long either side waits for the other during set-up.
+/// How long a peer may take for one step of the set-up.
 const PATIENCE: Duration = Duration::from_secs(10);
-
-/// What a connection to `serve` begins with.
-#[derive(Debug, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-enum Hello {
-    /// I want to read, over this transport. The connection stays open as long as I do.
-    Read { version: u32, transport: String, request: Vec<u8> },
-    /// This connection is the lane with that name.
-    Lane { name: String },
-}
-
-/// The answer to a reader.
-#[derive(Debug, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-enum Answer {
-    Granted { region: Vec<u8>, grant: Vec<u8>, lane: String },
-    Refused(String),
-}
-
-fn send(stream: &mut TcpStream, line: &impl Serialize) -> anyhow::Result<()> {
-    let mut text = to_string(line)?;
-    text.push('\n');
-    Ok(stream.write_all(text.as_bytes())?)
-}
-
-/// Reads one line, byte by byte: what follows on the stream belongs to the lane.
-fn receive(stream: &mut TcpStream) -> anyhow::Result<String> {
-    let mut line = String::new();
-    BufReader::with_capacity(1, stream.take(MAX_LINE)).read_line(&mut line)?;
-    if !line.ends_with('\n') {
-        bail!("the peer closed the connection or does not speak this protocol");
-    }
-    Ok(line)
-}
+/// Memory that a server offers, in bytes.
+pub(crate) const MEMORY: u64 = 64 << 20;
+/// Least and most of it.
+const MEMORY_BOUNDS: std::ops::RangeInclusive<u64> = 4096..=1 << 30;
+/// Connections that have not said yet what they want: bounds what strangers cost.
+const MAX_STRANGERS: u32 = 256;
+/// After so long without a sign of life, a silent peer is asked, so often, before it is given up.
+const KEEP_ALIVE: (Duration, Duration, u32) = (Duration::from_secs(30), Duration::from_secs(5), 4);
 
 /// Lanes that are awaited, by name.
-type Awaited = Arc<Mutex<HashMap<String, Sender<TcpStream>>>>;
+type Awaited = Mutex<HashMap<String, Sender<(usize, TcpStream)>>>;
 
+/// What connections share.
+pub(crate) struct Server {
+    memory: HostMemory,
+    device: DeviceArgs,
+    machine: Machine,
+    awaited: Awaited,
+    strangers: AtomicU32,
+    clients: AtomicU32,
+    max_clients: u32,
+    /// Say on stderr who comes and goes.
+    talks: bool,
+}
+
+/// One of a bounded number; given back when dropped.
+struct Permit<'a>(&'a AtomicU32);
+
+impl<'a> Permit<'a> {
+    fn take(count: &'a AtomicU32, most: u32) -> Option<Self> {
+        let more = |now: u32| (now < most).then_some(now + 1);
+        count.fetch_update(Ordering::AcqRel, Ordering::Acquire, more).ok().map(|_| Self(count))
+    }
+}
+
+impl Drop for Permit<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+/// Runs `pcbench serve`.
+///
+/// Errors: a flag that makes no sense, an address in use, no memory.
 pub(crate) fn serve(args: &ServeArgs) -> anyhow::Result<()> {
     let listener = TcpListener::bind(&args.listen)
         .with_context(|| format!("cannot listen on {}; choose another address with --listen", args.listen))?;
-    let memory = HostMemory::anonymous("pcbench", REGION_BYTES as usize).context("making memory to read")?;
-    pattern::fill(&memory);
-    eprintln!("pcbench: serving {} MiB on {}", REGION_BYTES >> 20, listener.local_addr()?);
-    let awaited = Awaited::default();
-    for stream in listener.incoming() {
-        let (memory, awaited, device) = (memory.clone(), awaited.clone(), args.device.clone());
-        std::thread::spawn(move || {
-            let peer = stream.as_ref().ok().and_then(|stream| stream.peer_addr().ok());
-            let ended =
-                stream.map_err(Into::into).and_then(|stream| attend(stream, &memory, &awaited, &device));
-            if let Err(error) = ended {
-                eprintln!("pcbench: {peer:?}: {error:#}");
-            }
-        });
-    }
+    let pin: Pin = args.cpu.parse()?;
+    pin.apply_to_all(args.device.device.first().map(String::as_str));
+    pin.apply()?;
+    let server = Server::new(args.memory, args.max_clients, args.device.clone(), true)?;
+    eprintln!("pcbench: serving {} KiB on {}", args.memory >> 10, listener.local_addr()?);
+    server.run(&listener);
     Ok(())
 }
 
-fn attend(
-    mut stream: TcpStream,
-    memory: &HostMemory,
-    awaited: &Awaited,
-    device: &DeviceArgs,
-) -> anyhow::Result<()> {
-    stream.set_read_timeout(Some(PATIENCE))?;
-    match from_str(&receive(&mut stream)?).context("no line of ours")? {
-        Hello::Lane { name } => {
-            let lane = awaited.lock().unwrap_or_else(PoisonError::into_inner).remove(&name);
-            stream.set_read_timeout(None)?;
-            lane.context("a lane that nobody awaits")?.send(stream)?;
-            Ok(())
-        }
-        Hello::Read { version, transport, request } => {
-            let offered = offer(&stream, memory, device, version, &transport, &request);
-            let (mut exporter, answer) = match offered {
-                Ok(offered) => offered,
-                Err(error) => return send(&mut stream, &Answer::Refused(format!("{error:#}"))),
+/// Checks the flags of `serve`.
+///
+/// Errors: one line that says what to write instead.
+pub(crate) fn check(args: &ServeArgs) -> anyhow::Result<()> {
+    ensure!(MEMORY_BOUNDS.contains(&args.memory), "--memory takes 4K to 1G, not {} bytes", args.memory);
+    ensure!(args.memory.is_multiple_of(4096), "--memory takes whole pages of 4K, not {} bytes", args.memory);
+    ensure!(args.max_clients > 0, "--max-clients 0 serves nobody; ask for at least 1");
+    args.cpu.parse::<Pin>()?.check()
+}
+
+/// Starts a server inside this process, for the loopback; it lives as long as the process.
+///
+/// Errors: no memory, no address.
+pub(crate) fn loopback(device: &DeviceArgs) -> anyhow::Result<SocketAddr> {
+    let listener = TcpListener::bind("127.0.0.1:0").context("listening on the loopback")?;
+    let address = listener.local_addr()?;
+    let server = Server::new(MEMORY, MAX_STRANGERS, device.clone(), false)?;
+    std::thread::Builder::new().name("serve".into()).spawn(move || server.run(&listener))?;
+    Ok(address)
+}
+
+impl Server {
+    fn new(memory: u64, max_clients: u32, device: DeviceArgs, talks: bool) -> anyhow::Result<Arc<Self>> {
+        let memory = HostMemory::anonymous("pcbench", memory as usize).context("making memory to read")?;
+        pattern::fill(&memory);
+        let (strangers, clients) = (AtomicU32::new(0), AtomicU32::new(0));
+        let (machine, awaited) = (Machine::here(), Awaited::default());
+        Ok(Arc::new(Self { memory, device, machine, awaited, strangers, clients, max_clients, talks }))
+    }
+
+    /// Serves until the process ends.
+    fn run(self: Arc<Self>, listener: &TcpListener) {
+        loop {
+            let (stream, peer) = match listener.accept() {
+                Ok(accepted) => accepted,
+                Err(error) => {
+                    // Out of descriptors, most likely: those who are served go on.
+                    self.say(format_args!("cannot accept a connection: {error}"));
+                    std::thread::sleep(Duration::from_millis(100));
+                    continue;
+                }
             };
-            attend_reader(stream, &mut exporter, answer, awaited)
+            let server = self.clone();
+            let thread = std::thread::Builder::new().name("client".into()).spawn(move || {
+                if let Err(error) = server.attend(stream, peer) {
+                    server.say(format_args!("{peer}: {}", one_line(&error)));
+                }
+            });
+            if let Err(error) = thread {
+                self.say(format_args!("{peer}: cannot start a thread: {error}"));
+            }
         }
     }
-}
 
-/// Opens the memory to one reader.
-fn offer(
-    stream: &TcpStream,
-    memory: &HostMemory,
-    device: &DeviceArgs,
-    version: u32,
-    transport: &str,
-    request: &[u8],
-) -> anyhow::Result<(Exporter, Answer)> {
-    if version != VERSION {
-        bail!(
-            "it speaks version {version} of pcbench, this side {VERSION}; use the same release on both sides"
-        );
+    fn say(&self, what: std::fmt::Arguments<'_>) {
+        if self.talks {
+            // Nobody may be listening any more; those who are served go on.
+            let _ = writeln!(std::io::stderr(), "pcbench: {what}");
+        }
     }
-    let transport: Transport = transport.parse().map_err(anyhow::Error::msg)?;
-    let local = stream.local_addr().ok().map(|address| address.ip());
-    let mut exporter = Exporter::new(transport, std::slice::from_ref(memory), &device.endpoint(local))?;
-    let grant = exporter.grant(request)?;
-    let region = exporter.regions()[0].to_bytes().to_vec();
-    let lane = format!("{:016x}{:016x}", getrandom::u64()?, getrandom::u64()?);
-    Ok((exporter, Answer::Granted { region, grant, lane }))
-}
 
-/// Keeps a reader's lane open until its connection closes.
-fn attend_reader(
-    mut stream: TcpStream,
-    exporter: &mut Exporter,
-    answer: Answer,
-    awaited: &Awaited,
-) -> anyhow::Result<()> {
-    let (sender, lane) = channel();
-    if let Answer::Granted { lane: name, .. } = &answer {
-        awaited.lock().unwrap_or_else(PoisonError::into_inner).insert(name.clone(), sender);
+    fn attend(&self, mut stream: TcpStream, peer: SocketAddr) -> anyhow::Result<()> {
+        let stranger =
+            Permit::take(&self.strangers, MAX_STRANGERS).context("too many connections at once")?;
+        stream.set_nodelay(true)?;
+        stream.set_write_timeout(Some(PATIENCE))?;
+        keep_alive(&stream)?;
+        let Some(line) = receive(&mut stream, Some(PATIENCE))? else { return Ok(()) };
+        drop(stranger);
+        match exchange::parse_hello(&line) {
+            Ok(Hello::Lane(hello)) => self.give(hello, stream),
+            Ok(Hello::Read(hello)) => {
+                let ended = self.attend_reader(&mut stream, peer, &hello);
+                if let Err(error) = &ended {
+                    // It may be gone; then nobody needs the reason.
+                    let _ = send(&mut stream, &Answer::Refused(one_line(error)));
+                }
+                ended
+            }
+            Err(error) => {
+                let _ = send(&mut stream, &Answer::Refused(one_line(&error)));
+                Err(error)
+            }
+        }
     }
-    send(&mut stream, &answer)?;
-    while exporter.awaited() > 0 {
-        exporter.attach(lane.recv_timeout(PATIENCE).context("its lane did not come")?)?;
+
+    /// Gives a lane's connection to the reader that awaits it.
+    fn give(&self, LaneHello { name, index }: LaneHello, stream: TcpStream) -> anyhow::Result<()> {
+        stream.set_write_timeout(None)?;
+        let awaited = self.awaited.lock().unwrap_or_else(PoisonError::into_inner);
+        let reader = awaited.get(&name).context("a lane that nobody awaits")?;
+        reader.send((index, stream)).ok().context("a lane that nobody awaits any more")
     }
-    stream.set_read_timeout(None)?;
-    std::io::copy(&mut stream, &mut std::io::sink())?;
-    Ok(())
-}
 
-/// A reader's side: a lane into the memory that is served at `host`.
-pub(crate) struct Remote {
-    pub(crate) lane: AnyLane,
-    pub(crate) region: RemoteRegion,
-    /// To be held: the server closes the lane when this closes.
-    pub(crate) control: TcpStream,
-}
-
-/// Connects a lane of `importer` to a server.
-pub(crate) fn connect(
-    mut control: TcpStream,
-    transport: Transport,
-    importer: &Importer,
-) -> anyhow::Result<Remote> {
-    control.set_read_timeout(Some(PATIENCE))?;
-    let peer = control.peer_addr()?;
-    let (pending, request) = importer.request(LaneClass::Urgent)?;
-    send(&mut control, &Hello::Read { version: VERSION, transport: transport.name().into(), request })?;
-    let answer =
-        receive(&mut control).with_context(|| format!("{peer} does not answer; is it `pcbench serve`?"))?;
-    let (region, grant, name) =
-        match from_str(&answer).with_context(|| format!("{peer} is no `pcbench serve`"))? {
-            Answer::Granted { region, grant, lane } => (region, grant, lane),
-            Answer::Refused(reason) => bail!("{peer} refused: {reason}"),
+    /// Opens the memory to one reader, until its connection closes.
+    fn attend_reader(
+        &self,
+        stream: &mut TcpStream,
+        peer: SocketAddr,
+        hello: &ReadHello,
+    ) -> anyhow::Result<()> {
+        let _permit = Permit::take(&self.clients, self.max_clients).with_context(|| {
+            format!(
+                "{} readers are served already, the most that this server takes; come back later",
+                self.max_clients
+            )
+        })?;
+        let lanes = hello.requests.len();
+        ensure!((1..=MAX_LANES as usize).contains(&lanes), "{lanes} lanes; ask for 1 to {MAX_LANES}");
+        let transport: Transport =
+            printable(&hello.transport, MAX_TEXT).parse().map_err(|error: String| anyhow!(error))?;
+        let (exporter, mut mirror) = self.open(stream, transport, hello)?;
+        self.say(format_args!("{peer}: reads over {transport}, lanes: {lanes}, readers: {}", self.count()));
+        let ended = match &mut mirror {
+            Some(mirror) => mirror.obey(stream),
+            None => wait_for_the_end(stream),
         };
-    let mut streams = Vec::new();
-    for _ in 0..pending.streams() {
-        let mut stream = TcpStream::connect(peer)?;
-        send(&mut stream, &Hello::Lane { name: name.clone() })?;
-        streams.push(stream);
+        drop((mirror, exporter));
+        self.say(format_args!("{peer}: gone, its lanes are free"));
+        ended
     }
-    let region: [u8; 24] = region.try_into().ok().context("the server's region is malformed")?;
-    let lane = importer.connect(pending, &grant, streams)?;
-    Ok(Remote { lane, region: RemoteRegion::from_bytes(region), control })
+
+    /// Makes a reader's lanes, and those of the mirror if it wants one.
+    fn open(
+        &self,
+        stream: &mut TcpStream,
+        transport: Transport,
+        hello: &ReadHello,
+    ) -> anyhow::Result<(Exporter, Option<Mirror>)> {
+        let lanes = hello.requests.len();
+        let endpoint = self.device.endpoint(stream.local_addr().ok().map(|address| address.ip()));
+        let mut exporter = Exporter::new(transport, std::slice::from_ref(&self.memory), &endpoint)?;
+        let grant = |request: &String| Ok(hex(&exporter.grant(&unhex(request)?)?));
+        let grants = hello.requests.iter().map(grant).collect::<anyhow::Result<Vec<String>>>()?;
+        let region = exporter.regions().first().map(|region| hex(&region.to_bytes())).unwrap_or_default();
+        let mut mirror = match hello.mirror {
+            true => Some(Mirror::new(transport, lanes, &endpoint)?),
+            false => None,
+        };
+        let mirror_requests = mirror.as_ref().map(Mirror::requests).unwrap_or_default();
+        let awaiting = Awaiting::new(&self.awaited)?;
+        let (name, machine) = (awaiting.name.clone(), self.machine.clone());
+        send(stream, &Answer::Granted(Box::new(Granted { region, grants, name, mirror_requests, machine })))?;
+        let own = exporter.awaited();
+        let mut streams = awaiting.streams(own + mirror.as_ref().map_or(0, Mirror::streams))?;
+        let mirrored = streams.split_off(own);
+        streams.into_iter().try_for_each(|stream| exporter.attach(stream))?;
+        if let Some(mirror) = &mut mirror {
+            mirror.give_streams(mirrored);
+        }
+        drop(awaiting);
+        if let Some(mirror) = &mut mirror {
+            mirror.connect(exchange::expect(stream, PATIENCE)?)?;
+        }
+        send(stream, &Answer::Ready)?;
+        Ok((exporter, mirror))
+    }
+
+    fn count(&self) -> u32 {
+        self.clients.load(Ordering::Acquire)
+    }
+}
+
+/// Reads until the peer closes. A reset is an end like another: the reader was killed.
+fn wait_for_the_end(stream: &mut TcpStream) -> anyhow::Result<()> {
+    match receive(stream, None) {
+        Ok(Some(_)) => bail!("a message where none belongs"),
+        Ok(None) | Err(_) => Ok(()),
+    }
+}
+
+fn keep_alive(stream: &TcpStream) -> std::io::Result<()> {
+    use rustix::net::sockopt;
+    let (idle, interval, count) = KEEP_ALIVE;
+    sockopt::set_socket_keepalive(stream, true)?;
+    sockopt::set_tcp_keepidle(stream, idle)?;
+    sockopt::set_tcp_keepintvl(stream, interval)?;
+    Ok(sockopt::set_tcp_keepcnt(stream, count)?)
+}
+
+/// A name under which lanes come in, as long as this lives.
+struct Awaiting<'a> {
+    awaited: &'a Awaited,
+    name: String,
+    lanes: Receiver<(usize, TcpStream)>,
+}
+
+impl<'a> Awaiting<'a> {
+    fn new(awaited: &'a Awaited) -> anyhow::Result<Self> {
+        let name = format!("{:016x}{:016x}", getrandom::u64()?, getrandom::u64()?);
+        let (sender, lanes) = channel();
+        awaited.lock().unwrap_or_else(PoisonError::into_inner).insert(name.clone(), sender);
+        Ok(Self { awaited, name, lanes })
+    }
+
+    /// `count` connections in the order of their indices.
+    fn streams(&self, count: usize) -> anyhow::Result<Vec<TcpStream>> {
+        let deadline = Instant::now() + PATIENCE;
+        let mut streams: Vec<Option<TcpStream>> = (0..count).map(|_| None).collect();
+        for _ in 0..count {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let (index, stream) = self.lanes.recv_timeout(left).ok().context("its lanes did not come")?;
+            let place = streams.get_mut(index).context("a lane of a number that was not granted")?;
+            ensure!(place.replace(stream).is_none(), "a lane that came twice");
+        }
+        Ok(streams.into_iter().flatten().collect())
+    }
+}
+
+impl Drop for Awaiting<'_> {
+    fn drop(&mut self) {
+        self.awaited.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.name);
+    }
 }

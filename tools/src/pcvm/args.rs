@@ -4,7 +4,9 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use postcopy_transport::{EndpointOptions, Transport};
+use postcopy_tools::device::DeviceArgs;
+use postcopy_tools::size;
+use postcopy_transport::Transport;
 
 /// Runs KVM guests and moves them by post-copy live migration.
 ///
@@ -41,7 +43,11 @@ pub(crate) enum Command {
         shell: clap_complete::Shell,
     },
     /// Print the manual page, in roff.
-    Man,
+    Man {
+        /// Write it and one page for each command into this folder instead.
+        #[arg(long, value_name = "FOLDER")]
+        dir: Option<PathBuf>,
+    },
 }
 
 #[derive(Debug, Args)]
@@ -56,7 +62,7 @@ pub(crate) struct RunArgs {
     #[arg(long, default_value = "", value_name = "TEXT")]
     pub(crate) cmdline: String,
     /// Guest memory: a number with K, M, G or none for bytes.
-    #[arg(long, default_value = "256M", value_parser = parse_size, value_name = "SIZE")]
+    #[arg(long, default_value = "256M", value_parser = size::parse, value_name = "SIZE")]
     pub(crate) memory: u64,
     /// Number of vCPUs.
     #[arg(long, default_value_t = 1, value_name = "N")]
@@ -80,7 +86,7 @@ pub(crate) struct ReceiveArgs {
     #[command(flatten)]
     pub(crate) wire: WireArgs,
     /// Refuse guests with more memory than this.
-    #[arg(long, value_parser = parse_size, value_name = "SIZE")]
+    #[arg(long, value_parser = size::parse, value_name = "SIZE")]
     pub(crate) memory_limit: Option<u64>,
 }
 
@@ -104,10 +110,10 @@ pub(crate) struct HostArgs {
     /// Wait for another guest, instead of exiting, when this one has moved away.
     #[arg(long)]
     pub(crate) again: bool,
-    /// Whether the vCPUs of a guest that arrives serve their own faults, each over a lane of its own, instead of the pager's
-    /// thread. `on` needs to learn from KVM which page a vCPU missed (root, or CAP_BPF and
-    /// CAP_PERFMON), and an idle guest then keeps its processors to itself. `auto`: on with four
-    /// cores or more.
+    /// Whether the vCPUs of a guest that arrives serve their own faults, each over a lane of its
+    /// own, instead of the pager's thread. `on` needs to learn from KVM which page a vCPU missed
+    /// (root, or CAP_BPF and CAP_PERFMON), and an idle guest then keeps its processors to itself.
+    /// `auto`: on with four cores or more.
     #[arg(long, value_enum, default_value_t = SelfService::Auto)]
     pub(crate) self_service: SelfService,
 }
@@ -118,15 +124,8 @@ pub(crate) struct WireArgs {
     /// Transport: verbs where both sides have it, else tcp.
     #[arg(long, value_enum, default_value_t = Wire::Auto)]
     pub(crate) transport: Wire,
-    /// RDMA device. Default: the one that owns the address of the control connection.
-    #[arg(long, value_name = "NAME")]
-    pub(crate) device: Option<String>,
-    /// RDMA port, from 1. Default: the first active one.
-    #[arg(long, value_name = "N")]
-    pub(crate) ib_port: Option<u8>,
-    /// GID index on RoCE. Default: the RoCE v2 entry of the control connection's address.
-    #[arg(long, value_name = "N")]
-    pub(crate) gid_index: Option<u32>,
+    #[command(flatten)]
+    pub(crate) device: DeviceArgs,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -145,15 +144,6 @@ impl WireArgs {
             Wire::Tcp => vec![Transport::Tcp],
             Wire::Verbs => vec![Transport::Verbs],
             Wire::Shm => vec![Transport::Shm],
-        }
-    }
-
-    pub(crate) fn endpoint(&self) -> EndpointOptions {
-        EndpointOptions {
-            devices: self.device.iter().cloned().collect(),
-            port: self.ib_port,
-            gid_index: self.gid_index,
-            ..EndpointOptions::default()
         }
     }
 }
@@ -236,21 +226,6 @@ pub(crate) enum Resolution {
     There,
 }
 
-/// A size with an optional suffix, in bytes.
-fn parse_size(text: &str) -> Result<u64, String> {
-    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
-    let shift = match &text[digits.len()..] {
-        "" => 0,
-        "K" | "k" | "KiB" => 10,
-        "M" | "m" | "MiB" => 20,
-        "G" | "g" | "GiB" => 30,
-        other => return Err(format!("unknown suffix `{other}`; use K, M or G")),
-    };
-    let number: u64 =
-        digits.parse().map_err(|_| format!("`{text}` is no size; write something like 256M"))?;
-    number.checked_mul(1 << shift).ok_or_else(|| format!("{text} is more than this machine can count"))
-}
-
 /// An address from a flag: a host name or an IP address, and a port.
 pub(crate) fn resolve(text: &str) -> anyhow::Result<SocketAddr> {
     use std::net::ToSocketAddrs;
@@ -263,16 +238,6 @@ pub(crate) fn resolve(text: &str) -> anyhow::Result<SocketAddr> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn sizes() {
-        assert_eq!(parse_size("256M"), Ok(256 << 20));
-        assert_eq!(parse_size("4096"), Ok(4096));
-        assert_eq!(parse_size("2GiB"), Ok(2 << 30));
-        for bad in ["", "M", "1X", "-1", "99999999999G"] {
-            assert!(parse_size(bad).is_err(), "{bad}");
-        }
-    }
 
     #[test]
     fn the_command_line_is_consistent() {

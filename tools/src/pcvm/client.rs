@@ -36,9 +36,7 @@ pub(crate) fn migrate(args: &MigrateArgs) -> anyhow::Result<()> {
     let request = Request::Migrate {
         to: args.to.clone(),
         transports: args.wire.transports().iter().map(|transport| transport.name().to_owned()).collect(),
-        device: args.wire.device.clone(),
-        ib_port: args.wire.ib_port,
-        gid_index: args.wire.gid_index,
+        lanes: args.wire.device.clone(),
     };
     let mut meter = Meter::new(args.quiet);
     let answer = ask(&args.control, &request, |progress| meter.show(progress))?;

@@ -4,6 +4,7 @@
 
 use postcopy_engine::session::{MigrationReport, Progress};
 use postcopy_engine::stats::PagerReport;
+use postcopy_tools::device::DeviceArgs;
 use serde::{Deserialize, Serialize};
 
 use crate::args::Resolution;
@@ -24,15 +25,9 @@ pub(crate) enum Request {
         /// Transports, best first; empty for all between hosts.
         #[serde(default)]
         transports: Vec<String>,
-        /// RDMA device.
+        /// How lanes are made, as the flags of these names say it.
         #[serde(default)]
-        device: Option<String>,
-        /// RDMA port.
-        #[serde(default)]
-        ib_port: Option<u8>,
-        /// GID index.
-        #[serde(default)]
-        gid_index: Option<u32>,
+        lanes: DeviceArgs,
     },
     /// Type at the guest's console.
     Type {
@@ -86,10 +81,10 @@ mod tests {
     #[test]
     fn the_documented_lines_are_understood() {
         let line = r#"{"command":"migrate","to":"192.0.2.7:7070","transports":["tcp"]}"#;
-        let Request::Migrate { to, transports, device, .. } = serde_json::from_str(line).unwrap() else {
+        let Request::Migrate { to, transports, lanes } = serde_json::from_str(line).unwrap() else {
             panic!("{line}");
         };
-        assert_eq!((to.as_str(), transports.len(), device), ("192.0.2.7:7070", 1, None));
+        assert_eq!((to.as_str(), transports.len(), lanes), ("192.0.2.7:7070", 1, DeviceArgs::default()));
         assert_eq!(serde_json::from_str::<Request>(r#"{"command":"status"}"#).unwrap(), Request::Status);
         assert_eq!(serde_json::to_string(&Answer::Done).unwrap(), r#""done""#);
         assert_eq!(serde_json::to_string(&Answer::Error("no".into())).unwrap(), r#"{"error":"no"}"#);

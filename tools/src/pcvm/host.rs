@@ -202,7 +202,7 @@ pub(crate) fn run(args: &RunArgs) -> anyhow::Result<()> {
     }
     let options = ReceiveOptions {
         transports: args.wire.transports(),
-        endpoint: args.wire.endpoint(),
+        endpoint: args.wire.device.endpoint(None),
         ..Default::default()
     };
     runtime()?.block_on(async {
@@ -226,7 +226,7 @@ pub(crate) fn receive(args: &ReceiveArgs) -> anyhow::Result<()> {
     }
     let options = ReceiveOptions {
         transports: args.wire.transports(),
-        endpoint: args.wire.endpoint(),
+        endpoint: args.wire.device.endpoint(None),
         memory_limit: args.memory_limit,
         ..Default::default()
     };

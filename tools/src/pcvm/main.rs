@@ -14,6 +14,8 @@ mod server;
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser};
+use postcopy_tools::cli;
+use postcopy_tools::text::one_line;
 
 use args::{Cli, Command};
 
@@ -27,17 +29,6 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
-}
-
-/// An error and its causes on one line, without those that the line says already.
-fn one_line(error: &anyhow::Error) -> String {
-    let mut line = error.to_string();
-    for cause in error.chain().skip(1).map(ToString::to_string) {
-        if !line.contains(&cause) {
-            line = format!("{line}: {cause}");
-        }
-    }
-    line
 }
 
 /// Logs warnings to stderr, or what RUST_LOG says.
@@ -58,9 +49,9 @@ fn dispatch(command: Command) -> anyhow::Result<()> {
         Command::Resolve(args) => client::resolve(&args),
         Command::Compare(args) => compare::run(&args),
         Command::Completions { shell } => {
-            clap_complete::generate(shell, &mut Cli::command(), "pcvm", &mut std::io::stdout());
+            cli::completions(shell, Cli::command());
             Ok(())
         }
-        Command::Man => Ok(clap_mangen::Man::new(Cli::command()).render(&mut std::io::stdout())?),
+        Command::Man { dir } => Ok(cli::manual(Cli::command(), dir.as_deref())?),
     }
 }

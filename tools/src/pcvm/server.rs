@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, bail};
 use postcopy_engine::session::{self, MigrateOptions, MigrationError, Owner, Progress, SourceGuest};
-use postcopy_transport::{EndpointOptions, Transport};
+use postcopy_transport::Transport;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::unix::OwnedWriteHalf;
 use tokio::net::{UnixListener, UnixStream};
@@ -93,13 +93,8 @@ async fn carry_out(request: Request, host: &Arc<Host>, writer: &mut OwnedWriteHa
         Request::Type { text } => (type_text(host, &text), None),
         Request::Resolve { guest } => end_doubt(host, guest).await,
         Request::Quit => (Answer::Done, Some(State::Quit)),
-        Request::Migrate { to, transports, device, ib_port, gid_index } => {
-            let endpoint = EndpointOptions {
-                devices: device.into_iter().collect(),
-                port: ib_port,
-                gid_index,
-                ..EndpointOptions::default()
-            };
+        Request::Migrate { to, transports, lanes } => {
+            let endpoint = lanes.endpoint(None);
             let parsed = transports.iter().map(|name| name.parse()).collect::<Result<Vec<Transport>, _>>();
             match parsed {
                 Ok(transports) => migrate(host, &to, MigrateOptions { transports, endpoint }, writer).await,

@@ -17,6 +17,7 @@ mod table;
 use std::path::Path;
 
 use anyhow::Context;
+use postcopy_tools::machine::Machine;
 use serde::Serialize;
 
 use crate::args::CompareArgs;
@@ -31,33 +32,9 @@ struct Comparison {
     version: u32,
     title: String,
     note: String,
-    environment: Environment,
+    /// The machine that this runs on, which should be the one that measured.
+    environment: Machine,
     migrations: Vec<Migration>,
-}
-
-/// The machine that this runs on, which should be the one that measured.
-#[derive(Debug, Serialize)]
-struct Environment {
-    cpu: String,
-    cores: usize,
-    kernel: String,
-}
-
-impl Environment {
-    fn here() -> Self {
-        let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-        let name = cpuinfo.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':'));
-        let system = rustix::system::uname();
-        Self {
-            cpu: name.map_or("unknown", |(_, name)| name.trim()).to_owned(),
-            cores: std::thread::available_parallelism().map_or(1, usize::from),
-            kernel: format!("{} {}", system.sysname().to_string_lossy(), system.release().to_string_lossy()),
-        }
-    }
-
-    fn line(&self) -> String {
-        format!("{}, {} cores, {}", self.cpu, self.cores, self.kernel)
-    }
 }
 
 pub(crate) fn run(args: &CompareArgs) -> anyhow::Result<()> {
@@ -65,7 +42,7 @@ pub(crate) fn run(args: &CompareArgs) -> anyhow::Result<()> {
         version: COMPARISON_VERSION,
         title: args.title.clone(),
         note: args.note.clone(),
-        environment: Environment::here(),
+        environment: Machine::here(),
         migrations: input::load_all(&args.migrations)?,
     };
     if let Some(path) = &args.json {

@@ -3,40 +3,26 @@
 use std::fmt::Write;
 
 use postcopy_engine::memory::PAGE_SIZE;
+use postcopy_tools::ink::{self, PAGE_STYLE};
+use postcopy_tools::machine::Machine;
+use postcopy_tools::text::escape;
 
+use super::Comparison;
 use super::input::Migration;
 use super::plot::{self, Bar, Part, Series};
 use super::table::{self, mebibytes, milliseconds};
-use super::{Comparison, Environment};
-
-const STYLE: &str = include_str!("page.css");
 
 /// Where pages came from.
 const ORIGINS: [Part; 4] = [
-    ("by fault", plot::VERMILION),
-    ("by prepaging", plot::AMBER),
-    ("by drain", plot::BLUE),
-    ("zero, never sent", plot::GREY),
+    ("by fault", ink::VERMILION),
+    ("by prepaging", ink::AMBER),
+    ("by drain", ink::BLUE),
+    ("zero, never sent", ink::GREY),
 ];
 /// What downtime is made of.
 const DOWNTIME: [Part; 3] =
-    [("freeze and save", plot::BLUE), ("load", plot::AMBER), ("state on the way, handover", plot::GREY)];
-const RESIDENT: [Part; 1] = [("resume to all resident", plot::GREEN)];
-
-/// Text for HTML, in an element or a quoted attribute.
-pub(super) fn escape(text: &str) -> String {
-    text.chars().fold(String::with_capacity(text.len()), |mut out, c| {
-        match c {
-            '&' => out.push_str("&amp;"),
-            '<' => out.push_str("&lt;"),
-            '>' => out.push_str("&gt;"),
-            '"' => out.push_str("&quot;"),
-            '\'' => out.push_str("&#39;"),
-            c => out.push(c),
-        }
-        out
-    })
-}
+    [("freeze and save", ink::BLUE), ("load", ink::AMBER), ("state on the way, handover", ink::GREY)];
+const RESIDENT: [Part; 1] = [("resume to all resident", ink::GREEN)];
 
 /// The whole page.
 ///
@@ -53,15 +39,15 @@ pub(super) fn page(comparison: &Comparison) -> anyhow::Result<String> {
     Ok(out)
 }
 
-fn head(out: &mut String, title: &str, note: &str, environment: &Environment) {
+fn head(out: &mut String, title: &str, note: &str, environment: &Machine) {
     let (title, note, environment) = (escape(title), escape(note), escape(&environment.line()));
-    let dark = plot::dark_style();
+    let dark = ink::dark_style();
     let _ = write!(
         out,
         "<!DOCTYPE html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
          <meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\n\
          <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n<title>{title}</title>\n\
-         <style>\n{STYLE}@media (prefers-color-scheme: dark) {{\n{dark}}}\n</style>\n</head>\n<body>\n<main>\n\
+         <style>\n{PAGE_STYLE}@media (prefers-color-scheme: dark) {{\n{dark}}}\n</style>\n</head>\n<body>\n<main>\n\
          <h1>{title}</h1>\n"
     );
     if !note.is_empty() {
@@ -74,12 +60,12 @@ fn figure(out: &mut String, title: &str, about: &str, parts: &[Part], svg: &str)
     let _ = writeln!(out, "<section>\n<h2>{title}</h2>\n<p>{about}</p>\n<figure>");
     if parts.len() > 1 {
         out.push_str("<figcaption>");
-        for (name, ink) in parts {
+        for (name, color) in parts {
             let _ = write!(
                 out,
                 "<span class=\"key\"><svg width=\"14\" height=\"14\" aria-hidden=\"true\"><rect width=\"14\" \
                  height=\"14\" rx=\"3\" fill=\"{}\"/></svg>{name}</span>",
-                ink.css()
+                color.css()
             );
         }
         out.push_str("</figcaption>\n");

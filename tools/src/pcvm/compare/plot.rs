@@ -1,72 +1,18 @@
 //! The plots, each an SVG element to stand in a page.
 //!
 //! Colours are those of light paper; the page's style sheet replaces them on dark (see
-//! [`dark_style`]). Legends are the page's, so that text can wrap there.
-
-use std::fmt::Write;
+//! [`postcopy_tools::ink`]). Legends are the page's, so that text can wrap there.
 
 use anyhow::anyhow;
 use plotters::prelude::*;
-
-/// A colour on light paper and its replacement on dark.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Ink {
-    light: RGBColor,
-    dark: RGBColor,
-}
-
-const fn ink(light: (u8, u8, u8), dark: (u8, u8, u8)) -> Ink {
-    Ink { light: RGBColor(light.0, light.1, light.2), dark: RGBColor(dark.0, dark.1, dark.2) }
-}
-
-/// Okabe and Ito's colours, told apart by people of every colour vision; lighter on dark.
-pub(super) const BLUE: Ink = ink((0, 114, 178), (92, 180, 240));
-pub(super) const VERMILION: Ink = ink((213, 94, 0), (255, 138, 61));
-pub(super) const GREEN: Ink = ink((0, 138, 100), (52, 201, 154));
-pub(super) const PURPLE: Ink = ink((170, 80, 130), (226, 148, 192));
-pub(super) const AMBER: Ink = ink((190, 130, 0), (240, 192, 64));
-pub(super) const GREY: Ink = ink((168, 173, 180), (96, 103, 112));
-const TEXT: Ink = ink((31, 35, 40), (222, 226, 231));
-const AXIS: Ink = ink((110, 118, 129), (139, 148, 158));
-const GRID: Ink = ink((221, 225, 230), (52, 58, 66));
-const INKS: [Ink; 9] = [BLUE, VERMILION, GREEN, PURPLE, AMBER, GREY, TEXT, AXIS, GRID];
-
-/// Colours of series; a sixth looks like the first, and is told apart by its label.
-const SERIES: [Ink; 5] = [BLUE, VERMILION, GREEN, PURPLE, AMBER];
+use postcopy_tools::ink::{AXIS, GRID, Ink, TEXT, axis_time, labelled, series as series_ink, text_style};
 
 const WIDTH: u32 = 960;
-const FONT: (&str, i32) = ("sans-serif", 15);
 const LEFT: u32 = 150;
 /// Names of the percentiles of a series, in order.
 const PERCENTILES: [&str; 5] = ["p50", "p90", "p99", "p99.9", "max"];
 /// Shortest time that a logarithmic axis shows, in µs.
 const SHORTEST_US: f64 = 0.1;
-
-/// The colour of the `index`th migration.
-pub(super) fn series_ink(index: usize) -> Ink {
-    SERIES[index % SERIES.len()]
-}
-
-impl Ink {
-    /// As CSS on light paper, which is also how it stands in an SVG.
-    pub(super) fn css(self) -> String {
-        hex(self.light)
-    }
-}
-
-fn hex(RGBColor(red, green, blue): RGBColor) -> String {
-    format!("#{red:02X}{green:02X}{blue:02X}")
-}
-
-/// Style rules that turn the colours of plots and their keys into those on dark.
-pub(super) fn dark_style() -> String {
-    INKS.iter().fold(String::new(), |mut css, ink| {
-        let (light, dark) = (hex(ink.light), hex(ink.dark));
-        let _ =
-            writeln!(css, "svg [fill=\"{light}\"]{{fill:{dark}}}svg [stroke=\"{light}\"]{{stroke:{dark}}}");
-        css
-    })
-}
 
 /// A line of a percentile plot.
 pub(super) struct Series {
@@ -86,10 +32,6 @@ pub(super) struct Bar {
 
 fn failed(error: impl std::fmt::Display) -> anyhow::Error {
     anyhow!("drawing a plot: {error}")
-}
-
-fn text_style(color: Ink) -> TextStyle<'static> {
-    FONT.into_font().color(&color.light)
 }
 
 /// Latency percentiles of each series, on a logarithmic axis.
@@ -123,7 +65,7 @@ fn draw_percentiles(svg: &mut String, series: &[Series]) -> Result<(), Box<dyn s
         .label_style(text_style(TEXT))
         .x_labels(5)
         .x_label_formatter(&|at| PERCENTILES.get(at.round() as usize).copied().unwrap_or("").to_owned())
-        .y_label_formatter(&|us| time(*us))
+        .y_label_formatter(&|us| axis_time(*us))
         .draw()?;
     for (index, series) in series.iter().enumerate() {
         let color = series_ink(index).light;
@@ -164,15 +106,6 @@ fn label_places(series: &[Series], low: f64, high: f64) -> Vec<(usize, i32)> {
         *place = given - wanted;
     }
     order
-}
-
-/// A time in microseconds, in the unit that reads best.
-fn time(us: f64) -> String {
-    match us {
-        us if us >= 1e6 => format!("{} s", us / 1e6),
-        us if us >= 1e3 => format!("{} ms", us / 1e3),
-        us => format!("{us} µs"),
-    }
 }
 
 /// Bars of stacked parts, one a migration, each with its sum.
@@ -232,10 +165,4 @@ fn row_label(row: &SegmentValue<i32>, bars: &[Bar]) -> String {
     let SegmentValue::CenterOf(row) = row else { return String::new() };
     let from_above = bars.len().checked_sub(*row as usize + 1);
     from_above.and_then(|at| bars.get(at)).map(|bar| bar.label.clone()).unwrap_or_default()
-}
-
-/// Names the picture for those who do not see it.
-fn labelled(svg: &str, about: &str) -> String {
-    let name = super::page::escape(about);
-    svg.replacen("<svg ", &format!("<svg role=\"img\" aria-label=\"{name}\" "), 1)
 }

@@ -32,7 +32,7 @@ fn migration(label: &str, guest: bool) -> Migration {
 }
 
 fn comparison(migrations: Vec<Migration>) -> Comparison {
-    let environment = Environment { cpu: "CPU <1>".into(), cores: 2, kernel: "Linux 6.1".into() };
+    let environment = Machine { cpu: "CPU <1>".into(), cores: 2, kernel: "6.1".into(), ..Machine::default() };
     Comparison {
         version: COMPARISON_VERSION,
         title: "A & B".into(),

@@ -1,0 +1,221 @@
+//! The reader's side of the set-up: lanes into the memory that a server offers.
+//!
+//! Whatever the server does or fails to do, this ends within `patience` a step, with a line that
+//! says what it was.
+
+use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
+use std::time::Duration;
+
+use anyhow::{Context, bail, ensure};
+use postcopy_tools::machine::Machine;
+use postcopy_tools::text::printable;
+use postcopy_transport::{
+    EndpointOptions, Exporter, HostMemory, Importer, LaneClass, LaneRequest, RemoteRegion, SetupError,
+    Transport,
+};
+
+use crate::args::PORT;
+use crate::exchange::{
+    self, Answer, Granted, Hello, LaneHello, MAX_TEXT, Mirrored, Order, ReadHello, VERSION, hex, send, unhex,
+};
+use crate::mirror;
+use crate::plan::Plan;
+use crate::run::driver::{Driver, Load};
+use crate::serve::MEMORY;
+
+/// A connected reader over one transport.
+pub(crate) struct Reader {
+    pub(crate) transport: Transport,
+    pub(crate) driver: Driver,
+    pub(crate) machine: Machine,
+    /// Where the server reads from, if it does.
+    mirrored: Option<Exporter>,
+    /// The server closes the lanes when this closes.
+    control: TcpStream,
+    server: SocketAddr,
+    patience: Duration,
+}
+
+/// The server said no.
+#[derive(Debug)]
+struct Refused(String);
+
+impl std::fmt::Display for Refused {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Refused {}
+
+/// Whether `error` may be of one transport alone, such as shared memory with another host: neither
+/// side could set it up. A server that cannot be reached, or hangs, is not.
+pub(crate) fn is_of_one_transport(error: &anyhow::Error) -> bool {
+    error.chain().any(|cause| cause.is::<SetupError>() || cause.is::<Refused>())
+}
+
+/// The address of a server, from HOST or HOST:PORT.
+///
+/// Errors: it is no such thing, or has no address.
+pub(crate) fn resolve(host: &str) -> anyhow::Result<SocketAddr> {
+    let found = match host.to_socket_addrs() {
+        Ok(mut found) => found.next(),
+        Err(_) => (host, PORT).to_socket_addrs().ok().and_then(|mut found| found.next()),
+    };
+    found.with_context(|| format!("`{host}` is no address; write HOST or HOST:PORT"))
+}
+
+impl Reader {
+    /// Connects the lanes of `plan` over `transport` to `server`.
+    ///
+    /// Errors: it is not there, refuses, hangs, or speaks another language.
+    pub(crate) fn connect(server: SocketAddr, transport: Transport, plan: &Plan) -> anyhow::Result<Self> {
+        let patience = plan.patience;
+        let mut control = dial(server, patience)
+            .with_context(|| format!("cannot reach {server}; is `pcbench serve` running there?"))?;
+        let endpoint = plan.device.endpoint(control.local_addr().ok().map(|address| address.ip()));
+        let landing = HostMemory::anonymous("pcbench-landing", landing_bytes(plan))?;
+        let importer = Importer::new(transport, std::slice::from_ref(&landing), &endpoint)?;
+        let class = if plan.depth > 1 { LaneClass::Bulk } else { LaneClass::Urgent };
+        let asked = (0..plan.lanes).map(|_| importer.request(class)).collect::<Result<Vec<_>, _>>()?;
+        let (pending, requests): (Vec<LaneRequest>, Vec<Vec<u8>>) = asked.into_iter().unzip();
+        let requests = requests.iter().map(|blob| hex(blob)).collect();
+        let (version, mirror) = (VERSION, plan.bidirectional);
+        let hello = ReadHello { version, transport: transport.name().into(), requests, mirror };
+        send(&mut control, &Hello::Read(hello))?;
+        let Answer::Granted(granted) = answer(&mut control, server, patience)? else {
+            bail!("{server} answered something else than a grant; it is no `pcbench serve` of this release");
+        };
+        ensure!(granted.grants.len() == pending.len(), "{server} granted another number of lanes");
+        let mut offered = match plan.bidirectional {
+            true => Some(Offered::new(transport, &endpoint, &granted)?),
+            false => None,
+        };
+        let own: usize = pending.iter().map(LaneRequest::streams).sum();
+        let mirrored = offered.as_ref().map_or(0, |offered| offered.exporter.awaited());
+        let mut streams = dial_lanes(server, &granted, own + mirrored, plan)?.into_iter();
+        let mut lanes = Vec::new();
+        for (pending, grant) in pending.into_iter().zip(&granted.grants) {
+            let paths = streams.by_ref().take(pending.streams()).collect();
+            lanes.push(importer.connect(pending, &unhex(grant)?, paths)?);
+        }
+        if let Some(offered) = &mut offered {
+            streams.try_for_each(|stream| offered.exporter.attach(stream))?;
+            send(&mut control, &offered.order)?;
+        }
+        let mirrored = offered.map(|offered| offered.exporter);
+        let Answer::Ready = answer(&mut control, server, patience)? else {
+            bail!("{server} is not ready, and does not say why");
+        };
+        let region: [u8; 24] =
+            unhex(&granted.region)?.try_into().ok().context("the server's region is malformed")?;
+        let (region, local) = (RemoteRegion::from_bytes(region), importer.regions()[0]);
+        let driver = Driver::new(transport.name(), lanes, region, local, landing, patience)?;
+        let machine = sanitised(granted.machine);
+        Ok(Self { transport, driver, machine, mirrored, control, server, patience })
+    }
+
+    /// Whether the server is to read too.
+    pub(crate) fn mirrors(&self) -> bool {
+        self.mirrored.is_some()
+    }
+
+    /// Has the server read too, until [`Reader::stop_mirror`].
+    ///
+    /// Errors: it refuses or hangs.
+    pub(crate) fn start_mirror(&mut self, load: &Load) -> anyhow::Result<()> {
+        let Load { bytes, depth, span, completion, .. } = *load;
+        let order = Order::Start { bytes, depth, span, completion };
+        send(&mut self.control, &order)?;
+        match answer(&mut self.control, self.server, self.patience)? {
+            Answer::Started => Ok(()),
+            _ => bail!("{} answered out of turn", self.server),
+        }
+    }
+
+    /// Ends the server's reads; what they were like.
+    ///
+    /// Errors: they failed, or the server hangs.
+    pub(crate) fn stop_mirror(&mut self) -> anyhow::Result<Mirrored> {
+        send(&mut self.control, &Order::Stop)?;
+        match answer(&mut self.control, self.server, self.patience)? {
+            Answer::Stopped(mirrored) => Ok(mirrored),
+            _ => bail!("{} answered out of turn", self.server),
+        }
+    }
+}
+
+/// Memory for every read in flight to land in.
+fn landing_bytes(plan: &Plan) -> usize {
+    let largest = plan.sizes.iter().copied().max().unwrap_or(1) as usize;
+    (largest * plan.depth as usize * plan.lanes as usize).next_multiple_of(4096)
+}
+
+fn dial(server: SocketAddr, patience: Duration) -> anyhow::Result<TcpStream> {
+    let stream = TcpStream::connect_timeout(&server, patience)?;
+    stream.set_nodelay(true)?;
+    stream.set_write_timeout(Some(patience))?;
+    Ok(stream)
+}
+
+/// The server's next message, which may be a refusal.
+fn answer(control: &mut TcpStream, server: SocketAddr, patience: Duration) -> anyhow::Result<Answer> {
+    let answer = exchange::expect(control, patience)
+        .with_context(|| format!("{server} does not answer as `pcbench serve` does"))?;
+    match answer {
+        Answer::Refused(reason) => {
+            Err(Refused(format!("{server} refused: {}", printable(&reason, MAX_TEXT))).into())
+        }
+        answer => Ok(answer),
+    }
+}
+
+/// `count` connections for lanes, and for those of the mirror after them.
+fn dial_lanes(
+    server: SocketAddr,
+    granted: &Granted,
+    count: usize,
+    plan: &Plan,
+) -> anyhow::Result<Vec<TcpStream>> {
+    let one = |index| {
+        let mut stream = dial(server, plan.patience).context("connecting a lane")?;
+        send(&mut stream, &Hello::Lane(LaneHello { name: granted.name.clone(), index }))?;
+        stream.set_write_timeout(None)?;
+        Ok(stream)
+    };
+    (0..count).map(one).collect()
+}
+
+/// This side's memory, offered to the server.
+struct Offered {
+    exporter: Exporter,
+    /// To be sent when the lanes have their connections.
+    order: Order,
+}
+
+impl Offered {
+    fn new(transport: Transport, endpoint: &EndpointOptions, granted: &Granted) -> anyhow::Result<Self> {
+        ensure!(granted.mirror_requests.len() == granted.grants.len(), "the server asks for other lanes");
+        let mut exporter = Exporter::new(transport, &[mirror::memory(MEMORY)?], endpoint)?;
+        let grant = |request: &String| Ok(hex(&exporter.grant(&unhex(request)?)?));
+        let grants = granted.mirror_requests.iter().map(grant).collect::<anyhow::Result<Vec<String>>>()?;
+        let region = hex(&exporter.regions()[0].to_bytes());
+        Ok(Self { exporter, order: Order::Mirror { region, grants } })
+    }
+}
+
+/// A peer's description of itself, fit to be shown.
+fn sanitised(mut machine: Machine) -> Machine {
+    machine.cpu = printable(&machine.cpu, 100);
+    machine.kernel = printable(&machine.kernel, 100);
+    machine.rdma.truncate(16);
+    for port in &mut machine.rdma {
+        for text in [&mut port.device, &mut port.firmware, &mut port.state, &mut port.rate, &mut port.link] {
+            *text = printable(text, 60);
+        }
+        port.interface = port.interface.take().map(|name| printable(&name, 60));
+    }
+    machine.governor = machine.governor.map(|text| printable(&text, 60));
+    machine.shmem_huge_pages = machine.shmem_huge_pages.map(|text| printable(&text, 60));
+    machine
+}

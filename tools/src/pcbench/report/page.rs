@@ -1,0 +1,182 @@
+//! The page: one HTML file that needs nothing else, light or dark as the reader has it.
+//!
+//! Everything that comes from elsewhere (the machine, the server, flags) is escaped.
+
+use std::fmt::Write;
+
+use postcopy_tools::ink::{PAGE_STYLE, dark_style};
+use postcopy_tools::machine::Machine;
+use postcopy_tools::size;
+use postcopy_tools::text::{date, escape};
+
+use super::plot::plots;
+use super::table::{by_size, how, time};
+use super::{Measurement, Report};
+
+/// The columns of the table of figures.
+const COLUMNS: [&str; 13] = [
+    "transport",
+    "size",
+    "reads",
+    "min",
+    "p50",
+    "95 % CI",
+    "p90",
+    "p99",
+    "p99.9",
+    "p99.99",
+    "max",
+    "mean ± σ",
+    "MB/s",
+];
+
+/// The whole page.
+///
+/// Errors: a plot cannot be drawn.
+pub(super) fn page(report: &Report) -> anyhow::Result<String> {
+    let mut out = String::new();
+    head(&mut out, report);
+    if !report.verdict.is_empty() {
+        out.push_str("<section>\n<h2>Verdict</h2>\n<ul>\n");
+        for sentence in &report.verdict {
+            let _ = writeln!(out, "<li>{}</li>", escape(sentence));
+        }
+        out.push_str("</ul>\n</section>\n");
+    }
+    for plot in plots(report)? {
+        let (title, about, svg) = (escape(&plot.title), escape(plot.about), &plot.svg);
+        let _ =
+            writeln!(out, "<section>\n<h2>{title}</h2>\n<p>{about}</p>\n<figure>{svg}</figure>\n</section>");
+    }
+    figures(&mut out, report);
+    circumstances(&mut out, report);
+    out.push_str("</main>\n</body>\n</html>\n");
+    Ok(out)
+}
+
+fn head(out: &mut String, report: &Report) {
+    let (dark, how) = (dark_style(), escape(&how(&report.settings)));
+    let machine = escape(&report.environment.line());
+    let title = match &report.server {
+        Some(server) => format!("One-sided reads from {}", escape(&server.address)),
+        None => "One-sided reads over the loopback".to_owned(),
+    };
+    let _ = writeln!(
+        out,
+        "<!DOCTYPE html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
+         <meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\n\
+         <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n<title>{title}</title>\n\
+         <style>\n{PAGE_STYLE}@media (prefers-color-scheme: dark) {{\n{dark}}}\n</style>\n</head>\n<body>\n<main>\n\
+         <h1>{title}</h1>\n<p class=\"machine\">Measured on: {machine}</p>\n<p class=\"machine\">{how}</p>"
+    );
+}
+
+fn figures(out: &mut String, report: &Report) {
+    out.push_str(
+        "<section>\n<h2>Figures</h2>\n<p>Latency in µs; percentiles are medians over the rounds.</p>\n",
+    );
+    out.push_str("<div class=\"scroll\"><table class=\"dense\">\n<thead><tr>");
+    for column in COLUMNS {
+        let _ = write!(out, "<th scope=\"col\">{column}</th>");
+    }
+    out.push_str("</tr></thead>\n<tbody>\n");
+    for measurement in by_size(report) {
+        row(out, measurement);
+    }
+    out.push_str("</tbody>\n</table></div>\n</section>\n");
+}
+
+fn row(out: &mut String, m: &Measurement) {
+    let l = &m.latency;
+    let _ = write!(out, "<tr><th scope=\"row\">{}</th>", escape(&m.transport));
+    let cells = [
+        size::short(m.bytes.into()),
+        l.count.to_string(),
+        time(l.min_us),
+        time(l.p50_us),
+        format!("{}–{}", time(m.median_ci.low_us), time(m.median_ci.high_us)),
+        time(l.p90_us),
+        time(l.p99_us),
+        time(l.p999_us),
+        time(l.p9999_us),
+        time(l.max_us),
+        format!("{} ± {}", time(m.mean_us), time(m.stdev_us)),
+        format!("{:.1}", m.mb_per_s),
+    ];
+    for cell in cells {
+        let _ = write!(out, "<td>{cell}</td>");
+    }
+    out.push_str("</tr>\n");
+    if let Some(reverse) = &m.reverse {
+        let l = &reverse.latency;
+        out.push_str("<tr><th scope=\"row\" class=\"part\">the server's reads</th>");
+        let us = |us: f64| time(us);
+        let (empty, rate) = (String::new(), format!("{:.1}", reverse.mb_per_s));
+        for cell in [
+            empty.clone(),
+            l.count.to_string(),
+            us(l.min_us),
+            us(l.p50_us),
+            empty.clone(),
+            us(l.p90_us),
+            us(l.p99_us),
+            us(l.p999_us),
+            us(l.p9999_us),
+            us(l.max_us),
+            empty,
+            rate,
+        ] {
+            let _ = write!(out, "<td>{cell}</td>");
+        }
+        out.push_str("</tr>\n");
+    }
+}
+
+fn circumstances(out: &mut String, report: &Report) {
+    out.push_str(
+        "<section>\n<h2>Circumstances</h2>\n<div class=\"scroll\"><table class=\"facts\">\n<tbody>\n",
+    );
+    let build = &report.build;
+    let program = format!("pcbench {}, {} build, {}", build.version, build.profile, build.architecture);
+    fact(out, "Program", &program);
+    let measured = format!("{}, {:.1} s", date(report.started_unix_s), report.took_s);
+    fact(out, "Run", &measured);
+    machine(out, "This machine", &report.environment);
+    if let Some(server) = &report.server {
+        machine(out, "The server", &server.machine);
+    }
+    out.push_str("</tbody>\n</table></div>\n</section>\n");
+}
+
+fn fact(out: &mut String, name: &str, value: &str) {
+    let (name, value) = (escape(name), escape(value));
+    let _ = writeln!(out, "<tr><th scope=\"row\">{name}</th><td>{value}</td></tr>");
+}
+
+fn machine(out: &mut String, name: &str, machine: &Machine) {
+    fact(out, name, &machine.line());
+    let yes_no = |yes: bool| if yes { "yes" } else { "no" };
+    fact(out, "– virtual machine", yes_no(machine.virtual_machine));
+    fact(out, "– load average", &format!("{:.2}", machine.load));
+    fact(
+        out,
+        "– frequency governor",
+        machine.governor.as_deref().unwrap_or("none: the frequency is fixed or unknown"),
+    );
+    let pages = format!(
+        "{} reserved; shared memory: {}",
+        machine.reserved_huge_pages,
+        machine.shmem_huge_pages.as_deref().unwrap_or("unknown")
+    );
+    fact(out, "– huge pages", &pages);
+    for port in &machine.rdma {
+        let mtu = port.interface_mtu.map_or_else(String::new, |mtu| {
+            format!(", MTU {mtu} of {}", port.interface.as_deref().unwrap_or("?"))
+        });
+        let value = format!(
+            "port {}, {}, {}, {}, firmware {}{mtu}",
+            port.port, port.state, port.rate, port.link, port.firmware
+        );
+        fact(out, &format!("– {}", port.device), &value);
+    }
+}
