@@ -1,0 +1,266 @@
+//! `pcbench fault`: what a thread waits when it touches memory that is still at the source.
+//!
+//! Both ends are in this process: memory filled with a pattern is exported, and threads touch every
+//! page of its copy once, over real userfaultfd, while it is trapped. A *stall* is a touch that took
+//! longer than 1 µs; a touch of a page that was there takes a tenth of that.
+
+mod run;
+
+use std::io::IsTerminal;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::Context;
+use clap::{Args, ValueEnum};
+use postcopy_engine::memory::{GuestMemory, MemoryLayout, PAGE_SIZE};
+use postcopy_engine::pager::PagerConfig;
+use postcopy_engine::stats::{PagerReport, Percentiles};
+use postcopy_tools::{cli, size};
+use postcopy_transport::{EndpointOptions, Transport};
+use serde::Serialize;
+
+use crate::{Ended, Failure};
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Pattern {
+    /// Every page once, in an order without locality.
+    Random,
+    /// Ascending.
+    Sequential,
+    /// Every 16th page, then the ones after them, and so on.
+    Strided,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Access {
+    Read,
+    Write,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Choice {
+    On,
+    Off,
+    Both,
+}
+
+impl Choice {
+    fn values(self) -> &'static [bool] {
+        match self {
+            Self::On => &[true],
+            Self::Off => &[false],
+            Self::Both => &[false, true],
+        }
+    }
+}
+
+/// What to measure.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct FaultArgs {
+    /// Transport.
+    #[arg(long, default_value = "tcp", value_name = "shm|tcp|verbs")]
+    pub(crate) transport: Transport,
+    /// Memory that is at the source.
+    #[arg(long, default_value = "256M", value_name = "SIZE", value_parser = size::parse)]
+    pub(crate) memory: u64,
+    /// Order of the touches.
+    #[arg(long, value_enum, default_value_t = Pattern::Random)]
+    pub(crate) pattern: Pattern,
+    /// What a touch does.
+    #[arg(long, value_enum, default_value_t = Access::Read)]
+    pub(crate) access: Access,
+    /// Threads that touch, each its own part.
+    #[arg(long, default_value_t = 1, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=64))]
+    pub(crate) threads: u8,
+    /// Threads serve their own faults, or the pager's thread does.
+    #[arg(long, value_enum, default_value_t = Choice::Both)]
+    pub(crate) self_service: Choice,
+    /// With the background drain, or only what is touched.
+    #[arg(long, value_enum, default_value_t = Choice::Both)]
+    pub(crate) drain: Choice,
+    /// How long threads poll before they sleep. Default: by the number of cores.
+    #[arg(long, value_name = "US")]
+    pub(crate) spin: Option<u64>,
+    /// Rounds of every case, interleaved; the figures are medians over them.
+    #[arg(long, default_value_t = 5, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) rounds: u32,
+    /// Print JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+impl FaultArgs {
+    fn endpoint(&self) -> EndpointOptions {
+        EndpointOptions { spin: self.spin.map(Duration::from_micros), ..EndpointOptions::default() }
+    }
+
+    fn pager(&self) -> PagerConfig {
+        match self.spin {
+            Some(spin) => PagerConfig { spin: Duration::from_micros(spin) },
+            None => PagerConfig::default(),
+        }
+    }
+}
+
+/// One case of the plan.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+struct Case {
+    self_service: bool,
+    drain: bool,
+}
+
+/// What one case showed: the medians over its rounds.
+#[derive(Clone, Debug, Serialize)]
+struct Outcome {
+    #[serde(flatten)]
+    case: Case,
+    /// Touches that stalled, of all.
+    stalled: u64,
+    touched: u64,
+    /// How long they stalled.
+    stall: Percentiles,
+    /// The median stall as a multiple of the raw read's median.
+    times_raw: f64,
+    /// From the first touch until every page was here.
+    resident_ms: f64,
+    /// What the drain brought a second, while it ran.
+    drain_mb_s: f64,
+    pager: PagerReport,
+}
+
+/// The whole measurement.
+#[derive(Debug, Serialize)]
+struct FaultReport {
+    version: u32,
+    transport: &'static str,
+    memory_bytes: u64,
+    pattern: Pattern,
+    access: Access,
+    threads: u8,
+    rounds: u32,
+    /// One raw 4 KiB read at a time on a lane of the same transport.
+    raw_read: Percentiles,
+    /// The same memory by reads of 64 KiB, as many in flight as the lane takes.
+    raw_bulk_mb_s: f64,
+    cases: Vec<Outcome>,
+}
+
+/// Runs `pcbench fault`.
+pub(crate) fn fault(args: &FaultArgs) -> Ended {
+    let whole = args.memory.is_multiple_of(PAGE_SIZE) && (1 << 20..=1 << 40).contains(&args.memory);
+    if !whole {
+        let wrong = anyhow::anyhow!("--memory takes whole pages of 4K, 1M to 1T, not {} bytes", args.memory);
+        return Err(Failure::Usage(wrong));
+    }
+    let report = measure(args)?;
+    let text = match args.json {
+        true => serde_json::to_string_pretty(&report).map_err(anyhow::Error::from)? + "\n",
+        false => table(&report),
+    };
+    cli::print(&text).map_err(anyhow::Error::from)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn measure(args: &FaultArgs) -> anyhow::Result<FaultReport> {
+    args.transport.available()?;
+    let source = guest_memory(args.memory)?;
+    crate::pattern::fill(source.guest());
+    let cases: Vec<Case> = (args.self_service.values().iter())
+        .flat_map(|self_service| {
+            let case = |drain: &bool| Case { self_service: *self_service, drain: *drain };
+            args.drain.values().iter().map(case)
+        })
+        .collect();
+    let mut rounds: Vec<Vec<Outcome>> = vec![Vec::new(); cases.len()];
+    let (mut raw, mut bulk) = (Vec::new(), Vec::new());
+    let shows = std::io::stderr().is_terminal();
+    for round in 0..args.rounds {
+        let (read, mb_s) = run::raw_reads(args.transport, &source)?;
+        bulk.push(mb_s);
+        for (case, outcomes) in cases.iter().zip(&mut rounds) {
+            if shows {
+                eprint!("\rpcbench: round {} of {}   ", round + 1, args.rounds);
+            }
+            outcomes.push(run::run(args, *case, &source, read.p50_us)?);
+        }
+        raw.push(read);
+    }
+    if shows {
+        eprint!("\r                              \r");
+    }
+    let middle = |of: &mut Vec<Outcome>| {
+        of.sort_by(|one, other| one.stall.p50_us.total_cmp(&other.stall.p50_us));
+        of.swap_remove(of.len() / 2)
+    };
+    raw.sort_by(|one, other| one.p50_us.total_cmp(&other.p50_us));
+    bulk.sort_by(f64::total_cmp);
+    Ok(FaultReport {
+        version: 1,
+        transport: args.transport.name(),
+        memory_bytes: args.memory,
+        pattern: args.pattern,
+        access: args.access,
+        threads: args.threads,
+        rounds: args.rounds,
+        raw_read: raw[raw.len() / 2],
+        raw_bulk_mb_s: bulk[bulk.len() / 2],
+        cases: rounds.iter_mut().map(middle).collect(),
+    })
+}
+
+fn guest_memory(bytes: u64) -> anyhow::Result<GuestMemory> {
+    GuestMemory::new(MemoryLayout::pc(bytes, 3 << 30)?).context("making guest memory")
+}
+
+fn table(report: &FaultReport) -> String {
+    use std::fmt::Write as _;
+    let mut out = String::new();
+    let raw = &report.raw_read;
+    let _ = writeln!(
+        out,
+        "{} of {} MiB, {:?} {:?}, {} thread(s), medians of {} rounds\n\
+         raw 4 KiB read: p50 {:.1} µs, p99 {:.1} µs; raw bulk: {:.0} MB/s\n\n\
+         {:<9} {:<5} {:>8} {:>8} {:>6} {:>8} {:>8} {:>8} {:>9} {:>9} {:>8}",
+        report.transport,
+        report.memory_bytes >> 20,
+        report.pattern,
+        report.access,
+        report.threads,
+        report.rounds,
+        raw.p50_us,
+        raw.p99_us,
+        report.raw_bulk_mb_s,
+        "faults by",
+        "drain",
+        "stalls",
+        "p50 µs",
+        "× raw",
+        "p90",
+        "p99",
+        "p99.9",
+        "max",
+        "resident",
+        "MB/s",
+    );
+    for case in &report.cases {
+        let stall = &case.stall;
+        let _ = writeln!(
+            out,
+            "{:<9} {:<5} {:>8} {:>8.1} {:>6.2} {:>8.1} {:>8.1} {:>8.1} {:>9.1} {:>6.0} ms {:>8.0}",
+            if case.case.self_service { "itself" } else { "handler" },
+            if case.case.drain { "on" } else { "off" },
+            case.stalled,
+            stall.p50_us,
+            case.times_raw,
+            stall.p90_us,
+            stall.p99_us,
+            stall.p999_us,
+            stall.max_us,
+            case.resident_ms,
+            case.drain_mb_s,
+        );
+    }
+    out
+}
