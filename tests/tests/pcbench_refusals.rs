@@ -50,11 +50,20 @@ fn sizes_that_make_no_sense() {
 }
 
 #[test]
+fn huge_pages_that_are_not_reserved() {
+    // More than any machine that runs tests has reserved for somebody else.
+    let out = pcbench(&["serve", "--listen", "127.0.0.1:0", "--memory", "1G", "--huge-pages"]);
+    assert_refused(&out, &["512 huge pages of 2 MiB", "vm.nr_hugepages"]);
+}
+
+#[test]
 fn options_that_exclude_each_other() {
     refused(&["--iterations", "5", "--duration", "1"], &["--iterations", "--duration"]);
     refused(&["--json", "--format", "csv"], &["--json", "--format"]);
     refused(&["--transport", "tcp", "--device", "rxe0"], &["--device", "verbs"]);
     refused(&["--transport", "tcp,tcp"], &["tcp twice"]);
+    refused(&["--queue-pairs", "17"], &["--queue-pairs", "1 to 16"]);
+    refused(&["fault", "--memory", "5000"], &["--memory", "5000 bytes"]);
     refused(&["--transport", "pigeon"], &["pigeon", "shm, tcp or verbs"]);
     refused(&["--no-such-flag"], &["--no-such-flag"]);
     refused(&["--sizes", "64", "doctor"], &["doctor"]);

@@ -57,6 +57,30 @@ impl HostMemory {
         Self::map(Arc::new(file), len)
     }
 
+    /// As [`HostMemory::anonymous`], of huge pages of 2 MiB, which the system must have reserved: a
+    /// registration of them takes a device fewer translations. `len` is rounded up to whole ones.
+    ///
+    /// Errors: as there; what to do if there are not enough.
+    pub fn huge(name: &str, len: usize) -> std::io::Result<Self> {
+        use rustix::fs::{MemfdFlags, SealFlags};
+        const HUGE: usize = 2 << 20;
+        let len = len.next_multiple_of(HUGE);
+        let flags =
+            MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB;
+        let none = |error: std::io::Error| {
+            let needed = len / HUGE;
+            let said = format!(
+                "{error}; {needed} huge pages of 2 MiB are needed: reserve them (sysctl vm.nr_hugepages={needed} \
+                 or more) or go without"
+            );
+            std::io::Error::new(error.kind(), said)
+        };
+        let file = std::fs::File::from(rustix::fs::memfd_create(name, flags).map_err(|e| none(e.into()))?);
+        file.set_len(len as u64).map_err(none)?;
+        rustix::fs::fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW)?;
+        Self::map(Arc::new(file), len).map_err(none)
+    }
+
     /// A second mapping of the same bytes of the same file.
     ///
     /// Errors: what mmap(2) reports.

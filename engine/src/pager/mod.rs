@@ -51,8 +51,10 @@ pub enum PagerError {
         source: std::io::Error,
     },
     /// A lane died.
-    #[error("the {lane} lane failed: {source}; the guest waits for {outstanding} pages of its memory")]
+    #[error("the {lane} lane failed{}: {source}; the guest waits for {outstanding} pages of its memory", at(*page))]
     Lane {
+        /// The page whose read failed, where the device tells.
+        page: Option<PageIndex>,
         /// urgent or bulk.
         lane: &'static str,
         /// Pages that had not arrived.
@@ -91,6 +93,10 @@ pub enum PagerError {
     /// The thread panicked: a bug in the engine.
     #[error("the pager thread panicked: {0}; the guest waits, please report this")]
     Panicked(String),
+}
+
+fn at(page: Option<PageIndex>) -> String {
+    page.map(|page| format!(" at page {:#x}", page.0)).unwrap_or_default()
 }
 
 /// Where the pager stands.

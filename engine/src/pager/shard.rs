@@ -374,7 +374,11 @@ impl Shard {
 
     fn lane_failed(&self, lane: usize, source: LaneError) -> PagerError {
         let name = ["urgent", "bulk"][lane];
-        PagerError::Lane { lane: name, outstanding: self.planner.outstanding(), source }
+        let page = match &source {
+            LaneError::QueuePair { token, .. } if token.0 & MAP_TOKEN == 0 => Some(run_of(*token).first),
+            _ => None,
+        };
+        PagerError::Lane { page, lane: name, outstanding: self.planner.outstanding(), source }
     }
 
     fn report(&self) -> PagerReport {

@@ -85,6 +85,9 @@ pub(crate) struct ServeArgs {
     /// Memory to read from, 4K to 1G. No read is larger than it.
     #[arg(long, default_value = "64M", value_parser = size::parse, value_name = "SIZE")]
     pub(crate) memory: u64,
+    /// Offer huge pages of 2 MiB, which the system must have reserved.
+    #[arg(long)]
+    pub(crate) huge_pages: bool,
     /// Most readers at the same time; others are refused.
     #[arg(long, default_value_t = 64, value_name = "N")]
     pub(crate) max_clients: u32,
@@ -150,6 +153,9 @@ pub(crate) struct ReadArgs {
     /// Reads in flight on each lane. Default: 1; with --rate, 16.
     #[arg(long, value_name = "N", help_heading = "How")]
     pub(crate) depth: Option<u32>,
+    /// Let reads land in huge pages of 2 MiB, which the system must have reserved.
+    #[arg(long, help_heading = "How")]
+    pub(crate) huge_pages: bool,
     /// Lanes of each transport, all driven by one thread.
     #[arg(long, default_value_t = 1, value_name = "N", help_heading = "How")]
     pub(crate) lanes: u32,

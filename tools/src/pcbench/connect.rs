@@ -10,8 +10,7 @@ use anyhow::{Context, bail, ensure};
 use postcopy_tools::machine::Machine;
 use postcopy_tools::text::printable;
 use postcopy_transport::{
-    EndpointOptions, Exporter, HostMemory, Importer, LaneClass, LaneRequest, RemoteRegion, SetupError,
-    Transport,
+    EndpointOptions, Exporter, Importer, LaneClass, LaneRequest, RemoteRegion, SetupError, Transport,
 };
 
 use crate::args::PORT;
@@ -19,6 +18,7 @@ use crate::exchange::{
     self, Answer, Granted, Hello, LaneHello, MAX_TEXT, Mirrored, Order, ReadHello, VERSION, hex, send, unhex,
 };
 use crate::mirror;
+use crate::pattern;
 use crate::plan::Plan;
 use crate::run::driver::{Driver, Load};
 use crate::serve::MEMORY;
@@ -74,7 +74,7 @@ impl Reader {
         let mut control = dial(server, patience)
             .with_context(|| format!("cannot reach {server}; is `pcbench serve` running there?"))?;
         let endpoint = plan.device.endpoint(control.local_addr().ok().map(|address| address.ip()));
-        let landing = HostMemory::anonymous("pcbench-landing", landing_bytes(plan))?;
+        let landing = pattern::memory("pcbench-landing", landing_bytes(plan), plan.huge_pages)?;
         let importer = Importer::new(transport, std::slice::from_ref(&landing), &endpoint)?;
         let class = if plan.depth > 1 { LaneClass::Bulk } else { LaneClass::Urgent };
         let asked = (0..plan.lanes).map(|_| importer.request(class)).collect::<Result<Vec<_>, _>>()?;

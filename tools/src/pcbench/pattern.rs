@@ -10,6 +10,13 @@ fn word(index: u64) -> [u8; 8] {
     (mixed ^ mixed >> 31).to_le_bytes()
 }
 
+/// Memory that reads come from, or land in.
+///
+/// Errors: there is not enough, or no huge pages are reserved.
+pub(crate) fn memory(name: &str, len: usize, huge_pages: bool) -> std::io::Result<HostMemory> {
+    if huge_pages { HostMemory::huge(name, len) } else { HostMemory::anonymous(name, len) }
+}
+
 /// Fills `memory`.
 pub(crate) fn fill(memory: &HostMemory) {
     for offset in (0..memory.len() as u64).step_by(WORD as usize) {

@@ -43,6 +43,8 @@ pub(crate) struct Plan {
     pub(crate) warm_up: u64,
     pub(crate) depth: u32,
     pub(crate) lanes: u32,
+    /// Reads land in huge pages.
+    pub(crate) huge_pages: bool,
     pub(crate) rate: Option<f64>,
     pub(crate) completion: Completion,
     pub(crate) pin: Pin,
@@ -98,6 +100,7 @@ impl TryFrom<&ReadArgs> for Plan {
             warm_up: args.warm_up,
             depth,
             lanes: args.lanes,
+            huge_pages: args.huge_pages,
             rate: args.rate,
             completion: args.completion.unwrap_or_else(default_completion),
             pin: args.cpu.parse()?,

@@ -78,7 +78,7 @@ pub(crate) fn serve(args: &ServeArgs) -> anyhow::Result<()> {
     let pin: Pin = args.cpu.parse()?;
     pin.apply_to_all(args.device.device.first().map(String::as_str));
     pin.apply()?;
-    let server = Server::new(args.memory, args.max_clients, args.device.clone(), true)?;
+    let server = Server::new(args.memory, args.huge_pages, args.max_clients, args.device.clone(), true)?;
     eprintln!("pcbench: serving {} KiB on {}", args.memory >> 10, listener.local_addr()?);
     server.run(&listener);
     Ok(())
@@ -97,17 +97,24 @@ pub(crate) fn check(args: &ServeArgs) -> anyhow::Result<()> {
 /// Starts a server inside this process, for the loopback; it lives as long as the process.
 ///
 /// Errors: no memory, no address.
-pub(crate) fn loopback(device: &DeviceArgs) -> anyhow::Result<SocketAddr> {
+pub(crate) fn loopback(device: &DeviceArgs, huge_pages: bool) -> anyhow::Result<SocketAddr> {
     let listener = TcpListener::bind("127.0.0.1:0").context("listening on the loopback")?;
     let address = listener.local_addr()?;
-    let server = Server::new(MEMORY, MAX_STRANGERS, device.clone(), false)?;
+    let server = Server::new(MEMORY, huge_pages, MAX_STRANGERS, device.clone(), false)?;
     std::thread::Builder::new().name("serve".into()).spawn(move || server.run(&listener))?;
     Ok(address)
 }
 
 impl Server {
-    fn new(memory: u64, max_clients: u32, device: DeviceArgs, talks: bool) -> anyhow::Result<Arc<Self>> {
-        let memory = HostMemory::anonymous("pcbench", memory as usize).context("making memory to read")?;
+    fn new(
+        memory: u64,
+        huge_pages: bool,
+        max_clients: u32,
+        device: DeviceArgs,
+        talks: bool,
+    ) -> anyhow::Result<Arc<Self>> {
+        let memory =
+            pattern::memory("pcbench", memory as usize, huge_pages).context("making memory to read")?;
         pattern::fill(&memory);
         let (strangers, clients) = (AtomicU32::new(0), AtomicU32::new(0));
         let (machine, awaited) = (Machine::here(), Awaited::default());

@@ -84,6 +84,8 @@ pub(crate) struct Settings {
     /// Reads in flight on each lane.
     pub(crate) depth: u32,
     pub(crate) lanes: u32,
+    /// Reads landed in huge pages.
+    pub(crate) huge_pages: bool,
     /// Bytes of the server's memory that were read from; absent for all.
     pub(crate) span: Option<u64>,
     pub(crate) completion: Completion,
@@ -116,6 +118,7 @@ impl Report {
         let settings = Settings {
             depth: plan.depth,
             lanes: plan.lanes,
+            huge_pages: plan.huge_pages,
             span: plan.span,
             completion: plan.completion,
             rate: plan.rate,

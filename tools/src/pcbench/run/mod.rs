@@ -65,7 +65,7 @@ pub(crate) fn run(plan: &Plan, host: Option<&str>) -> anyhow::Result<Run> {
     let near = plan.pin.apply_to_all(plan.device.device.first().map(String::as_str));
     let address = match host {
         Some(host) => resolve(host)?,
-        None => serve::loopback(&plan.device)?,
+        None => serve::loopback(&plan.device, plan.huge_pages)?,
     };
     let cpus = plan.pin.apply()?.or(near);
     let (mut readers, left_out) = connect_all(plan, address)?;
