@@ -105,6 +105,7 @@ pub struct PagerReport {
     /// Bytes of the source's page map read.
     pub map_bytes: u64,
     /// Of the faults that went to the wire, those that the faulting thread served itself.
+    #[serde(default)]
     pub self_served_faults: u64,
     /// The stages of faults that went to the wire.
     pub stages: StageReport,
