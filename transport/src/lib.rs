@@ -25,6 +25,8 @@ mod memory;
 mod region;
 mod sched;
 pub mod shm;
+#[cfg(feature = "sim")]
+pub mod sim;
 mod striped;
 pub mod tcp;
 #[cfg(feature = "rdma")]
