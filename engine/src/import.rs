@@ -3,7 +3,7 @@
 use std::net::TcpStream;
 
 use postcopy_transport::{
-    AnyLane, EndpointOptions, HostMemory, Importer, LaneRequest, RemoteRegion, SetupError, Transport,
+    AnyLane, EndpointOptions, HostMemory, Importer, Lane, LaneRequest, RemoteRegion, SetupError, Transport,
 };
 
 use crate::export::LANES;
@@ -62,15 +62,14 @@ impl Import {
     /// Starts the pager over connected lanes.
     ///
     /// Errors: the source's regions do not fit, or the system refuses a thread.
-    pub fn start(
+    pub fn start<L: Lane + 'static>(
         &self,
         trap: Trap,
-        lanes: [AnyLane; LANES],
+        lanes: [L; LANES],
         regions: [RemoteRegion; 2],
         config: PagerConfig,
     ) -> Result<Pager, PagerError> {
         let local = self.importer.regions();
-        let [urgent, bulk] = lanes;
         let source = SourceMemory {
             memory: regions[0],
             map: regions[1],
@@ -79,6 +78,6 @@ impl Import {
             map_memory: self.map_memory.clone(),
             populated: self.importer.pins_memory(),
         };
-        Pager::start(trap, &self.memory, source, urgent, bulk, config)
+        Pager::start(trap, &self.memory, source, lanes, config)
     }
 }

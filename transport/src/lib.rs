@@ -21,6 +21,8 @@ mod lane;
 mod memory;
 mod region;
 pub mod shm;
+#[cfg(any(test, feature = "sim"))]
+pub mod sim;
 pub mod tcp;
 #[cfg(feature = "rdma")]
 pub mod verbs;

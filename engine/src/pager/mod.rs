@@ -14,12 +14,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use postcopy_transport::{AnyLane, HostMemory, LaneError, LocalRegion, ReadError, RemoteRegion};
+use postcopy_transport::{HostMemory, Lane, LaneError, LocalRegion, ReadError, RemoteRegion};
 use rustix::event::{EventfdFlags, eventfd};
 use tokio::sync::watch;
 pub use trap::Trap;
 
 use crate::memory::{GuestMemory, PageIndex};
+use crate::planner::PlannerConfig;
 use crate::stats::PagerReport;
 
 /// Why the pager stopped. The guest waits wherever it touched a page that is not there.
@@ -109,13 +110,16 @@ pub struct PagerConfig {
     /// How long to poll without anything happening before sleeping on descriptors. Spinning pays
     /// where there is a core to spare.
     pub spin: Duration,
+    /// Which page comes next, and how much may be in flight.
+    pub planner: PlannerConfig,
 }
 
 impl Default for PagerConfig {
-    /// 100 µs with four cores or more, 20 µs (about one network round trip) with fewer.
+    /// Spins 100 µs with four cores or more, 20 µs (about one network round trip) with fewer.
     fn default() -> Self {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        Self { spin: Duration::from_micros(if cores >= 4 { 100 } else { 20 }) }
+        let spin = Duration::from_micros(if cores >= 4 { 100 } else { 20 });
+        Self { spin, planner: PlannerConfig::default() }
     }
 }
 
@@ -150,16 +154,15 @@ struct StopSignal {
 }
 
 impl Pager {
-    /// Starts the thread.
+    /// Starts the thread over an urgent and a bulk lane.
     ///
     /// Errors: the source's regions do not fit the guest's memory, or the system refuses a thread
     /// or a descriptor.
-    pub fn start(
+    pub fn start<L: Lane + 'static>(
         trap: Trap,
         memory: &GuestMemory,
         source: SourceMemory,
-        urgent: AnyLane,
-        bulk: AnyLane,
+        lanes: [L; 2],
         config: PagerConfig,
     ) -> Result<Self, PagerError> {
         let failed = |operation| move |source: std::io::Error| PagerError::System { operation, source };
@@ -168,7 +171,7 @@ impl Pager {
         let stop = Arc::new(StopSignal { asked: AtomicBool::new(false), wake });
         let (sender, status) = watch::channel(PagerStatus::default());
         let pages = memory.layout().total_pages();
-        let shard = shard::Shard::new(trap.clone(), pages, source, [urgent, bulk], stop.clone(), config)?;
+        let shard = shard::Shard::new(trap.clone(), pages, source, lanes, stop.clone(), config)?;
         let thread = std::thread::Builder::new()
             .name("pager".into())
             .spawn(move || shard::supervise(shard, &sender))

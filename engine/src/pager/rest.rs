@@ -3,7 +3,7 @@
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
-use postcopy_transport::{AnyLane, Lane, LaneError};
+use postcopy_transport::{Lane, LaneError};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 /// How long a sleep lasts while the source's page map grows: it tells nobody when it does.
@@ -27,10 +27,10 @@ impl Rest {
 
     /// The turn did nothing: spin for a while, then sleep until a descriptor or (with
     /// `map_pending`) a short time says otherwise.
-    pub(super) fn idle(
+    pub(super) fn idle<L: Lane>(
         &mut self,
         now: Instant,
-        lanes: &mut [AnyLane; 2],
+        lanes: &mut [L; 2],
         others: [BorrowedFd<'_>; 2],
         map_pending: bool,
     ) -> Result<(), (usize, LaneError)> {
@@ -49,7 +49,7 @@ impl Rest {
     }
 }
 
-fn sleep(lanes: &[AnyLane; 2], others: [BorrowedFd<'_>; 2], limit: Option<Duration>) {
+fn sleep<L: Lane>(lanes: &[L; 2], others: [BorrowedFd<'_>; 2], limit: Option<Duration>) {
     let [urgent, bulk] = lanes;
     let [first, second] = others;
     let waited = |fd| PollFd::from_borrowed_fd(fd, PollFlags::IN);

@@ -3,15 +3,15 @@
 //! Each turn: take faults from the trap, poll the urgent lane, poll the bulk lane, let the drain
 //! fill the bulk lane, and carry out what the planner decided: publish, and post reads. A fault's
 //! read is posted in the turn in which the fault was seen, before any bulk read of that turn. Of
-//! what arrived on the bulk lane one read is published a turn, so that a fault waits behind at
-//! most that.
+//! what arrived on the bulk lane one read is published a turn, one that the guest waits for before
+//! others, so that a fault waits behind at most that.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use postcopy_transport::{AnyLane, Completion, Lane, LaneError, LocalRegion, Read, RemoteRegion, Token};
+use postcopy_transport::{Completion, Lane, LaneError, LocalRegion, Read, RemoteRegion, Token};
 use rustix::fd::AsFd;
 use tokio::sync::watch;
 use userfaultfd::EventBuffer;
@@ -20,7 +20,7 @@ use super::map_reader::{Landed, MAP_TOKEN, MapReader};
 use super::rest::Rest;
 use super::{PagerConfig, PagerError, PagerState, PagerStatus, SourceMemory, StopSignal, Trap};
 use crate::memory::{PAGE_SIZE, PageIndex};
-use crate::planner::{Action, LaneId, Planner, Run};
+use crate::planner::{Action, LaneId, Nanos, Planner, Run, Why};
 use crate::stats::{PagerReport, StageReport, Stages};
 
 /// Fault events taken in one turn.
@@ -38,7 +38,7 @@ struct Fault {
 }
 
 /// Everything that one pager thread owns.
-pub(super) struct Shard {
+pub(super) struct Shard<L> {
     trap: Trap,
     planner: Planner,
     map: MapReader,
@@ -46,11 +46,13 @@ pub(super) struct Shard {
     landing: LocalRegion,
     populated: bool,
     /// Urgent, bulk.
-    lanes: [AnyLane; 2],
+    lanes: [L; 2],
     /// Reads that their lane had no room for yet, by lane.
     waiting: [Vec<Read>; 2],
     faults: Vec<Fault>,
     stages: Stages,
+    /// The planner's time counts from here.
+    start: Instant,
     bytes: [u64; 2],
     total: u64,
     stop: Arc<StopSignal>,
@@ -65,7 +67,7 @@ pub(super) struct Shard {
 }
 
 /// Runs the loop and tells how it ended, also when it panicked.
-pub(super) fn supervise(mut shard: Shard, status: &watch::Sender<PagerStatus>) {
+pub(super) fn supervise<L: Lane>(mut shard: Shard<L>, status: &watch::Sender<PagerStatus>) {
     let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| shard.run(status)));
     let state = match outcome {
         Ok(Ok(state)) => state,
@@ -83,12 +85,12 @@ pub(super) fn supervise(mut shard: Shard, status: &watch::Sender<PagerStatus>) {
     status.send_replace(PagerStatus { state, report });
 }
 
-impl Shard {
+impl<L: Lane> Shard<L> {
     pub(super) fn new(
         trap: Trap,
         pages: u64,
         source: SourceMemory,
-        lanes: [AnyLane; 2],
+        lanes: [L; 2],
         stop: Arc<StopSignal>,
         config: PagerConfig,
     ) -> Result<Self, PagerError> {
@@ -97,7 +99,7 @@ impl Shard {
         }
         Ok(Self {
             trap,
-            planner: Planner::new(pages),
+            planner: Planner::new(pages, config.planner),
             map: MapReader::new(pages, source.map_memory, source.map_landing, source.map)?,
             memory: source.memory,
             landing: source.landing,
@@ -106,6 +108,7 @@ impl Shard {
             waiting: [Vec::new(), Vec::new()],
             faults: Vec::new(),
             stages: Stages::default(),
+            start: Instant::now(),
             bytes: [0; 2],
             total: pages,
             stop,
@@ -126,7 +129,7 @@ impl Shard {
             let mut busy = self.take_faults(now)?;
             busy |= self.poll_urgent()?;
             busy |= self.poll_bulk()?;
-            busy |= self.drain()?;
+            busy |= self.drain(now)?;
             if self.done {
                 self.trap.release()?;
                 return Ok(PagerState::Resident);
@@ -147,11 +150,12 @@ impl Shard {
     fn take_faults(&mut self, now: Instant) -> Result<bool, PagerError> {
         let mut seen = std::mem::take(&mut self.seen);
         self.trap.take_faults(&mut self.events, &mut seen)?;
+        let when = self.nanos(now);
         for page in &seen {
-            if !self.planner.fault(*page, &mut self.actions) {
+            if !self.planner.fault(*page, when, &mut self.actions) {
                 return Err(PagerError::StrayFault(*page));
             }
-            if self.actions.last() == Some(&Action::Read(LaneId::Urgent, Run::one(*page))) {
+            if self.actions.last() == Some(&Action::Read(Why::Fault, Run::one(*page))) {
                 self.faults.push(Fault { page: *page, seen: now, posted: None });
             }
         }
@@ -168,7 +172,7 @@ impl Shard {
         let mut completions = self.poll(LaneId::Urgent)?;
         let completed = (!completions.is_empty()).then(Instant::now);
         for completion in completions.drain(..) {
-            self.landed(LaneId::Urgent, &completion)?;
+            self.landed(LaneId::Urgent, &completion, completed.unwrap_or(self.start))?;
         }
         self.completions = completions;
         if let Some(completed) = completed {
@@ -182,8 +186,10 @@ impl Shard {
         let mut completions = self.poll(LaneId::Bulk)?;
         self.arrived.extend(completions.drain(..));
         self.completions = completions;
-        let Some(completion) = self.arrived.pop_front() else { return Ok(false) };
-        self.landed(LaneId::Bulk, &completion)?;
+        let awaited = |arrived: &Completion| self.planner.awaited(run_of(arrived.token));
+        let first = self.arrived.iter().position(awaited).unwrap_or(0);
+        let Some(completion) = self.arrived.remove(first) else { return Ok(false) };
+        self.landed(LaneId::Bulk, &completion, Instant::now())?;
         self.carry_out()?;
         Ok(true)
     }
@@ -196,15 +202,19 @@ impl Shard {
         Ok(completions)
     }
 
-    fn landed(&mut self, lane: LaneId, completion: &Completion) -> Result<(), PagerError> {
+    fn landed(&mut self, lane: LaneId, completion: &Completion, now: Instant) -> Result<(), PagerError> {
         if completion.token.0 & MAP_TOKEN != 0 {
             completion.result.map_err(|source| PagerError::Read { page: PageIndex(0), source })?;
             return self.map_landed();
         }
         let run = run_of(completion.token);
         completion.result.map_err(|source| PagerError::Read { page: run.first, source })?;
+        let when = self.nanos(now);
+        if !self.planner.landed(lane, run, when, &mut self.actions) {
+            let broken = LaneError::Protocol("it completed a read that is not in flight");
+            return Err(self.lane_failed(lane as usize, broken));
+        }
         self.bytes[lane as usize] += u64::from(run.count) * PAGE_SIZE;
-        self.planner.landed(lane, run, &mut self.actions);
         Ok(())
     }
 
@@ -220,10 +230,11 @@ impl Shard {
     }
 
     /// Keeps the bulk lane filled: the page map first, then pages that it says have content.
-    fn drain(&mut self) -> Result<bool, PagerError> {
+    fn drain(&mut self, now: Instant) -> Result<bool, PagerError> {
         let bulk = LaneId::Bulk as usize;
         let room = self.lanes[bulk].room().saturating_sub(self.waiting[bulk].len());
-        self.planner.drain(room.saturating_sub(1), &mut self.actions);
+        let now = self.nanos(now);
+        self.planner.drain(room.saturating_sub(1), now, &mut self.actions);
         // Ask for more of the map when the drain has used up what is known of it.
         let nothing_under_way = self.lanes[bulk].in_flight() == 0 && self.arrived.is_empty();
         if self.actions.is_empty() && nothing_under_way && room > 0 {
@@ -240,9 +251,9 @@ impl Shard {
         let mut actions = std::mem::take(&mut self.actions);
         for action in actions.drain(..) {
             match action {
-                Action::Read(lane, run) => {
+                Action::Read(why, run) => {
                     let read = self.read_of(run);
-                    self.waiting[lane as usize].push(read);
+                    self.waiting[why.lane() as usize].push(read);
                 }
                 Action::Publish(run) => self.trap.publish(run)?,
                 Action::PublishZero(page) => self.trap.publish_zero(page, self.populated)?,
@@ -295,6 +306,10 @@ impl Shard {
         let others = [self.trap.as_fd(), self.stop.wake.as_fd()];
         let rested = self.rest.idle(now, &mut self.lanes, others, map_pending);
         rested.map_err(|(lane, error)| self.lane_failed(lane, error))
+    }
+
+    fn nanos(&self, at: Instant) -> Nanos {
+        Nanos(at.saturating_duration_since(self.start).as_nanos() as u64)
     }
 
     fn read_of(&self, run: Run) -> Read {
