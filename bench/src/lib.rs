@@ -1,6 +1,8 @@
 //! What the benches share: both ends of a lane in one process, and the floors they are read by.
 #![allow(clippy::unwrap_used)] // a bench that cannot be set up ends, and says where
 
+pub mod paper;
+
 use std::io::{ErrorKind, Read as _, Write};
 use std::net::{TcpListener, TcpStream};
 

@@ -65,7 +65,7 @@ fn world(options: SimOptions, urgent: (Wrap, u64), bulk: (Wrap, u64)) -> World {
     };
     let trap = Trap::register(&memory).unwrap();
     // Virtual time wakes nobody, so the pager must not sleep.
-    let config = PagerConfig { spin: Duration::from_secs(3600) };
+    let config = PagerConfig { spin: Duration::from_secs(3600), ..Default::default() };
     let pager = Pager::start(trap, &memory, source, urgent, bulk, config).unwrap();
     let over = Arc::new(AtomicBool::new(false));
     let stop = over.clone();

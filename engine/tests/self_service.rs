@@ -94,7 +94,11 @@ fn threads_serve_themselves_while_it_drains_and_see_every_byte_right() {
             let end = end_of(&pager);
             assert!(matches!(end.state, PagerState::Resident), "{transport}: {:?}", end.state);
             let counts = end.report.pages;
-            assert_eq!(counts.fault_pages + counts.drain_pages + counts.zero_pages, PAGES, "{counts:?}");
+            assert_eq!(
+                counts.fault_pages + counts.prepage_pages + counts.drain_pages + counts.zero_pages,
+                PAGES,
+                "{counts:?}"
+            );
             assert!(counts.network_faults > 0 && end.report.stages.total.count > 0, "{counts:?}");
             (0..PAGES).for_each(|page| check(memory.guest(), page));
         }

@@ -120,7 +120,7 @@ fn twenty_moves_over(transport: &str) {
             value("/downtime_us"),
             value("/resident_us"),
             value("/pager/pages/network_faults"),
-            value("/pager/pages/fault_pages") + value("/pager/pages/drain_pages"),
+            (value("/pager/fault_bytes") + value("/pager/bulk_bytes")) / PAGE as u64,
         );
         total.push(value("/downtime_us"));
     }

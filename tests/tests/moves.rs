@@ -27,7 +27,8 @@ fn moves_over(transport: &str) {
     assert_eq!(number(&report, "/pager/total_pages"), 2048);
     assert_eq!(number(&report, "/pager/outstanding_pages"), 0);
     let pages = |kind: &str| number(&report, &format!("/pager/pages/{kind}"));
-    assert_eq!(pages("fault_pages") + pages("drain_pages") + pages("zero_pages"), 2048, "{report}");
+    let kinds = ["fault_pages", "prepage_pages", "drain_pages", "zero_pages"];
+    assert_eq!(kinds.map(pages).iter().sum::<u64>(), 2048, "{report}");
     assert!(number(&report, "/downtime_us") > 0 && number(&report, "/state_bytes") > 1000, "{report}");
 
     let at_source = rounds(&source.console());

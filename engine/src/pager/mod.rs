@@ -27,6 +27,7 @@ pub use trap::Trap;
 use self::claims::Claims;
 use self::server::Shared;
 use crate::memory::{GuestMemory, PageIndex};
+use crate::planner::PlannerConfig;
 use crate::stats::PagerReport;
 
 /// Why the pager stopped. The guest waits wherever it touched a page that is not there.
@@ -128,12 +129,14 @@ pub struct PagerConfig {
     /// How long to poll without anything happening before sleeping on descriptors. Spinning pays
     /// where there is a core to spare.
     pub spin: Duration,
+    /// Which page comes next, and how much may be in flight.
+    pub planner: PlannerConfig,
 }
 
 impl Default for PagerConfig {
-    /// [`postcopy_transport::default_spin`].
+    /// Spins as [`postcopy_transport::default_spin`] says.
     fn default() -> Self {
-        Self { spin: postcopy_transport::default_spin() }
+        Self { spin: postcopy_transport::default_spin(), planner: PlannerConfig::default() }
     }
 }
 

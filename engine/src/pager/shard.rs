@@ -3,8 +3,8 @@
 //! Each turn: take faults from the trap, poll the urgent lane, poll the bulk lane, let the drain
 //! fill the bulk lane, and carry out what the planner decided: publish, and post reads. A fault's
 //! read is posted in the turn in which the fault was seen, before any bulk read of that turn. Of
-//! what arrived on the bulk lane one read is published a turn, so that a fault waits behind at
-//! most that.
+//! what arrived on the bulk lane one read is published a turn, one that the guest waits for before
+//! others, so that a fault waits behind at most that.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
@@ -23,7 +23,7 @@ use super::rest::Rest;
 use super::server::{Note, Shared, Stamps};
 use super::{PagerConfig, PagerError, PagerState, PagerStatus, SourceMemory};
 use crate::memory::{PAGE_SIZE, PageIndex};
-use crate::planner::{Action, LaneId, Planner, Run};
+use crate::planner::{Action, LaneId, Nanos, Planner, Run, Why};
 use crate::stats::{PagerReport, StageReport, Stages};
 
 /// Fault events taken in one turn.
@@ -62,6 +62,8 @@ pub(super) struct Shard {
     waiting: [Vec<Read>; 2],
     faults: Vec<Fault>,
     stages: Stages,
+    /// The planner's time counts from here.
+    start: Instant,
     bytes: [u64; 2],
     self_served: u64,
     total: u64,
@@ -112,13 +114,14 @@ impl Shard {
             shared,
             notes,
             elsewhere: HashMap::new(),
-            planner: Planner::new(pages),
+            planner: Planner::new(pages, config.planner),
             map: MapReader::new(pages, source.map_memory, source.map_landing, source.map)?,
             map_due: Instant::now(),
             lanes,
             waiting: [Vec::new(), Vec::new()],
             faults: Vec::new(),
             stages: Stages::default(),
+            start: Instant::now(),
             bytes: [0; 2],
             self_served: 0,
             total: pages,
@@ -167,11 +170,12 @@ impl Shard {
     fn take_faults(&mut self, now: Instant) -> Result<bool, PagerError> {
         let mut seen = std::mem::take(&mut self.seen);
         self.shared.trap.take_faults(&mut self.events, &mut seen)?;
+        let when = self.nanos(now);
         for page in &seen {
-            if !self.planner.fault(*page, &mut self.actions) {
+            if !self.planner.fault(*page, when, &mut self.actions) {
                 return Err(PagerError::StrayFault(*page));
             }
-            if self.actions.last() == Some(&Action::Read(LaneId::Urgent, Run::one(*page))) {
+            if self.actions.last() == Some(&Action::Read(Why::Fault, Run::one(*page))) {
                 self.faults.push(Fault { page: *page, seen: now, posted: None });
             }
         }
@@ -189,9 +193,12 @@ impl Shard {
         let mut any = false;
         while let Ok(note) = self.notes.try_recv() {
             any = true;
+            let when = self.nanos(Instant::now());
             match note {
                 Note::Serving(page) | Note::Wanted(page) => {
-                    if !self.elsewhere.contains_key(&page) && !self.planner.fault(page, &mut self.actions) {
+                    if !self.elsewhere.contains_key(&page)
+                        && !self.planner.fault(page, when, &mut self.actions)
+                    {
                         return Err(PagerError::StrayFault(page));
                     }
                 }
@@ -200,7 +207,8 @@ impl Shard {
                     self.self_served += 1;
                     if let Some(lane) = self.elsewhere.remove(&page) {
                         self.bytes[LaneId::Urgent as usize] += PAGE_SIZE;
-                        self.planner.landed(lane, Run::one(page), &mut self.actions);
+                        let known = self.planner.landed(lane, Run::one(page), when, &mut self.actions);
+                        assert!(known, "a page that is brought elsewhere is a flight of its own");
                     }
                 }
                 Note::Failed(error) => return Err(error),
@@ -214,7 +222,7 @@ impl Shard {
         let mut completions = self.poll(LaneId::Urgent)?;
         let completed = (!completions.is_empty()).then(Instant::now);
         for completion in completions.drain(..) {
-            self.landed(LaneId::Urgent, &completion)?;
+            self.landed(LaneId::Urgent, &completion, completed.unwrap_or(self.start))?;
         }
         self.completions = completions;
         if let Some(completed) = completed {
@@ -228,8 +236,10 @@ impl Shard {
         let mut completions = self.poll(LaneId::Bulk)?;
         self.arrived.extend(completions.drain(..));
         self.completions = completions;
-        let Some(completion) = self.arrived.pop_front() else { return Ok(false) };
-        self.landed(LaneId::Bulk, &completion)?;
+        let awaited = |arrived: &Completion| self.planner.awaited(run_of(arrived.token));
+        let first = self.arrived.iter().position(awaited).unwrap_or(0);
+        let Some(completion) = self.arrived.remove(first) else { return Ok(false) };
+        self.landed(LaneId::Bulk, &completion, Instant::now())?;
         self.carry_out()?;
         Ok(true)
     }
@@ -242,15 +252,19 @@ impl Shard {
         Ok(completions)
     }
 
-    fn landed(&mut self, lane: LaneId, completion: &Completion) -> Result<(), PagerError> {
+    fn landed(&mut self, lane: LaneId, completion: &Completion, now: Instant) -> Result<(), PagerError> {
         if completion.token.0 & MAP_TOKEN != 0 {
             completion.result.map_err(|source| PagerError::Read { page: PageIndex(0), source })?;
             return self.map_landed();
         }
         let run = run_of(completion.token);
         completion.result.map_err(|source| PagerError::Read { page: run.first, source })?;
+        let when = self.nanos(now);
+        if !self.planner.landed(lane, run, when, &mut self.actions) {
+            let broken = LaneError::Protocol("it completed a read that is not in flight");
+            return Err(self.lane_failed(lane as usize, broken));
+        }
         self.bytes[lane as usize] += u64::from(run.count) * PAGE_SIZE;
-        self.planner.landed(lane, run, &mut self.actions);
         Ok(())
     }
 
@@ -270,7 +284,8 @@ impl Shard {
     fn drain(&mut self, now: Instant) -> Result<bool, PagerError> {
         let bulk = LaneId::Bulk as usize;
         let room = self.lanes[bulk].room().saturating_sub(self.waiting[bulk].len());
-        self.planner.drain(room.saturating_sub(1), &mut self.actions);
+        let when = self.nanos(now);
+        self.planner.drain(room.saturating_sub(1), when, &mut self.actions);
         // Ask for more of the map when the drain has used up what is known of it.
         let nothing_under_way = self.lanes[bulk].in_flight() == 0 && self.arrived.is_empty();
         if self.actions.is_empty() && nothing_under_way && room > 0 && now >= self.map_due {
@@ -290,7 +305,7 @@ impl Shard {
         let mut actions = std::mem::take(&mut self.actions);
         for action in actions.drain(..) {
             match action {
-                Action::Read(lane, run) => self.read(lane, run),
+                Action::Read(why, run) => self.read(why, run),
                 Action::Publish(run) => self.publish(run)?,
                 Action::PublishZero(page) => self.publish_zero(page)?,
                 Action::Wake(page) => self.shared.trap.wake(page)?,
@@ -303,8 +318,13 @@ impl Shard {
     }
 
     /// Has those pages of a run read that no other thread has claimed.
-    fn read(&mut self, lane: LaneId, run: Run) {
+    fn read(&mut self, why: Why, run: Run) {
+        let lane = why.lane();
         self.shared.claims.claim_run(run, &mut self.pieces, &mut self.taken);
+        if !self.taken.is_empty() {
+            let taken = self.taken.iter().map(|page| Run::one(*page));
+            self.planner.split(lane, run, self.pieces.iter().copied().chain(taken));
+        }
         for piece in self.pieces.drain(..) {
             let token = Token(u64::from(piece.count) << COUNT_SHIFT | piece.first.0);
             let read = self.shared.read_of(token, piece).expect("the planner stays inside memory");
@@ -370,6 +390,11 @@ impl Shard {
         let others = [self.shared.trap.as_fd(), self.shared.stop.wake.as_fd()];
         let rested = self.rest.idle(now, &mut self.lanes, others, limit);
         rested.map_err(|(lane, error)| self.lane_failed(lane, error))
+    }
+
+    /// The planner's time.
+    fn nanos(&self, at: Instant) -> Nanos {
+        Nanos(at.saturating_duration_since(self.start).as_nanos() as u64)
     }
 
     fn lane_failed(&self, lane: usize, source: LaneError) -> PagerError {

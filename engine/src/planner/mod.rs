@@ -1,37 +1,53 @@
 //! Which page next: the paging core, without I/O.
 //!
-//! Events come in as method calls (a fault, a run that landed, more of the source's page map), actions go out into the caller's list. No descriptor, thread or clock is in here, so
-//! the same planner runs under the pager, under a simulation and under recorded traces.
+//! Events come in as method calls (a fault, a read that landed, more of the source's page map) with
+//! the time at which they happened; actions go out into the caller's list. No descriptor, thread or
+//! clock is in here, so the same planner runs under the pager, under a simulation and under
+//! recorded traces.
 //!
 //! ```text
 //!             fault                      landed
 //!  Missing ───────────▶ InFlight ─────────────────────▶ Resident
-//!     │    \     drain      ▲                            ▲
-//!     │     \───────────────┘                            │
+//!     │    \  prepage,      ▲                            ▲
+//!     │     \── drain ──────┘                            │
 //!     │ page map: zero                                   │
 //!     └──────────────────▶ Zero ─────────────────────────┘
 //!                                  fault: publish zeros
 //! ```
 //!
+//! [`Planner::drain`] fills the bulk lane up to its window (`link.rs`) in the order of the
+//! [`Policy`]: bubbles around faults (`bubble.rs`), streams found in them (`adaptive.rs`), and when
+//! those have nothing, a sweep by address, which alone is the policy `linear`.
+//!
 //! Invariants: a page is in flight at most once; a resident page is never read again (the guest
-//! owns it, a late write would corrupt it); a fault is never refused for want of bulk budget.
+//! owns it, a late write would corrupt it); a fault is never refused for want of bulk budget; bulk
+//! in flight is within its window.
+//!
+//! A fault on a page in flight is *promoted*: it is not read twice, for two reads of one landing
+//! place would let the later one overwrite what the guest has written since. Nor could that pay: by
+//! the bound on the window the page lands within the time that a second read might take. What can
+//! be sooner is its publication: see [`Planner::awaited`].
+//!
 //! A lost lane is not an event yet: the pager stops and the guest waits (fail closed).
 
+mod adaptive;
+mod bits;
+mod bubble;
+mod counts;
+mod link;
 mod pages;
+mod policy;
 
+use adaptive::Streams;
+use bubble::{Bubbles, Turn};
+pub use counts::PageCounts;
+use link::{Link, Posted};
+pub use link::{MAX_READ_PAGES, Nanos};
 pub use pages::{PageState, Pages, Run};
+pub use policy::{Direction, MAX_PIVOTS, PIVOTS, Policy};
 use serde::{Deserialize, Serialize};
 
 use crate::memory::PageIndex;
-
-/// Bulk pages in flight while nothing faults: 8 reads of 64 KiB.
-pub const BULK_WINDOW_MAX: u32 = 128;
-/// Bulk pages in flight just after a fault, so that the fault's read waits behind little wire.
-pub const BULK_WINDOW_MIN: u32 = 8;
-/// Pages of one bulk read: 64 KiB.
-pub const BULK_READ_PAGES: u32 = 16;
-
-const _: () = assert!(BULK_WINDOW_MIN <= BULK_READ_PAGES && BULK_READ_PAGES <= BULK_WINDOW_MAX);
 
 /// Which of a shard's two lanes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -42,11 +58,29 @@ pub enum LaneId {
     Bulk,
 }
 
+/// Why a run is read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Why {
+    /// The guest waits for it.
+    Fault,
+    /// It lies where the guest is expected to go.
+    Prepage,
+    /// It is next by address.
+    Drain,
+}
+
+impl Why {
+    /// The lane that it is read over.
+    pub fn lane(self) -> LaneId {
+        if self == Why::Fault { LaneId::Urgent } else { LaneId::Bulk }
+    }
+}
+
 /// What the pager has to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Action {
     /// Read a run into the landing mapping.
-    Read(LaneId, Run),
+    Read(Why, Run),
     /// Publish a run that has landed, and wake who waits for it.
     Publish(Run),
     /// Publish a page of zeros, and wake who waits for it.
@@ -57,23 +91,52 @@ pub enum Action {
     Done,
 }
 
-/// Counts of pages, by how they came and what faults found. The paper's counters.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct PageCounts {
-    /// Faults that went to the wire.
-    pub network_faults: u64,
-    /// Faults on a page in flight or resident by the time they were seen.
-    pub minor_faults: u64,
-    /// Faults on a page known to be zero: answered without the wire.
-    pub zero_faults: u64,
-    /// Pages brought by the background drain.
-    pub drain_pages: u64,
-    /// Pages brought ahead of a fault by prepaging.
-    pub prepage_pages: u64,
-    /// Pages brought by faults.
-    pub fault_pages: u64,
-    /// Pages that never crossed, being zero.
-    pub zero_pages: u64,
+/// What a planner is to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PlannerConfig {
+    /// The order of what nobody has asked for.
+    pub policy: Policy,
+    /// How long a fault's read may wait for the wire behind bulk reads, in nanoseconds. More of it
+    /// drains faster where the link's rate or round trip varies.
+    pub bulk_wait_ns: u64,
+}
+
+impl Default for PlannerConfig {
+    /// Adaptive, 50 µs.
+    fn default() -> Self {
+        Self { policy: Policy::default(), bulk_wait_ns: 50_000 }
+    }
+}
+
+/// A read under way.
+#[derive(Clone, Copy, Debug)]
+struct Flight {
+    run: Run,
+    why: Why,
+    posted: Posted,
+    /// The guest waits for one of its pages.
+    awaited: bool,
+}
+
+/// Who decides the order.
+#[derive(Debug)]
+enum Order {
+    Linear,
+    Bubbles(Bubbles),
+    Streams(Streams),
+}
+
+impl Order {
+    fn new(policy: Policy) -> Self {
+        match policy {
+            Policy::Linear => Order::Linear,
+            Policy::Bubble(direction) => Order::Bubbles(Bubbles::new(1, direction)),
+            Policy::BubbleMulti(pivots, direction) => {
+                Order::Bubbles(Bubbles::new(usize::from(pivots), direction))
+            }
+            Policy::Adaptive => Order::Streams(Streams::default()),
+        }
+    }
 }
 
 /// The paging core of one shard.
@@ -81,25 +144,30 @@ pub struct PageCounts {
 pub struct Planner {
     pages: Pages,
     counts: PageCounts,
+    link: Link,
+    order: Order,
     /// Pages below this one are covered by the source's page map.
     known: u64,
-    /// Where the linear drain goes on.
-    cursor: u64,
+    /// No page below this one is missing: where the sweep goes on.
+    swept: u64,
+    /// Reads under way, oldest first. Bounded by the window and by the faults that can wait.
+    flights: Vec<Flight>,
     bulk_in_flight: u32,
-    window: u32,
     done: bool,
 }
 
 impl Planner {
     /// A planner for `total` pages, all missing.
-    pub fn new(total: u64) -> Self {
+    pub fn new(total: u64, config: PlannerConfig) -> Self {
         Self {
             pages: Pages::new(total),
             counts: PageCounts::default(),
+            link: Link::new(config.bulk_wait_ns),
+            order: Order::new(config.policy),
             known: 0,
-            cursor: 0,
+            swept: 0,
+            flights: Vec::new(),
             bulk_in_flight: 0,
-            window: BULK_WINDOW_MAX,
             done: false,
         }
     }
@@ -124,22 +192,41 @@ impl Planner {
         self.known
     }
 
+    /// Bulk pages that may be in flight now.
+    pub fn window(&self) -> u32 {
+        self.link.window()
+    }
+
+    /// Whether the guest waits for a page of this run, which is in flight: of several runs that
+    /// have landed, such a one is to be published first.
+    pub fn awaited(&self, run: Run) -> bool {
+        self.flights.iter().any(|flight| flight.run == run && flight.awaited)
+    }
+
     /// The guest touched a page that was not published.
     ///
     /// Returns false if there is no such page: the caller's bug or a confused kernel.
     #[must_use]
-    pub fn fault(&mut self, page: PageIndex, actions: &mut Vec<Action>) -> bool {
+    pub fn fault(&mut self, page: PageIndex, now: Nanos, actions: &mut Vec<Action>) -> bool {
         let Some(state) = self.pages.get(page) else { return false };
-        self.window = BULK_WINDOW_MIN;
         match state {
             PageState::Missing => {
                 self.counts.network_faults += 1;
-                self.read(LaneId::Urgent, Run::one(page), actions);
+                self.read(Why::Fault, Run::one(page), now, actions);
+                self.link.faulted();
+                match &mut self.order {
+                    Order::Linear => {}
+                    Order::Bubbles(bubbles) => bubbles.fault(page),
+                    Order::Streams(streams) => streams.fault(page),
+                }
             }
-            PageState::InFlight => self.counts.minor_faults += 1,
+            PageState::InFlight => {
+                self.counts.minor_faults += 1;
+                self.promote(page);
+            }
             PageState::Zero => {
                 self.counts.zero_faults += 1;
-                self.pages.set(page, PageState::Resident);
+                self.pages.publish_zero(page);
                 actions.push(Action::PublishZero(page));
             }
             PageState::Resident => {
@@ -150,19 +237,41 @@ impl Planner {
         true
     }
 
-    /// A read has landed.
-    pub fn landed(&mut self, lane: LaneId, run: Run, actions: &mut Vec<Action>) {
-        match lane {
-            LaneId::Urgent => self.counts.fault_pages += u64::from(run.count),
-            LaneId::Bulk => {
-                self.bulk_in_flight -= run.count;
-                self.counts.drain_pages += u64::from(run.count);
-                self.window = (self.window * 2).min(BULK_WINDOW_MAX);
-            }
+    fn promote(&mut self, page: PageIndex) {
+        let flight = self.flights.iter_mut().find(|flight| flight.run.contains(page));
+        let flight = flight.expect("a page in flight is part of a flight");
+        flight.awaited = true;
+        self.counts.prepage_hits += u64::from(flight.why == Why::Prepage);
+        if let Order::Streams(streams) = &mut self.order {
+            streams.hit(page);
         }
-        self.pages.set_run(run, PageState::Resident);
+    }
+
+    /// A read has landed.
+    ///
+    /// Returns false, and does nothing, if no such read is in flight: the lane broke its contract.
+    #[must_use]
+    pub fn landed(&mut self, lane: LaneId, run: Run, now: Nanos, actions: &mut Vec<Action>) -> bool {
+        let this = |flight: &Flight| flight.run == run && flight.why.lane() == lane;
+        let Some(at) = self.flights.iter().position(this) else { return false };
+        let flight = self.flights.remove(at);
+        self.link.landed(flight.posted, run.count, now);
+        if lane == LaneId::Bulk {
+            self.bulk_in_flight -= run.count;
+        }
+        *self.counts.pages_brought(flight.why) += u64::from(run.count);
+        self.pages.arrive(run);
         actions.push(Action::Publish(run));
         self.finish(actions);
+        true
+    }
+
+    /// A read under way is carried out in parts that land one by one: `parts` make up `run`.
+    pub fn split(&mut self, lane: LaneId, run: Run, parts: impl Iterator<Item = Run>) {
+        let this = |flight: &Flight| flight.run == run && flight.why.lane() == lane;
+        let Some(at) = self.flights.iter().position(this) else { return };
+        let whole = self.flights.remove(at);
+        self.flights.extend(parts.map(|run| Flight { run, ..whole }));
     }
 
     /// The source's page map now covers pages up to `known`; `zeros` are those of the new part
@@ -174,36 +283,47 @@ impl Planner {
         actions: &mut Vec<Action>,
     ) {
         for page in zeros {
-            if self.pages.get(page) == Some(PageState::Missing) {
-                self.pages.set(page, PageState::Zero);
-                self.counts.zero_pages += 1;
-            }
+            self.counts.zero_pages += u64::from(self.pages.set_zero(page));
         }
         self.known = known.clamp(self.known, self.pages.total());
         self.finish(actions);
     }
 
-    /// Fills the bulk lane up to its window, with at most `reads` reads: the linear drain.
-    pub fn drain(&mut self, reads: usize, actions: &mut Vec<Action>) {
+    /// Fills the bulk lane up to its window, with at most `reads` reads, in the policy's order.
+    pub fn drain(&mut self, reads: usize, now: Nanos, actions: &mut Vec<Action>) {
         for _ in 0..reads {
-            let budget = self.window.saturating_sub(self.bulk_in_flight);
+            let budget = self.link.window().saturating_sub(self.bulk_in_flight);
             if budget == 0 {
                 return;
             }
-            let Some(page) = self.pages.first_missing(self.cursor, self.known) else { return };
-            let run = self.pages.missing_run(page, budget.min(BULK_READ_PAGES), self.known);
-            let run = run.expect("the page was just found missing");
-            self.cursor = page.0 + u64::from(run.count);
-            self.read(LaneId::Bulk, run, actions);
+            let Some((why, run)) = self.next(budget.min(self.link.read_limit())) else { return };
+            self.read(why, run, now, actions);
         }
     }
 
-    fn read(&mut self, lane: LaneId, run: Run, actions: &mut Vec<Action>) {
-        self.pages.set_run(run, PageState::InFlight);
-        if lane == LaneId::Bulk {
+    /// The next run of at most `limit` pages, by the policy, else by the sweep.
+    fn next(&mut self, limit: u32) -> Option<(Why, Run)> {
+        let turn = match &mut self.order {
+            Order::Linear => Turn::Sweep,
+            Order::Bubbles(bubbles) => bubbles.next(&self.pages, limit, self.known),
+            Order::Streams(streams) => streams.next(&self.pages, limit, self.known),
+        };
+        if let Turn::Bubble(run) = turn {
+            return Some((Why::Prepage, run));
+        }
+        let first = self.pages.missing_up(self.swept, self.known);
+        self.swept = first.unwrap_or(self.known);
+        first.map(|first| (Why::Drain, self.pages.run_up(first, limit, self.known)))
+    }
+
+    fn read(&mut self, why: Why, run: Run, now: Nanos, actions: &mut Vec<Action>) {
+        self.pages.depart(run);
+        if why.lane() == LaneId::Bulk {
             self.bulk_in_flight += run.count;
         }
-        actions.push(Action::Read(lane, run));
+        let awaited = why == Why::Fault;
+        self.flights.push(Flight { run, why, posted: self.link.posted(now), awaited });
+        actions.push(Action::Read(why, run));
     }
 
     fn finish(&mut self, actions: &mut Vec<Action>) {

@@ -1,5 +1,6 @@
-//! What the destination knows of every page.
+//! What the destination knows of every page: three bitmaps, 3 bits a page.
 
+use super::bits::Bits;
 use crate::memory::PageIndex;
 
 /// A run of consecutive pages.
@@ -17,15 +18,24 @@ impl Run {
         Self { first: page, count: 1 }
     }
 
+    /// The page after the last.
+    pub fn end(self) -> u64 {
+        self.first.0 + u64::from(self.count)
+    }
+
+    /// Whether `page` is one of the run's.
+    pub fn contains(self, page: PageIndex) -> bool {
+        (self.first.0..self.end()).contains(&page.0)
+    }
+
     /// The pages of the run.
     pub fn pages(self) -> impl Iterator<Item = PageIndex> {
-        (self.first.0..self.first.0 + u64::from(self.count)).map(PageIndex)
+        (self.first.0..self.end()).map(PageIndex)
     }
 }
 
 /// The life of a page at the destination. It only ever moves towards [`PageState::Resident`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u8)]
 pub enum PageState {
     /// At the source, content not known to be zero.
     Missing,
@@ -40,20 +50,23 @@ pub enum PageState {
 /// The state of every page, and how many are still to come.
 #[derive(Debug)]
 pub struct Pages {
-    states: Vec<PageState>,
+    total: u64,
     outstanding: u64,
+    missing: Bits,
+    flying: Bits,
+    zero: Bits,
 }
 
 impl Pages {
     /// All missing.
     pub fn new(total: u64) -> Self {
-        let len = usize::try_from(total).expect("the layout's pages fit this machine's address space");
-        Self { states: vec![PageState::Missing; len], outstanding: total }
+        let [missing, flying, zero] = [true, false, false].map(|full| Bits::new(total, full));
+        Self { total, outstanding: total, missing, flying, zero }
     }
 
     /// Number of pages.
     pub fn total(&self) -> u64 {
-        self.states.len() as u64
+        self.total
     }
 
     /// Pages that are missing or in flight.
@@ -63,36 +76,76 @@ impl Pages {
 
     /// A page's state, or `None` past the end.
     pub fn get(&self, page: PageIndex) -> Option<PageState> {
-        self.states.get(usize::try_from(page.0).ok()?).copied()
+        let states = [
+            (&self.missing, PageState::Missing),
+            (&self.flying, PageState::InFlight),
+            (&self.zero, PageState::Zero),
+        ];
+        let state = states.iter().find(|(set, _)| set.has(page.0)).map(|(_, state)| *state);
+        (page.0 < self.total).then(|| state.unwrap_or(PageState::Resident))
     }
 
-    /// Sets a page's state.
-    pub fn set(&mut self, page: PageIndex, state: PageState) {
-        let here = |state| u64::from(matches!(state, PageState::Zero | PageState::Resident));
-        let slot = &mut self.states[page.0 as usize];
-        self.outstanding = self.outstanding + here(*slot) - here(state);
-        *slot = state;
+    /// A read of a missing run is posted.
+    pub fn depart(&mut self, run: Run) {
+        debug_assert!(run.pages().all(|page| self.missing.has(page.0)), "{run:?} is not all missing");
+        self.missing.put(run.first.0, run.end(), false);
+        self.flying.put(run.first.0, run.end(), true);
     }
 
-    /// Sets the state of every page of a run.
-    pub fn set_run(&mut self, run: Run, state: PageState) {
-        for page in run.pages() {
-            self.set(page, state);
+    /// A run in flight has landed.
+    pub fn arrive(&mut self, run: Run) {
+        debug_assert!(run.pages().all(|page| self.flying.has(page.0)), "{run:?} is not all in flight");
+        self.flying.put(run.first.0, run.end(), false);
+        self.outstanding -= u64::from(run.count);
+    }
+
+    /// A page turned out to be zero. Returns whether it was missing, and counts as zero now.
+    pub fn set_zero(&mut self, page: PageIndex) -> bool {
+        let missing = self.missing.has(page.0);
+        if missing {
+            self.missing.shift(&mut self.zero, page.0);
+            self.outstanding -= 1;
         }
+        missing
     }
 
-    /// The longest run of missing pages from `page`, at most `limit` pages and not past `end`.
-    pub fn missing_run(&self, page: PageIndex, limit: u32, end: u64) -> Option<Run> {
-        let end = end.min(page.0 + u64::from(limit)).min(self.total());
-        let count = (page.0..end).take_while(|at| self.states[*at as usize] == PageState::Missing).count();
-        (count > 0).then_some(Run { first: page, count: count as u32 })
+    /// A zero page is published.
+    pub fn publish_zero(&mut self, page: PageIndex) {
+        self.zero.put(page.0, page.0 + 1, false);
     }
 
-    /// The first missing page in `from..end`.
-    pub fn first_missing(&self, from: u64, end: u64) -> Option<PageIndex> {
-        let end = end.min(self.total());
-        let range = self.states.get(from as usize..end as usize)?;
-        let at = range.iter().position(|state| *state == PageState::Missing)?;
-        Some(PageIndex(from + at as u64))
+    /// The longest run of missing pages up from `first`, at most `limit` pages and below `end`; perhaps
+    /// none.
+    pub fn run_up(&self, first: u64, limit: u32, end: u64) -> Run {
+        let end = end.min(first + u64::from(limit)).min(self.total);
+        let stop = self.missing.first(first, end, false).unwrap_or(end);
+        Run { first: PageIndex(first), count: (stop - first) as u32 }
+    }
+
+    /// The longest run of missing pages that ends with `last`, at most `limit` pages; perhaps none.
+    pub fn run_down(&self, last: u64, limit: u32) -> Run {
+        let lowest = (last + 1).saturating_sub(u64::from(limit));
+        let first = self.missing.last(lowest, last + 1, false).map_or(lowest, |other| other + 1);
+        Run { first: PageIndex(first), count: (last + 1 - first) as u32 }
+    }
+
+    /// The first missing page of `from..end`.
+    pub fn missing_up(&self, from: u64, end: u64) -> Option<u64> {
+        self.missing.first(from, end.min(self.total), true)
+    }
+
+    /// The last missing page below `end`.
+    pub fn missing_down(&self, end: u64) -> Option<u64> {
+        self.missing.last(0, end.min(self.total), true)
+    }
+
+    /// The first page of `from..end` that is not zero.
+    pub fn content_up(&self, from: u64, end: u64) -> Option<u64> {
+        self.zero.first(from, end.min(self.total), false)
+    }
+
+    /// The last page below `end` that is not zero.
+    pub fn content_down(&self, end: u64) -> Option<u64> {
+        self.zero.last(0, end.min(self.total), false)
     }
 }

@@ -4,6 +4,8 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use postcopy_engine::pager::PagerConfig;
+use postcopy_engine::planner::{PlannerConfig, Policy};
 use postcopy_tools::device::DeviceArgs;
 use postcopy_tools::size;
 use postcopy_transport::Transport;
@@ -116,6 +118,22 @@ pub(crate) struct HostArgs {
     /// `auto`: on with four cores or more.
     #[arg(long, value_enum, default_value_t = SelfService::Auto)]
     pub(crate) self_service: SelfService,
+    /// Which pages of a guest that arrives come next while nobody waits: adaptive, linear,
+    /// bubble[:DIRECTION] or bubble-multi[:PIVOTS][:DIRECTION], with forward, dual or backward.
+    #[arg(long, default_value_t = Policy::Adaptive)]
+    pub(crate) policy: Policy,
+    /// How long a fault of a guest that arrives may wait for the wire behind bulk reads, in
+    /// microseconds. More drains faster where the link's speed varies.
+    #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    #[arg(value_name = "US")]
+    pub(crate) bulk_wait: u32,
+}
+
+impl HostArgs {
+    pub(crate) fn pager(&self) -> PagerConfig {
+        let bulk_wait_ns = u64::from(self.bulk_wait) * 1000;
+        PagerConfig { planner: PlannerConfig { policy: self.policy, bulk_wait_ns }, ..PagerConfig::default() }
+    }
 }
 
 /// How memory travels.

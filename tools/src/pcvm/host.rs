@@ -203,7 +203,8 @@ pub(crate) fn run(args: &RunArgs) -> anyhow::Result<()> {
     let options = ReceiveOptions {
         transports: args.wire.transports(),
         endpoint: args.wire.device.endpoint(None),
-        ..Default::default()
+        pager: args.host.pager(),
+        memory_limit: None,
     };
     runtime()?.block_on(async {
         // Tried now, so that a wrong address is said now.
@@ -227,8 +228,8 @@ pub(crate) fn receive(args: &ReceiveArgs) -> anyhow::Result<()> {
     let options = ReceiveOptions {
         transports: args.wire.transports(),
         endpoint: args.wire.device.endpoint(None),
+        pager: args.host.pager(),
         memory_limit: args.memory_limit,
-        ..Default::default()
     };
     runtime()?.block_on(async {
         let listener = bind(address).await?;

@@ -98,7 +98,7 @@ impl FaultArgs {
 
     fn pager(&self) -> PagerConfig {
         match self.spin {
-            Some(spin) => PagerConfig { spin: Duration::from_micros(spin) },
+            Some(spin) => PagerConfig { spin: Duration::from_micros(spin), ..PagerConfig::default() },
             None => PagerConfig::default(),
         }
     }

@@ -1,0 +1,187 @@
+//! A guest's first touches, and the file that holds them.
+//!
+//! ```text
+//! {"trace":1,"name":"…","pages":N,"touches":M}\n     one line of JSON
+//! then M times two numbers: how far the page is from the one before (zigzag), think time in ns;
+//! each 7 bits a byte, lowest first, the top bit set in all but the last (LEB128)
+//! ```
+
+use serde::{Deserialize, Serialize};
+
+/// Version of the file format.
+const VERSION: u32 = 1;
+/// Most pages and touches that a file may announce: 16 TiB.
+const MAX_PAGES: u64 = 1 << 32;
+
+/// A guest touches a page for the first time since it was moved.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Touch {
+    /// The page.
+    pub page: u64,
+    /// What the guest computed since the touch before.
+    pub think_ns: u64,
+}
+
+/// What a guest does after it was moved.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Trace {
+    /// What reports call it.
+    pub name: String,
+    /// Pages of the guest.
+    pub pages: u64,
+    /// Its touches, each page at most once.
+    pub touches: Vec<Touch>,
+    /// Pages that were used before the move, the last one first. Not kept in files.
+    pub recency: Vec<u64>,
+}
+
+/// Why a trace file was refused.
+#[derive(Debug, thiserror::Error)]
+pub enum TraceError {
+    /// It does not begin as one does.
+    #[error("this is no trace file of version {VERSION}: {0}")]
+    Header(&'static str),
+    /// It breaks off, or names a page twice or one that the guest has not.
+    #[error("touch {at} of the trace is malformed: {what}")]
+    Touch {
+        /// Which, from 0.
+        at: u64,
+        /// How.
+        what: &'static str,
+    },
+}
+
+#[derive(Serialize, Deserialize)]
+struct Header {
+    trace: u32,
+    name: String,
+    pages: u64,
+    touches: u64,
+}
+
+impl Trace {
+    /// The trace as the source would number its pages if it published them by recency: the page
+    /// used last first, those not used before the move last.
+    pub fn by_recency(&self) -> Trace {
+        let mut rank = vec![u64::MAX; self.pages as usize];
+        let mut next = 0;
+        for page in self.recency.iter().copied().chain(0..self.pages) {
+            if rank[page as usize] == u64::MAX {
+                rank[page as usize] = next;
+                next += 1;
+            }
+        }
+        let touches = self.touches.iter().map(|touch| Touch { page: rank[touch.page as usize], ..*touch });
+        Trace {
+            name: format!("{}, LRU", self.name),
+            pages: self.pages,
+            touches: touches.collect(),
+            recency: Vec::new(),
+        }
+    }
+
+    /// The file.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        let header = Header {
+            trace: VERSION,
+            name: self.name.clone(),
+            pages: self.pages,
+            touches: self.touches.len() as u64,
+        };
+        let mut bytes = serde_json::to_vec(&header).expect("a header of numbers and a name is JSON");
+        bytes.push(b'\n');
+        let mut before = 0i64;
+        for touch in &self.touches {
+            let step = touch.page as i64 - before;
+            put(&mut bytes, (step << 1 ^ step >> 63) as u64);
+            put(&mut bytes, touch.think_ns);
+            before = touch.page as i64;
+        }
+        bytes
+    }
+
+    /// The trace in a file.
+    ///
+    /// Errors: it is no trace file, or a malformed one.
+    pub fn from_bytes(bytes: &[u8]) -> Result<Self, TraceError> {
+        let end = bytes.iter().position(|byte| *byte == b'\n').ok_or(TraceError::Header("it has no line"))?;
+        let header = serde_json::from_slice(&bytes[..end]);
+        let header: Header = header.map_err(|_| TraceError::Header("its first line is no header"))?;
+        if header.trace != VERSION || header.pages > MAX_PAGES {
+            return Err(TraceError::Header("another version, or more pages than a guest has"));
+        }
+        let (mut rest, mut touches, mut before) = (&bytes[end + 1..], Vec::new(), 0i64);
+        let mut seen = std::collections::HashSet::new();
+        for at in 0..header.touches {
+            let broken = |what| TraceError::Touch { at, what };
+            let step = take(&mut rest).ok_or(broken("the file breaks off"))?;
+            let think_ns = take(&mut rest).ok_or(broken("the file breaks off"))?;
+            before = before.wrapping_add((step >> 1) as i64 ^ -((step & 1) as i64));
+            let page = u64::try_from(before).ok().filter(|page| *page < header.pages);
+            let page = page.ok_or(broken("the guest has no such page"))?;
+            if !seen.insert(page) {
+                return Err(broken("its page was touched before"));
+            }
+            touches.push(Touch { page, think_ns });
+        }
+        Ok(Self { name: header.name, pages: header.pages, touches, recency: Vec::new() })
+    }
+}
+
+fn put(bytes: &mut Vec<u8>, mut value: u64) {
+    while value >= 0x80 {
+        bytes.push(value as u8 | 0x80);
+        value >>= 7;
+    }
+    bytes.push(value as u8);
+}
+
+fn take(bytes: &mut &[u8]) -> Option<u64> {
+    let mut value = 0u64;
+    for shift in (0..64).step_by(7) {
+        let (byte, rest) = bytes.split_first()?;
+        *bytes = rest;
+        value |= u64::from(byte & 0x7f) << shift;
+        if byte & 0x80 == 0 {
+            return Some(value);
+        }
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn trace() -> Trace {
+        let touch = |page, think_ns| Touch { page, think_ns };
+        let touches = vec![touch(7, 0), touch(3, 1_000_000_000), touch(900, 127)];
+        Trace { name: "three".into(), pages: 1000, touches, recency: vec![] }
+    }
+
+    #[test]
+    fn a_trace_file_says_what_went_in() {
+        let bytes = trace().to_bytes();
+        assert_eq!(Trace::from_bytes(&bytes).unwrap(), trace());
+        assert!(
+            bytes.starts_with(b"{\"trace\":1,\"name\":\"three\",\"pages\":1000,\"touches\":3}\n\x0e\x00\x07")
+        );
+        for end in 0..bytes.len() {
+            assert!(Trace::from_bytes(&bytes[..end]).is_err(), "cut at {end}");
+        }
+        let mut twice = trace();
+        twice.touches.push(twice.touches[0]);
+        assert!(
+            Trace::from_bytes(&twice.to_bytes()).is_err_and(|error| error.to_string().contains("before"))
+        );
+        let outside = Trace { pages: 900, ..trace() };
+        assert!(Trace::from_bytes(&outside.to_bytes()).is_err());
+    }
+
+    #[test]
+    fn by_recency_the_page_used_last_is_the_first() {
+        let used =
+            Trace { pages: 5, touches: vec![Touch { page: 4, think_ns: 1 }], recency: vec![2, 4], ..trace() };
+        assert_eq!(used.by_recency().touches, [Touch { page: 1, think_ns: 1 }]);
+    }
+}

@@ -1,0 +1,120 @@
+//! How much may be in flight: the bandwidth-delay product of the link, as measured, and no more
+//! than keeps a fault waiting for a stated time.
+//!
+//! With `window` bytes of bulk in flight, what is behind them waits `window / rate - rtt` for the
+//! wire once the pipe is full. The window that keeps the wire busy and a fault within `wait` of it
+//! is therefore
+//!
+//! ```text
+//! window = rate × (rtt + wait)
+//! ```
+//!
+//! `rate` is the highest of the recent delivery rates and `rtt` the shortest read, both as BBR takes
+//! them (Cardwell et al., "BBR: congestion-based congestion control", 2016): a rate sample is what
+//! was delivered between the posting of a read and its landing. While the window is what limits the
+//! rate, the window grows by `wait / rtt` a round trip, so that no probing is needed.
+
+use crate::memory::PAGE_SIZE;
+
+/// A moment in nanoseconds, from whatever start the caller counts.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Nanos(pub u64);
+
+impl Nanos {
+    /// Time since `earlier`, or 0.
+    pub fn since(self, earlier: Nanos) -> u64 {
+        self.0.saturating_sub(earlier.0)
+    }
+}
+
+/// Bulk pages in flight before anything is known of the link: 64 KiB.
+const FIRST_WINDOW: u32 = 16;
+/// Fewest: one on the wire, and one behind it.
+const MIN_WINDOW: u32 = 2;
+/// Most: 8 MiB, which is 200 Gb/s for 335 µs.
+const MAX_WINDOW: u32 = 2048;
+/// Most pages of one bulk read: 64 KiB.
+pub const MAX_READ_PAGES: u32 = 16;
+/// Pages of a bulk read just after a fault, where the link allows as many: 16 KiB.
+const FAULT_READ_PAGES: u32 = 4;
+/// The highest rate fades by this part of itself with every sample.
+const FADE: f64 = 1.0 / 64.0;
+
+const _: () = assert!(2 <= MIN_WINDOW && MIN_WINDOW <= FIRST_WINDOW && FIRST_WINDOW <= MAX_WINDOW);
+const _: () = assert!(FAULT_READ_PAGES <= MAX_READ_PAGES && MAX_READ_PAGES <= FIRST_WINDOW);
+
+/// What was so when a read was posted, for the samples when it lands.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Posted {
+    at: Nanos,
+    delivered: u64,
+}
+
+/// The link, as its reads show it.
+#[derive(Debug)]
+pub(super) struct Link {
+    wait_ns: u64,
+    delivered: u64,
+    /// Bytes a nanosecond; 0 before the first read has landed.
+    rate: f64,
+    rtt_ns: u64,
+    /// Of `rate` and `rtt_ns`, kept because every read asks for them.
+    window: u32,
+    carried: u32,
+    read_pages: u32,
+    /// Nothing has faulted since the last read landed.
+    quiet: bool,
+}
+
+impl Link {
+    pub(super) fn new(wait_ns: u64) -> Self {
+        Self {
+            wait_ns,
+            delivered: 0,
+            rate: 0.0,
+            rtt_ns: u64::MAX,
+            window: FIRST_WINDOW,
+            carried: FAULT_READ_PAGES,
+            read_pages: FAULT_READ_PAGES,
+            quiet: true,
+        }
+    }
+
+    pub(super) fn posted(&self, now: Nanos) -> Posted {
+        Posted { at: now, delivered: self.delivered }
+    }
+
+    /// A read of so many pages has landed.
+    pub(super) fn landed(&mut self, posted: Posted, pages: u32, now: Nanos) {
+        let took = now.since(posted.at).max(1);
+        self.delivered += u64::from(pages) * PAGE_SIZE;
+        let sample = (self.delivered - posted.delivered) as f64 / took as f64;
+        self.rate = sample.max(self.rate - self.rate * FADE);
+        self.rtt_ns = self.rtt_ns.min(took);
+        let pages_in = |ns: u64| (self.rate * ns as f64) as u64 / PAGE_SIZE;
+        let window = pages_in(self.rtt_ns + self.wait_ns);
+        self.window = window.clamp(MIN_WINDOW.into(), MAX_WINDOW.into()) as u32;
+        self.carried = pages_in(self.wait_ns).clamp(1, MAX_READ_PAGES.into()) as u32;
+        if self.quiet {
+            self.read_pages = (self.read_pages * 2).min(MAX_READ_PAGES);
+        }
+        self.quiet = true;
+    }
+
+    /// Something faulted: smaller reads, so that its neighbours have their turn sooner.
+    pub(super) fn faulted(&mut self) {
+        self.read_pages = (self.read_pages / 2).max(FAULT_READ_PAGES);
+        self.quiet = false;
+    }
+
+    /// Bulk pages that may be in flight.
+    pub(super) fn window(&self) -> u32 {
+        self.window
+    }
+
+    /// Pages that the next bulk read may have: what the wire carries in the time that a fault may
+    /// wait, and half the window, so that the wire has work while a read is on its way.
+    pub(super) fn read_limit(&self) -> u32 {
+        self.read_pages.min(self.carried).min(self.window / 2)
+    }
+}
