@@ -13,6 +13,12 @@ use clap::Parser as _;
 
 fn main() -> anyhow::Result<()> {
     let args = args::Args::parse();
+    if let Some(path) = &args.record {
+        let name = path.file_stem().unwrap_or_default().to_string_lossy();
+        let trace = postcopy_bench::paper::recorded(&name, std::io::stdin().lock())?;
+        eprintln!("{} touches of {} pages", trace.touches.len(), trace.pages);
+        return std::fs::write(path, trace.to_bytes()).with_context(|| format!("writing {}", path.display()));
+    }
     let mut results = suite::Results::default();
     if let Some(path) = &args.trace {
         let bytes = std::fs::read(path).with_context(|| format!("reading {}", path.display()))?;

@@ -7,12 +7,14 @@
 
 mod guest;
 mod quicksort;
+mod recorded;
 mod trace;
 mod traces;
 
 pub use guest::{Outcome, run};
 use postcopy_transport::sim::SimOptions;
 pub use quicksort::quicksort;
+pub use recorded::recorded;
 pub use trace::{Touch, Trace, TraceError};
 pub use traces::{descending, random, sequential, streams, strided, suite_traces, zipf};
 

@@ -27,8 +27,8 @@ impl Nanos {
     }
 }
 
-/// Bulk pages in flight before anything is known of the link: 64 KiB.
-const FIRST_WINDOW: u32 = 16;
+/// Bulk pages in flight before anything is known of the link: 16 KiB, as TCP begins with.
+const FIRST_WINDOW: u32 = 4;
 /// Fewest: one on the wire, and one behind it.
 const MIN_WINDOW: u32 = 2;
 /// Most: 8 MiB, which is 200 Gb/s for 335 µs.
@@ -41,7 +41,7 @@ const FAULT_READ_PAGES: u32 = 4;
 const FADE: f64 = 1.0 / 64.0;
 
 const _: () = assert!(2 <= MIN_WINDOW && MIN_WINDOW <= FIRST_WINDOW && FIRST_WINDOW <= MAX_WINDOW);
-const _: () = assert!(FAULT_READ_PAGES <= MAX_READ_PAGES && MAX_READ_PAGES <= FIRST_WINDOW);
+const _: () = assert!(FAULT_READ_PAGES <= MAX_READ_PAGES && MAX_READ_PAGES <= MAX_WINDOW);
 
 /// What was so when a read was posted, for the samples when it lands.
 #[derive(Clone, Copy, Debug)]
@@ -91,7 +91,7 @@ impl Link {
         let sample = (self.delivered - posted.delivered) as f64 / took as f64;
         self.rate = sample.max(self.rate - self.rate * FADE);
         self.rtt_ns = self.rtt_ns.min(took);
-        let pages_in = |ns: u64| (self.rate * ns as f64) as u64 / PAGE_SIZE;
+        let pages_in = |ns: u64| ((self.rate * ns as f64) as u64).div_ceil(PAGE_SIZE);
         let window = pages_in(self.rtt_ns + self.wait_ns);
         self.window = window.clamp(MIN_WINDOW.into(), MAX_WINDOW.into()) as u32;
         self.carried = pages_in(self.wait_ns).clamp(1, MAX_READ_PAGES.into()) as u32;
