@@ -35,18 +35,14 @@ pub struct Loopback {
 }
 
 impl Loopback {
-    /// Connects one, of one path.
-    pub fn new(transport: Transport, class: LaneClass) -> Self {
-        Self::by(transport, class, &EndpointOptions::default())
-    }
-
     /// Connects one.
-    pub fn by(transport: Transport, class: LaneClass, options: &EndpointOptions) -> Self {
+    pub fn new(transport: Transport, class: LaneClass) -> Self {
+        let options = EndpointOptions::default();
         let memory = HostMemory::anonymous("bench", REGION).unwrap();
         let landing = HostMemory::anonymous("bench-landing", REGION).unwrap();
         assert!(memory.write(0, &vec![7; REGION]) && landing.write(0, &vec![1; REGION]));
-        let mut exporter = Exporter::new(transport, &[memory], options).unwrap();
-        let importer = Importer::new(transport, &[landing], options).unwrap();
+        let mut exporter = Exporter::new(transport, &[memory], &options).unwrap();
+        let importer = Importer::new(transport, &[landing], &options).unwrap();
         let lane = importer.connect_local(&mut exporter, class).unwrap();
         let (remote, local) = (exporter.regions()[0], importer.regions()[0]);
         Self { lane, remote, local, at: 0, _exporter: exporter }

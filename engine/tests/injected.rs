@@ -2,11 +2,14 @@
 //! memory, the userfaultfd and the threads are real; the wire, and what goes wrong on it, are not.
 #![allow(clippy::unwrap_used)] // helpers of tests, where a panic is the report
 
+mod common;
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use postcopy_engine::memory::{GuestMemory, MemoryLayout, PAGE_SIZE};
+use common::{check, empty, end_of, filled};
+use postcopy_engine::memory::{GuestMemory, PAGE_SIZE};
 use postcopy_engine::pagemap::PageMap;
 use postcopy_engine::pager::{Pager, PagerConfig, PagerState, SourceMemory, Trap};
 use postcopy_transport::sim::{Countdown, SimLane, SimLink, SimOptions};
@@ -14,18 +17,6 @@ use postcopy_transport::{AnyLane, HostMemory};
 
 const PAGES: u64 = 256;
 const BYTES: u64 = PAGES * PAGE_SIZE;
-
-fn content(page: u64) -> Vec<u8> {
-    let mut bytes = vec![0u8; PAGE_SIZE as usize];
-    if !page.is_multiple_of(5) {
-        for (at, word) in bytes.chunks_mut(8).enumerate() {
-            word.copy_from_slice(
-                &((page << 32 | at as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1).to_le_bytes(),
-            );
-        }
-    }
-    bytes
-}
 
 /// Both ends, and a thread that lets virtual time pass from one completion to the next.
 struct World {
@@ -39,11 +30,7 @@ struct World {
 type Wrap = fn(SimLane, u64) -> AnyLane;
 
 fn world(options: SimOptions, urgent: (Wrap, u64), bulk: (Wrap, u64)) -> World {
-    let layout = || MemoryLayout::pc(BYTES, 3 << 30).unwrap();
-    let (source, memory) = (GuestMemory::new(layout()).unwrap(), GuestMemory::new(layout()).unwrap());
-    for page in (0..PAGES).filter(|page| page % 5 != 0) {
-        assert!(source.guest().write(page * PAGE_SIZE, &content(page)));
-    }
+    let (source, memory) = (filled(PAGES), empty(PAGES));
     let mut map = PageMap::new(PAGES).unwrap();
     map.fill(source.guest()).unwrap();
     let map_landing = HostMemory::anonymous("map", map.memory().len()).unwrap();
@@ -96,26 +83,12 @@ impl World {
         std::thread::spawn(move || {
             for step in 0..PAGES {
                 let page = step * 101 % PAGES;
-                let mut bytes = vec![0u8; PAGE_SIZE as usize];
-                assert!(guest.read(page * PAGE_SIZE, &mut bytes));
                 // What is seen is right, however the world ends.
-                assert!(bytes == content(page), "page {page}");
+                check(&guest, page);
                 let _ = said.send(page);
             }
         });
         heard
-    }
-
-    fn end(&self) -> PagerState {
-        let begun = Instant::now();
-        loop {
-            let state = self.pager.status().borrow().state.clone();
-            if !matches!(state, PagerState::Running) {
-                return state;
-            }
-            assert!(begun.elapsed() < Duration::from_secs(30), "the pager does not end");
-            std::thread::sleep(Duration::from_millis(1));
-        }
     }
 }
 
@@ -139,7 +112,11 @@ fn rough_weather_loses_no_page() {
         let world = world(rough, (plain, 0), (plain, 0));
         let touched = world.touch().iter().count();
         assert_eq!(touched as u64, PAGES, "seed {seed}");
-        assert!(matches!(world.end(), PagerState::Resident), "seed {seed}: {:?}", world.end());
+        assert!(
+            matches!(end_of(&world.pager).state, PagerState::Resident),
+            "seed {seed}: {:?}",
+            end_of(&world.pager).state
+        );
     }
 }
 
@@ -150,7 +127,7 @@ fn whichever_call_of_a_lane_fails_the_pager_says_so_and_shows_no_page_that_has_n
         for lanes in [[counted as Wrap, plain], [plain, counted]] {
             let world = world(SimOptions::default(), (lanes[0], nth), (lanes[1], nth));
             let touched = world.touch();
-            match world.end() {
+            match end_of(&world.pager).state {
                 PagerState::Resident => assert_eq!(touched.iter().count() as u64, PAGES),
                 PagerState::Failed(error) => {
                     failed += 1;

@@ -2,69 +2,32 @@
 //! guest memory while it is drained, and every byte of every page must be right.
 #![allow(clippy::unwrap_used)] // helpers of tests, where a panic is the report
 
+mod common;
+
 use std::time::Duration;
 
+use common::{available, check, content, empty, end_of, filled};
 use postcopy_engine::export::Export;
 use postcopy_engine::import::Import;
-use postcopy_engine::memory::{GuestMemory, MemoryLayout, PAGE_SIZE};
-use postcopy_engine::pager::{Pager, PagerConfig, PagerError, PagerState, PagerStatus, Trap};
-use postcopy_transport::{EndpointOptions, HostMemory, Transport};
+use postcopy_engine::memory::{GuestMemory, PAGE_SIZE};
+use postcopy_engine::pager::{Pager, PagerConfig, PagerError, PagerState, Trap};
+use postcopy_transport::{EndpointOptions, Transport};
 
-const BYTES: u64 = 16 << 20;
-const PAGES: u64 = BYTES / PAGE_SIZE;
-
-/// Content of a page: zero for every third, else different in every word.
-fn content(page: u64) -> Vec<u8> {
-    let mut bytes = vec![0u8; PAGE_SIZE as usize];
-    if !page.is_multiple_of(3) {
-        for (at, word) in bytes.chunks_mut(8).enumerate() {
-            let value = (page << 32 | at as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-            word.copy_from_slice(&value.to_le_bytes());
-        }
-    }
-    bytes
-}
-
-fn guest() -> GuestMemory {
-    GuestMemory::new(MemoryLayout::pc(BYTES, 3 << 30).unwrap()).unwrap()
-}
+/// 16 MiB.
+const PAGES: u64 = 4096;
 
 fn source(transport: Transport) -> (Export, GuestMemory) {
-    let memory = guest();
-    for page in 0..PAGES {
-        // A hole stays a hole, so that both kinds of zero page are met.
-        if page % 3 != 0 || page % 2 == 0 {
-            assert!(memory.guest().write(page * PAGE_SIZE, &content(page)));
-        }
-    }
+    let memory = filled(PAGES);
     (Export::new(transport, &memory, &EndpointOptions::default()).unwrap(), memory)
 }
 
 fn destination(transport: Transport, export: &mut Export) -> (GuestMemory, Pager) {
-    let memory = guest();
+    let memory = empty(PAGES);
     let trap = Trap::register(&memory).unwrap();
     let import = Import::new(transport, &memory, &EndpointOptions::default()).unwrap();
     let lanes = import.connect_local(export).unwrap();
     let pager = import.start(trap, lanes, export.regions(), PagerConfig::default()).unwrap();
     (memory, pager)
-}
-
-fn end_of(pager: &Pager) -> PagerStatus {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
-    let mut status = pager.status();
-    let ended = status.wait_for(|status| !matches!(status.state, PagerState::Running));
-    let ended = runtime.block_on(async { tokio::time::timeout(Duration::from_secs(60), ended).await });
-    ended.expect("the drain ends").unwrap().clone()
-}
-
-fn check(memory: &HostMemory, page: u64) {
-    let mut bytes = vec![0u8; PAGE_SIZE as usize];
-    assert!(memory.read(page * PAGE_SIZE, &mut bytes));
-    assert!(bytes == content(page), "page {page}");
-}
-
-fn available() -> impl Iterator<Item = Transport> {
-    Transport::ALL.into_iter().filter(|transport| transport.available().is_ok())
 }
 
 #[test]

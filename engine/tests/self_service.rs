@@ -2,37 +2,23 @@
 //! that this machine has.
 #![allow(clippy::unwrap_used)] // helpers of tests, where a panic is the report
 
+mod common;
+
 use std::os::fd::BorrowedFd;
 use std::time::Duration;
 
+use common::{available, check, content, empty, end_of, filled};
 use postcopy_engine::export::Export;
 use postcopy_engine::import::Import;
-use postcopy_engine::memory::{GuestMemory, MemoryLayout, PAGE_SIZE};
-use postcopy_engine::pager::{Pager, PagerConfig, PagerError, PagerState, PagerStatus, SelfService, Trap};
-use postcopy_transport::{
-    AnyLane, Completion, EndpointOptions, HostMemory, Lane, LaneError, Read, Transport,
-};
+use postcopy_engine::memory::{GuestMemory, PAGE_SIZE};
+use postcopy_engine::pager::{Pager, PagerConfig, PagerError, PagerState, SelfService, Trap};
+use postcopy_transport::{AnyLane, Completion, EndpointOptions, Lane, LaneError, Read, Transport};
 
-const BYTES: u64 = 16 << 20;
-const PAGES: u64 = BYTES / PAGE_SIZE;
-
-/// Content of a page: zero for every third, else different in every word.
-fn content(page: u64) -> Vec<u8> {
-    let mut bytes = vec![0u8; PAGE_SIZE as usize];
-    if !page.is_multiple_of(3) {
-        for (at, word) in bytes.chunks_mut(8).enumerate() {
-            let value = (page << 32 | at as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-            word.copy_from_slice(&value.to_le_bytes());
-        }
-    }
-    bytes
-}
+/// 16 MiB.
+const PAGES: u64 = 4096;
 
 fn source(transport: Transport) -> (Export, GuestMemory) {
-    let memory = GuestMemory::new(MemoryLayout::pc(BYTES, 3 << 30).unwrap()).unwrap();
-    for page in (0..PAGES).filter(|page| page % 3 != 0) {
-        assert!(memory.guest().write(page * PAGE_SIZE, &content(page)));
-    }
+    let memory = filled(PAGES);
     (Export::new(transport, &memory, &EndpointOptions::default()).unwrap(), memory)
 }
 
@@ -44,7 +30,7 @@ struct Destination {
 }
 
 fn destination(transport: Transport, export: &mut Export, threads: usize) -> Destination {
-    let memory = GuestMemory::new(MemoryLayout::pc(BYTES, 3 << 30).unwrap()).unwrap();
+    let memory = empty(PAGES);
     let trap = Trap::register_for_self_service(&memory).unwrap();
     let import = Import::new(transport, &memory, &EndpointOptions::default()).unwrap();
     let lanes = import.connect_local(export).unwrap();
@@ -53,23 +39,9 @@ fn destination(transport: Transport, export: &mut Export, threads: usize) -> Des
     Destination { memory, pager, lanes }
 }
 
-fn end_of(pager: &Pager) -> PagerStatus {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
-    let mut status = pager.status();
-    let ended = status.wait_for(|status| !matches!(status.state, PagerState::Running));
-    let ended = runtime.block_on(async { tokio::time::timeout(Duration::from_secs(60), ended).await });
-    ended.expect("the drain ends").unwrap().clone()
-}
-
-fn check(memory: &HostMemory, page: u64) {
-    let mut bytes = vec![0u8; PAGE_SIZE as usize];
-    assert!(memory.read(page * PAGE_SIZE, &mut bytes));
-    assert!(bytes == content(page), "page {page}");
-}
-
 #[test]
 fn threads_serve_themselves_while_it_drains_and_see_every_byte_right() {
-    for transport in Transport::ALL.into_iter().filter(|transport| transport.available().is_ok()) {
+    for transport in available() {
         for round in 0..3u64 {
             let (mut export, _memory) = source(transport);
             let Destination { memory, pager, lanes } = destination(transport, &mut export, 2);
@@ -189,7 +161,7 @@ impl Lane for Panics {
 fn a_pager_thread_that_panics_lets_no_thread_read_zeros() {
     for signals in [false, true] {
         let (mut export, _memory) = source(Transport::Tcp);
-        let memory = GuestMemory::new(MemoryLayout::pc(BYTES, 3 << 30).unwrap()).unwrap();
+        let memory = empty(PAGES);
         let trap = match signals {
             true => Trap::register_for_self_service(&memory).unwrap(),
             false => Trap::register(&memory).unwrap(),

@@ -73,7 +73,10 @@ impl Lab {
         let (from, to) = (&self.hosts[self.at], &self.hosts[1 - self.at]);
         let target = format!("{}:{}", self.address, self.ports[1 - self.at]);
         let before = walks(&to.console()).len();
-        let report = from.migrate(&target, &["--transport", transport]);
+        let out = from.try_migrate(&target, &["--json", "--transport", transport]);
+        let logs = || format!("source:\n{}\ndestination:\n{}\n{}", from.log(), to.log(), to.console());
+        assert!(out.status.success(), "{}\n{}", stderr(&out), logs());
+        let report = serde_json::from_slice(&out.stdout).unwrap();
         to.wait_until("the guest reports from there", |to| walks(&to.console()).len() >= before + 2);
         from.wait_until("it waits for another guest", |from| from.status()["state"] == "waiting");
         self.at = 1 - self.at;

@@ -129,23 +129,18 @@ fn no_rdma_device_for_pcbench() {
     refused(&["--device", "mlx5_9"], &["verbs"]);
 }
 
+/// A reader over tcp is served.
+fn reads_well(served: &Served, more: &[&str]) {
+    let out = pcbench(&[&["read", served.address(), "--transport", "tcp"], more].concat());
+    assert!(out.status.success(), "{}", stderr(&out));
+}
+
 #[test]
 fn a_size_beyond_what_the_server_offers() {
     let served = Served::start(&["--memory", "64K"]);
     let out = pcbench(&["read", served.address(), "--transport", "tcp", "--sizes", "4K,1M"]);
     assert_refused(&out, &["a read of 1M", "64K that the peer offers", "serve --memory"]);
-    let out = pcbench(&[
-        "read",
-        served.address(),
-        "--transport",
-        "tcp",
-        "--sizes",
-        "64K",
-        "--iterations",
-        "10",
-        "--json",
-    ]);
-    assert!(out.status.success(), "{}", stderr(&out));
+    reads_well(&served, &["--sizes", "64K", "--iterations", "10", "--json"]);
 }
 
 #[test]
@@ -182,18 +177,7 @@ fn strangers_do_not_disturb_a_server() {
             b"{\"read\":{\"version\":2,\"transport\":\"verbs\",\"requests\":[\"zz\"],\"mirror\":true}}\n",
         )
         .unwrap();
-    let out = pcbench(&[
-        "read",
-        served.address(),
-        "--transport",
-        "tcp",
-        "--sizes",
-        "4K",
-        "--iterations",
-        "50",
-        "--verify",
-    ]);
-    assert!(out.status.success(), "{}", stderr(&out));
+    reads_well(&served, &["--sizes", "4K", "--iterations", "50", "--verify"]);
 }
 
 /// Reads from a server that does `serve` with each connection, in turn; `true` ends it.

@@ -6,6 +6,8 @@
 
 use std::fmt::Write;
 
+use plotters::chart::MeshStyle;
+use plotters::coord::ranged1d::ValueFormatter;
 use plotters::prelude::*;
 
 use crate::text::escape;
@@ -47,7 +49,7 @@ const INKS: [Ink; 9] = [BLUE, VERMILION, GREEN, PURPLE, AMBER, GREY, TEXT, AXIS,
 const SERIES: [Ink; 5] = [BLUE, VERMILION, GREEN, PURPLE, AMBER];
 
 /// The style of a page, before [`dark_style`].
-pub const PAGE_STYLE: &str = include_str!("page.css");
+const PAGE_STYLE: &str = include_str!("page.css");
 
 /// The font of plots, and its height in pixels.
 pub const FONT: (&str, i32) = ("sans-serif", 15);
@@ -69,7 +71,7 @@ fn hex(RGBColor(red, green, blue): RGBColor) -> String {
 }
 
 /// Style rules that turn the colours of plots and their keys into those on dark.
-pub fn dark_style() -> String {
+fn dark_style() -> String {
     INKS.iter().fold(String::new(), |mut css, ink| {
         let (light, dark) = (hex(ink.light), hex(ink.dark));
         let _ =
@@ -81,6 +83,33 @@ pub fn dark_style() -> String {
 /// The style of text in plots.
 pub fn text_style(color: Ink) -> TextStyle<'static> {
     FONT.into_font().color(&color.light)
+}
+
+/// Axes, grid and labels as every plot has them: quiet, and no lines between the bold ones.
+pub fn quiet<'m, 'a, 'b, X, Y, XT, YT, DB>(
+    mesh: &'m mut MeshStyle<'a, 'b, X, Y, DB>,
+) -> &'m mut MeshStyle<'a, 'b, X, Y, DB>
+where
+    X: Ranged<ValueType = XT> + ValueFormatter<XT>,
+    Y: Ranged<ValueType = YT> + ValueFormatter<YT>,
+    DB: DrawingBackend,
+{
+    mesh.bold_line_style(GRID.light)
+        .light_line_style(TRANSPARENT)
+        .axis_style(AXIS.light)
+        .label_style(text_style(TEXT))
+}
+
+/// The beginning of a page, up to and with its heading. `title` is plain text.
+pub fn page_head(title: &str) -> String {
+    let (title, dark) = (escape(title), dark_style());
+    format!(
+        "<!DOCTYPE html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
+         <meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\n\
+         <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n<title>{title}</title>\n\
+         <style>\n{PAGE_STYLE}@media (prefers-color-scheme: dark) {{\n{dark}}}\n</style>\n</head>\n<body>\n<main>\n\
+         <h1>{title}</h1>\n"
+    )
 }
 
 /// Names the picture for those who do not see it.

@@ -145,22 +145,25 @@ impl VmHost {
     /// Errors: this process may not attach a BPF program to KVM's tracepoint (CAP_BPF and
     /// CAP_PERFMON, or root), or the kernel has none.
     pub fn with_self_service(mut self) -> Result<Self, VmError> {
+        self.attach()?;
+        Ok(self)
+    }
+
+    fn attach(&mut self) -> Result<(), VmError> {
         let attached = FaultAddresses::attach();
         let operation = "attaching a BPF program to the tracepoint kvm_page_fault (needs root, or CAP_BPF \
                          and CAP_PERFMON, and tracefs)";
         self.addresses = Some(Arc::new(attached.map_err(|source| VmError::System { operation, source })?));
-        Ok(self)
+        Ok(())
     }
 
     /// As [`VmHost::with_self_service`] where each vCPU can have a processor (four or more) and this
     /// process may; else the pager's thread serves all faults.
     pub fn with_self_service_if_possible(mut self) -> Self {
-        if postcopy_engine::is_crowded() {
-            return self;
-        }
-        match FaultAddresses::attach() {
-            Ok(addresses) => self.addresses = Some(Arc::new(addresses)),
-            Err(error) => tracing::info!(%error, "vCPUs cannot serve their own faults here; the pager does"),
+        if !postcopy_engine::is_crowded()
+            && let Err(error) = self.attach()
+        {
+            tracing::info!(%error, "vCPUs cannot serve their own faults here; the pager does");
         }
         self
     }

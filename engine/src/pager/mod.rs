@@ -159,9 +159,7 @@ pub struct SourceMemory {
 /// A running pager.
 pub struct Pager {
     status: watch::Receiver<PagerStatus>,
-    stop: Arc<StopSignal>,
     thread: Option<JoinHandle<()>>,
-    trap: Trap,
     shared: Arc<Shared>,
     spin: Duration,
     _signals: Option<sigbus::Registration>,
@@ -202,16 +200,16 @@ impl Pager {
         let (notes, heard) = std::sync::mpsc::channel();
         let shared = Arc::new(Shared {
             claims: Claims::new(pages),
-            trap: trap.clone(),
+            trap,
             memory: source.memory,
             landing: source.landing,
             populated: source.populated,
-            stop: stop.clone(),
+            stop,
             notes,
             draining: AtomicBool::new(false),
         });
         let shard = shard::Shard::new(shared.clone(), heard, pages, source, [urgent, bulk], config)?;
-        let signals = match trap.is_for_self_service() {
+        let signals = match shared.trap.is_for_self_service() {
             true => Some(sigbus::register(shared.clone()).map_err(failed("handling SIGBUS"))?),
             false => None,
         };
@@ -219,7 +217,7 @@ impl Pager {
             .name("pager".into())
             .spawn(move || shard::supervise(shard, &sender))
             .map_err(failed("starting the pager thread"))?;
-        Ok(Self { status, stop, thread: Some(thread), trap, shared, spin: config.spin, _signals: signals })
+        Ok(Self { status, thread: Some(thread), shared, spin: config.spin, _signals: signals })
     }
 
     /// Lets a thread serve its own faults over `lane`, which nobody else uses. The trap must be one
@@ -237,12 +235,12 @@ impl Pager {
     /// returned trap lives.
     pub fn stop(mut self) -> Trap {
         self.end();
-        self.trap.clone()
+        self.shared.trap.clone()
     }
 
     fn end(&mut self) {
-        self.stop.asked.store(true, Ordering::Release);
-        self.stop.rouse();
+        self.shared.stop.asked.store(true, Ordering::Release);
+        self.shared.stop.rouse();
         if let Some(thread) = self.thread.take() {
             drop(thread.join());
         }

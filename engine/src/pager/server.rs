@@ -129,8 +129,8 @@ impl FaultServer {
             return Ok(());
         }
         let served = match shared.claims.claim(page) {
-            Claim::Read => self.bring(page, seen),
-            Claim::Zero => self.publish_zero(page),
+            Claim::Read => self.bring(&shared, page, seen),
+            Claim::Zero => publish_zero(&shared, page),
             Claim::Resident => Ok(()),
             Claim::Taken => {
                 shared.claims.leave();
@@ -148,8 +148,7 @@ impl FaultServer {
         Err(FaultFailed)
     }
 
-    fn bring(&mut self, page: PageIndex, seen: Instant) -> Result<(), PagerError> {
-        let shared = self.shared.clone();
+    fn bring(&mut self, shared: &Shared, page: PageIndex, seen: Instant) -> Result<(), PagerError> {
         let read = shared.read_of(Token(page.0), Run::one(page)).ok_or(PagerError::StrayFault(page))?;
         let posted = self.lane.post(&[read]).map_err(failed)?;
         assert!(posted == 1, "a server has one read in flight, and every lane room for that");
@@ -167,13 +166,6 @@ impl FaultServer {
         if last {
             shared.stop.rouse();
         }
-        Ok(())
-    }
-
-    fn publish_zero(&self, page: PageIndex) -> Result<(), PagerError> {
-        self.shared.trap.publish_zero(page, self.shared.populated)?;
-        self.shared.claims.published(Run::one(page));
-        drop(self.shared.notes.send(Note::Serving(page)));
         Ok(())
     }
 
@@ -196,6 +188,13 @@ impl FaultServer {
             }
         }
     }
+}
+
+fn publish_zero(shared: &Shared, page: PageIndex) -> Result<(), PagerError> {
+    shared.trap.publish_zero(page, shared.populated)?;
+    shared.claims.published(Run::one(page));
+    drop(shared.notes.send(Note::Serving(page)));
+    Ok(())
 }
 
 fn failed(source: LaneError) -> PagerError {

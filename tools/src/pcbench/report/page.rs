@@ -4,7 +4,7 @@
 
 use std::fmt::Write;
 
-use postcopy_tools::ink::{PAGE_STYLE, dark_style};
+use postcopy_tools::ink::page_head;
 use postcopy_tools::machine::Machine;
 use postcopy_tools::size;
 use postcopy_tools::text::{date, escape};
@@ -55,20 +55,12 @@ pub(super) fn page(report: &Report) -> anyhow::Result<String> {
 }
 
 fn head(out: &mut String, report: &Report) {
-    let (dark, how) = (dark_style(), escape(&how(&report.settings)));
-    let machine = escape(&report.environment.line());
-    let title = match &report.server {
-        Some(server) => format!("One-sided reads from {}", escape(&server.address)),
+    let (how, machine) = (escape(&how(&report.settings)), escape(&report.environment.line()));
+    out.push_str(&page_head(&match &report.server {
+        Some(server) => format!("One-sided reads from {}", server.address),
         None => "One-sided reads over the loopback".to_owned(),
-    };
-    let _ = writeln!(
-        out,
-        "<!DOCTYPE html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
-         <meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\n\
-         <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n<title>{title}</title>\n\
-         <style>\n{PAGE_STYLE}@media (prefers-color-scheme: dark) {{\n{dark}}}\n</style>\n</head>\n<body>\n<main>\n\
-         <h1>{title}</h1>\n<p class=\"machine\">Measured on: {machine}</p>\n<p class=\"machine\">{how}</p>"
-    );
+    }));
+    let _ = writeln!(out, "<p class=\"machine\">Measured on: {machine}</p>\n<p class=\"machine\">{how}</p>");
 }
 
 fn figures(out: &mut String, report: &Report) {

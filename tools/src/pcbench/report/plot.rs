@@ -5,7 +5,7 @@
 use anyhow::anyhow;
 use plotters::coord::Shift;
 use plotters::prelude::*;
-use postcopy_tools::ink::{AXIS, FONT, GRID, TEXT, axis_time, labelled, series, text_style};
+use postcopy_tools::ink::{FONT, TEXT, axis_time, labelled, quiet, series, text_style};
 use postcopy_tools::size;
 
 use super::{Measurement, Report};
@@ -150,13 +150,8 @@ fn by_size(area: &Area<'_>, report: &Report) -> Drawn {
         .x_label_area_size(32)
         .y_label_area_size(80)
         .build_cartesian_2d(span.log_scale().base(2.0), (low..high).log_scale())?;
-    chart
-        .configure_mesh()
+    quiet(&mut chart.configure_mesh())
         .disable_x_mesh()
-        .bold_line_style(GRID.light)
-        .light_line_style(TRANSPARENT)
-        .axis_style(AXIS.light)
-        .label_style(text_style(TEXT))
         .x_labels(12)
         .x_label_formatter(&|bytes| size::short(bytes.round() as u64))
         .y_label_formatter(&|us| axis_time(*us))
@@ -236,12 +231,7 @@ fn percentiles(area: &Area<'_>, report: &Report) -> Drawn {
         .x_label_area_size(32)
         .y_label_area_size(80)
         .build_cartesian_2d(0.0..right, (low..high).log_scale())?;
-    chart
-        .configure_mesh()
-        .bold_line_style(GRID.light)
-        .light_line_style(TRANSPARENT)
-        .axis_style(AXIS.light)
-        .label_style(text_style(TEXT))
+    quiet(&mut chart.configure_mesh())
         .x_labels(right.floor() as usize + 1)
         .x_label_formatter(&|x| percent(*x))
         .y_label_formatter(&|us| axis_time(*us))
@@ -280,13 +270,8 @@ fn timeline(area: &Area<'_>, report: &Report) -> Drawn {
         .x_label_area_size(32)
         .y_label_area_size(80)
         .build_cartesian_2d(0.0..end * 1.01, (low..high).log_scale())?;
-    chart
-        .configure_mesh()
+    quiet(&mut chart.configure_mesh())
         .disable_x_mesh()
-        .bold_line_style(GRID.light)
-        .light_line_style(TRANSPARENT)
-        .axis_style(AXIS.light)
-        .label_style(text_style(TEXT))
         .x_labels(8)
         .x_label_formatter(&|s| format!("{s} s"))
         .y_label_formatter(&|us| axis_time(*us))

@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use postcopy_engine::memory::PAGE_SIZE;
-use postcopy_tools::ink::{self, PAGE_STYLE};
+use postcopy_tools::ink;
 use postcopy_tools::machine::Machine;
 use postcopy_tools::text::escape;
 
@@ -40,16 +40,8 @@ pub(super) fn page(comparison: &Comparison) -> anyhow::Result<String> {
 }
 
 fn head(out: &mut String, title: &str, note: &str, environment: &Machine) {
-    let (title, note, environment) = (escape(title), escape(note), escape(&environment.line()));
-    let dark = ink::dark_style();
-    let _ = write!(
-        out,
-        "<!DOCTYPE html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
-         <meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\n\
-         <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n<title>{title}</title>\n\
-         <style>\n{PAGE_STYLE}@media (prefers-color-scheme: dark) {{\n{dark}}}\n</style>\n</head>\n<body>\n<main>\n\
-         <h1>{title}</h1>\n"
-    );
+    let (note, environment) = (escape(note), escape(&environment.line()));
+    out.push_str(&ink::page_head(title));
     if !note.is_empty() {
         let _ = writeln!(out, "<p>{note}</p>");
     }

@@ -5,7 +5,7 @@
 
 use anyhow::anyhow;
 use plotters::prelude::*;
-use postcopy_tools::ink::{AXIS, GRID, Ink, TEXT, axis_time, labelled, series as series_ink, text_style};
+use postcopy_tools::ink::{Ink, TEXT, axis_time, labelled, quiet, series as series_ink, text_style};
 
 const WIDTH: u32 = 960;
 const LEFT: u32 = 150;
@@ -56,13 +56,8 @@ fn draw_percentiles(svg: &mut String, series: &[Series]) -> Result<(), Box<dyn s
         .x_label_area_size(30)
         .y_label_area_size(80)
         .build_cartesian_2d(-0.2f64..4.2, (low..high).log_scale())?;
-    chart
-        .configure_mesh()
+    quiet(&mut chart.configure_mesh())
         .disable_x_mesh()
-        .bold_line_style(GRID.light)
-        .light_line_style(TRANSPARENT)
-        .axis_style(AXIS.light)
-        .label_style(text_style(TEXT))
         .x_labels(5)
         .x_label_formatter(&|at| PERCENTILES.get(at.round() as usize).copied().unwrap_or("").to_owned())
         .y_label_formatter(&|us| axis_time(*us))
@@ -131,13 +126,8 @@ fn draw_bars(
         .x_label_area_size(30)
         .y_label_area_size(LEFT)
         .build_cartesian_2d(0.0..widest, (0..rows - 1).into_segmented())?;
-    chart
-        .configure_mesh()
+    quiet(&mut chart.configure_mesh())
         .disable_y_mesh()
-        .bold_line_style(GRID.light)
-        .light_line_style(TRANSPARENT)
-        .axis_style(AXIS.light)
-        .label_style(text_style(TEXT))
         .x_labels(6)
         .y_labels(bars.len())
         .x_label_formatter(&|value| format!("{value} {unit}"))
