@@ -76,15 +76,16 @@ impl Stream {
         let step = page as i64 - self.last as i64;
         self.lean = (self.lean + step.signum() as i8).clamp(-MAX_LEAN, MAX_LEAN);
         let jumped = page > self.up.at() || page + 1 < self.down.at();
-        if self.stride.is_none() && jumped && step == self.step {
-            self.stride = page.checked_add_signed(step);
-        } else if self.stride.is_some() && step != self.step {
-            self.stride = None;
+        // Of a stride in use, pages may have been there before they were touched.
+        let kept = self.stride.is_some() && step.signum() == self.step.signum() && step % self.step == 0;
+        if !kept {
+            self.stride = (jumped && step == self.step).then(|| page.checked_add_signed(step)).flatten();
+            self.step = step;
         }
         if jumped {
             (self.up, self.down) = (Edge::up(page + 1, true), Edge::down(page, true));
         }
-        (self.last, self.step, self.ahead) = (page, step, 0);
+        (self.last, self.ahead) = (page, 0);
     }
 
     fn next(&mut self, pages: &Pages, limit: u32, known: u64) -> Option<Run> {
@@ -98,9 +99,15 @@ impl Stream {
     }
 
     fn next_of_stride(&mut self, pages: &Pages, known: u64) -> Option<Run> {
-        let page = self.stride?;
-        self.stride = page.checked_add_signed(self.step).filter(|next| *next < pages.total());
-        pages.missing_up(page, known.min(page + 1)).map(|page| Run::one(PageIndex(page)))
+        // Past what is there already, and no further than a stream reaches.
+        for _ in 0..REACH {
+            let page = self.stride?;
+            self.stride = page.checked_add_signed(self.step).filter(|next| *next < pages.total());
+            if pages.missing_up(page, known.min(page + 1)).is_some() {
+                return Some(Run::one(PageIndex(page)));
+            }
+        }
+        None
     }
 }
 
