@@ -63,10 +63,10 @@ fn the_default_is_within_a_tenth_of_the_fixed_policy_under_which_the_guest_waits
             let fixed = Policy::FIXED.map(|policy| under(&policy.to_string(), &trace, wire));
             let best = fixed.iter().min_by_key(|outcome| outcome.stall_ns).unwrap();
             let adaptive = under("adaptive", &trace, wire);
-            let within = |ours: u64, best: u64, few: u64| ours <= best + best / 10 + few;
+            let within = |ours: u64, best: u64, part: u64, few: u64| ours <= best + best / part + few;
             assert!(
-                within(adaptive.stall_ns, best.stall_ns, FEW * fault_ns)
-                    && within(adaptive.network_faults, best.network_faults, FEW),
+                within(adaptive.stall_ns, best.stall_ns, 10, FEW * fault_ns)
+                    && within(adaptive.network_faults, best.network_faults, 5, FEW),
                 "{} over {}: {adaptive:?} beside {best:?}",
                 trace.name,
                 wire.name
@@ -90,11 +90,13 @@ fn every_touch_is_counted_once_and_a_seed_gives_the_same_run() {
 #[test]
 fn a_fault_waits_behind_no_more_bulk_than_was_allowed() {
     // A round trip, its own page, and the bulk before it: the window is a round trip and 50 µs of
-    // wire, and all of it may have been posted at once.
+    // wire, or 64 KiB if that is more, and all of it may have been posted at once. Two reads' worth
+    // more while the first rates are known no better.
     for (wire, page_ns) in [(Wire::GIGABIT, 32_768), (Wire::RDMA, 328)] {
         for trace in suite_traces(8, 2) {
             let outcome = under("adaptive", &trace, wire);
-            let bound = 2 * wire.rtt_ns + 50_000 + 8 * page_ns;
+            let window = (wire.rtt_ns + 50_000).max(16 * page_ns);
+            let bound = wire.rtt_ns + window + (8 + 2 * 16) * page_ns;
             assert!(outcome.longest_stall_ns <= bound, "{} over {}: {outcome:?}", trace.name, wire.name);
         }
     }
