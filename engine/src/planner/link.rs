@@ -13,6 +13,10 @@
 //! them (Cardwell et al., "BBR: congestion-based congestion control", 2016): a rate sample is what
 //! was delivered between the posting of a read and its landing. While the window is what limits the
 //! rate, the window grows by `wait / rtt` a round trip, so that no probing is needed.
+//!
+//! Unless most reads take many times the shortest, as where the ends of a link share processors with
+//! a busy guest: there a small window makes a small rate, and that a smaller window. So there is a
+//! least window, [`Floor`], which is found by trying whether a larger one is faster.
 
 use crate::memory::PAGE_SIZE;
 
@@ -27,10 +31,10 @@ impl Nanos {
     }
 }
 
-/// Fewest, and before anything is known of the link: 64 KiB, which is 50 µs of 10 Gb/s. On a slower
-/// link a fault waits longer than it was asked to: there a read costs more by itself than by its
-/// bytes, and a window of a few pages would make the rate small, and that the window.
+/// Least window, and the one before anything is known of the link: 64 KiB, which is 50 µs of 10 Gb/s.
 const MIN_WINDOW: u32 = 16;
+/// The least window grows to this at most: 512 KiB.
+const MAX_FLOOR: u32 = 128;
 /// Most: 8 MiB, which is 200 Gb/s for 335 µs.
 const MAX_WINDOW: u32 = 2048;
 /// Most pages of one bulk read: 64 KiB.
@@ -40,6 +44,16 @@ const FAULT_READ_PAGES: u32 = 4;
 /// The highest rate fades by this part of itself with every sample.
 const FADE: f64 = 1.0 / 64.0;
 
+/// Windows' worth of pages in an epoch, the time for which a rate is measured.
+const EPOCH_WINDOWS: u32 = 8;
+/// Epochs between trials, and before the first.
+const REST_EPOCHS: u32 = 16;
+const FIRST_REST: u32 = 1;
+/// Twice the least window must be so much faster, and half of it may be so much slower.
+const PAYS: f64 = 1.15;
+const COSTS: f64 = 0.95;
+
+const _: () = assert!(MIN_WINDOW <= MAX_FLOOR && 2 * MAX_FLOOR <= MAX_WINDOW);
 const _: () = assert!(2 <= MIN_WINDOW && MIN_WINDOW <= MAX_WINDOW);
 const _: () = assert!(FAULT_READ_PAGES <= MAX_READ_PAGES && MAX_READ_PAGES <= MAX_WINDOW);
 
@@ -48,6 +62,61 @@ const _: () = assert!(FAULT_READ_PAGES <= MAX_READ_PAGES && MAX_READ_PAGES <= MA
 pub(super) struct Posted {
     at: Nanos,
     delivered: u64,
+}
+
+/// What the present epoch is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Trial {
+    /// Nothing is tried for so many epochs.
+    Rest(u32),
+    Larger,
+    Smaller,
+}
+
+/// The least window.
+#[derive(Debug)]
+struct Floor {
+    pages: u32,
+    /// Pages a nanosecond with it; 0 before the first epoch is over.
+    rate: f64,
+    trial: Trial,
+    larger_next: bool,
+}
+
+impl Floor {
+    fn new() -> Self {
+        Self { pages: MIN_WINDOW, rate: 0.0, trial: Trial::Rest(FIRST_REST), larger_next: true }
+    }
+
+    /// The least window of this epoch.
+    fn now(&self) -> u32 {
+        match self.trial {
+            Trial::Rest(_) => self.pages,
+            Trial::Larger => self.pages * 2,
+            Trial::Smaller => self.pages / 2,
+        }
+    }
+
+    /// An epoch is over, which had this rate.
+    fn epoch_over(&mut self, rate: f64) {
+        match self.trial {
+            Trial::Larger if rate > PAYS * self.rate => (self.pages, self.rate) = (self.pages * 2, rate),
+            Trial::Smaller if rate > COSTS * self.rate => (self.pages, self.rate) = (self.pages / 2, rate),
+            Trial::Larger | Trial::Smaller => self.trial = Trial::Rest(REST_EPOCHS),
+            Trial::Rest(left) => {
+                self.rate = if self.rate == 0.0 { rate } else { (3.0 * self.rate + rate) / 4.0 };
+                self.trial = match (left.saturating_sub(1), self.larger_next) {
+                    (0, true) => Trial::Larger,
+                    (0, false) => Trial::Smaller,
+                    (left, _) => Trial::Rest(left),
+                };
+                self.larger_next ^= !matches!(self.trial, Trial::Rest(_));
+            }
+        }
+        if !(MIN_WINDOW..=MAX_FLOOR).contains(&self.now()) {
+            self.trial = Trial::Rest(REST_EPOCHS);
+        }
+    }
 }
 
 /// The link, as its reads show it.
@@ -59,6 +128,9 @@ pub(super) struct Link {
     rate: f64,
     rtt_ns: u64,
     /// Of `rate` and `rtt_ns`, kept because every read asks for them.
+    floor: Floor,
+    epoch_began: Nanos,
+    epoch_pages: u32,
     window: u32,
     carried: u32,
     read_pages: u32,
@@ -73,6 +145,9 @@ impl Link {
             delivered: 0,
             rate: 0.0,
             rtt_ns: u64::MAX,
+            floor: Floor::new(),
+            epoch_began: Nanos(0),
+            epoch_pages: 0,
             window: MIN_WINDOW,
             carried: FAULT_READ_PAGES,
             read_pages: FAULT_READ_PAGES,
@@ -92,9 +167,19 @@ impl Link {
         self.rate = sample.max(self.rate - self.rate * FADE);
         self.rtt_ns = self.rtt_ns.min(took);
         let pages_in = |ns: u64| ((self.rate * ns as f64) as u64).div_ceil(PAGE_SIZE);
-        let window = pages_in(self.rtt_ns + self.wait_ns);
-        self.window = window.clamp(MIN_WINDOW.into(), MAX_WINDOW.into()) as u32;
-        self.carried = pages_in(self.wait_ns).clamp(FAULT_READ_PAGES.into(), MAX_READ_PAGES.into()) as u32;
+        let window = pages_in(self.rtt_ns + self.wait_ns).min(MAX_WINDOW.into()) as u32;
+        let carried = pages_in(self.wait_ns).min(MAX_READ_PAGES.into()) as u32;
+        self.epoch_pages += pages;
+        if self.epoch_pages >= EPOCH_WINDOWS * self.window {
+            let rate = f64::from(self.epoch_pages) / now.since(self.epoch_began).max(1) as f64;
+            if window < self.floor.now() {
+                self.floor.epoch_over(rate);
+            }
+            (self.epoch_began, self.epoch_pages) = (now, 0);
+        }
+        let floor = self.floor.now();
+        self.window = window.max(floor);
+        self.carried = carried.max(floor / 4);
         if self.quiet {
             self.read_pages = (self.read_pages * 2).min(MAX_READ_PAGES);
         }
