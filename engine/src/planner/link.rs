@@ -39,7 +39,7 @@ const MAX_FLOOR: u32 = 128;
 const MAX_WINDOW: u32 = 2048;
 /// Most pages of one bulk read: 64 KiB.
 pub const MAX_READ_PAGES: u32 = 16;
-/// Pages of a bulk read just after a fault, where the link allows as many: 16 KiB.
+/// Pages of a bulk read just after a fault, where the least window is not larger: 16 KiB.
 const FAULT_READ_PAGES: u32 = 4;
 /// The highest rate fades by this part of itself with every sample.
 const FADE: f64 = 1.0 / 64.0;
@@ -179,7 +179,7 @@ impl Link {
         }
         let floor = self.floor.now();
         self.window = window.max(floor);
-        self.carried = carried.max(floor / 4);
+        self.carried = carried;
         if self.quiet {
             self.read_pages = (self.read_pages * 2).min(MAX_READ_PAGES);
         }
@@ -198,8 +198,16 @@ impl Link {
     }
 
     /// Pages that the next bulk read may have: what the wire carries in the time that a fault may
-    /// wait, and half the window, so that the wire has work while a read is on its way.
+    /// wait, fewer just after a fault, and at least a quarter of the least window, which is large
+    /// where a read costs more than its bytes.
     pub(super) fn read_limit(&self) -> u32 {
-        self.read_pages.min(self.carried).min(self.window / 2)
+        let least = (self.floor.now() / 4).min(MAX_READ_PAGES);
+        self.read_pages.min(self.carried).max(least)
+    }
+
+    /// Pages that there must be room for before a bulk read is posted, so that what a small one leaves
+    /// does not make small reads for ever where they cost more than their bytes.
+    pub(super) fn read_least(&self) -> u32 {
+        self.floor.now() / 16
     }
 }

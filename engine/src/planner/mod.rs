@@ -292,11 +292,12 @@ impl Planner {
     /// Fills the bulk lane up to its window, with at most `reads` reads, in the policy's order.
     pub fn drain(&mut self, reads: usize, now: Nanos, actions: &mut Vec<Action>) {
         for _ in 0..reads {
-            let budget = self.link.window().saturating_sub(self.bulk_in_flight);
-            if budget == 0 {
+            let room = self.link.window().saturating_sub(self.bulk_in_flight);
+            if room < self.link.read_least() {
                 return;
             }
-            let Some((why, run)) = self.next(budget.min(self.link.read_limit())) else { return };
+            let limit = self.link.read_limit();
+            let Some((why, run)) = self.next(room.min(limit)) else { return };
             self.read(why, run, now, actions);
         }
     }
