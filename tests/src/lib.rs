@@ -9,7 +9,7 @@ pub mod cutter;
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
@@ -69,7 +69,7 @@ pub fn free_port() -> u16 {
 
 /// A pcvm process that holds a guest or waits for one. Ended when dropped.
 pub struct Pcvm {
-    child: Child,
+    child: Mutex<Child>,
     control: PathBuf,
     console: PathBuf,
     log: PathBuf,
@@ -87,10 +87,10 @@ impl Pcvm {
         let mut command = Command::new(program("pcvm"));
         command.args(args).arg("--control").arg(&control).arg("--console").arg(&console);
         let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(stderr).spawn().unwrap();
-        let mut started = Self { child, control, console, log };
+        let started = Self { child: Mutex::new(child), control, console, log };
         let begin = Instant::now();
         while !started.control.exists() {
-            let ended = started.child.try_wait().unwrap();
+            let ended = started.child().try_wait().unwrap();
             assert!(ended.is_none(), "{name} ended at its start: {}", started.log());
             assert!(begin.elapsed() < PATIENCE, "{name} does not start: {}", started.log());
             std::thread::sleep(Duration::from_millis(10));
@@ -120,7 +120,20 @@ impl Pcvm {
 
     /// Process id.
     pub fn pid(&self) -> u32 {
-        self.child.id()
+        self.child().id()
+    }
+
+    fn child(&self) -> MutexGuard<'_, Child> {
+        self.child.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// All that can be told of it when something has failed: whether it lives, and what it and its
+    /// guest have said. Gives it a moment to end and to say why.
+    pub fn story(&self) -> String {
+        std::thread::sleep(Duration::from_secs(1));
+        let ended = self.child().try_wait().unwrap();
+        let fate = ended.map_or_else(|| "lives".to_owned(), |status| format!("ended: {status}"));
+        format!("{fate}\nconsole:\n{}\nlog:\n{}\n{}", self.console(), self.log(), self.threads())
     }
 
     /// What the guest has printed here.
@@ -151,8 +164,7 @@ impl Pcvm {
     pub fn wait_until(&self, what: &str, reached: impl Fn(&Self) -> bool) {
         let begin = Instant::now();
         while !reached(self) {
-            let said = || format!("\nconsole:\n{}\nlog:\n{}\n{}", self.console(), self.log(), self.threads());
-            assert!(begin.elapsed() < PATIENCE, "not within {PATIENCE:?}: {what}{}", said());
+            assert!(begin.elapsed() < PATIENCE, "not within {PATIENCE:?}: {what}; it {}", self.story());
             std::thread::sleep(Duration::from_millis(10));
         }
     }
@@ -195,10 +207,10 @@ impl Pcvm {
     }
 
     /// Waits for the process to end; returns whether it succeeded, and what it said.
-    pub fn wait(mut self) -> (bool, String) {
+    pub fn wait(self) -> (bool, String) {
         let begin = Instant::now();
         loop {
-            if let Some(status) = self.child.try_wait().unwrap() {
+            if let Some(status) = self.child().try_wait().unwrap() {
                 return (status.success(), self.log());
             }
             assert!(begin.elapsed() < PATIENCE, "{} does not end:\n{}", self.control.display(), self.log());
@@ -209,8 +221,9 @@ impl Pcvm {
 
 impl Drop for Pcvm {
     fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        let mut child = self.child();
+        let _ = child.kill();
+        let _ = child.wait();
     }
 }
 

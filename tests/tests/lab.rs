@@ -74,8 +74,8 @@ impl Lab {
         let target = format!("{}:{}", self.address, self.ports[1 - self.at]);
         let before = walks(&to.console()).len();
         let out = from.try_migrate(&target, &["--json", "--transport", transport]);
-        let logs = || format!("source:\n{}\ndestination:\n{}\n{}", from.log(), to.log(), to.console());
-        assert!(out.status.success(), "{}\n{}", stderr(&out), logs());
+        let stories = || format!("the source {}\nthe destination {}", from.story(), to.story());
+        assert!(out.status.success(), "{}\n{}", stderr(&out), stories());
         let report = serde_json::from_slice(&out.stdout).unwrap();
         to.wait_until("the guest reports from there", |to| walks(&to.console()).len() >= before + 2);
         from.wait_until("it waits for another guest", |from| from.status()["state"] == "waiting");
@@ -136,7 +136,8 @@ fn twenty_moves_over(transport: &str) {
 #[test]
 #[ignore = "needs the lab: scripts/test runs it there"]
 fn vcpus_serve_their_own_faults_over_each_transport() {
-    let mut lab = Lab::boot_by("self-service", 64, "", 2, &["--self-service", "on"]);
+    let cpus = std::thread::available_parallelism().unwrap().get().min(2) as u32;
+    let mut lab = Lab::boot_by("self-service", 64, "", cpus, &["--self-service", "on"]);
     for transport in ["tcp", "verbs", "shm", "tcp"] {
         let report = lab.go(transport);
         let served = report["pager"]["self_served_faults"].as_u64().unwrap();

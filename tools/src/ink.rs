@@ -2,7 +2,7 @@
 //! see them.
 //!
 //! A plot is drawn in the light colours; a page's style sheet replaces them on dark by matching
-//! the attribute ([`dark_style`]), so no plot is drawn twice.
+//! the attribute (`dark_style`), so no plot is drawn twice.
 
 use std::fmt::Write;
 
@@ -48,7 +48,7 @@ const INKS: [Ink; 9] = [BLUE, VERMILION, GREEN, PURPLE, AMBER, GREY, TEXT, AXIS,
 /// Colours of series; a sixth looks like the first, and is told apart by its label.
 const SERIES: [Ink; 5] = [BLUE, VERMILION, GREEN, PURPLE, AMBER];
 
-/// The style of a page, before [`dark_style`].
+/// The style of a page, before `dark_style`.
 const PAGE_STYLE: &str = include_str!("page.css");
 
 /// The font of plots, and its height in pixels.
