@@ -118,8 +118,8 @@ pub(crate) struct HostArgs {
     /// `auto`: on with four cores or more.
     #[arg(long, value_enum, default_value_t = SelfService::Auto)]
     pub(crate) self_service: SelfService,
-    /// Which pages of a guest that arrives come next while nobody waits: adaptive, linear,
-    /// bubble[:DIRECTION] or bubble-multi[:PIVOTS][:DIRECTION], with forward, dual or backward.
+    /// Which pages of a guest that arrives come next while nobody waits: `adaptive`, `linear`,
+    /// `bubble[:DIRECTION]` or `bubble-multi[:PIVOTS][:DIRECTION]`, with forward, dual or backward.
     #[arg(long, default_value_t = Policy::Adaptive)]
     pub(crate) policy: Policy,
     /// How long a fault of a guest that arrives may wait for the wire behind bulk reads, in

@@ -354,8 +354,11 @@ async fn take_in(host: &Arc<Host>, arrived: Arrived<MovableVm>) -> Next {
 async fn hold_one(host: &Arc<Host>, guest: Arc<MovableVm>) -> Next {
     let next = tokio::select! {
         reason = ended(&guest) => match reason {
-            ExitReason::Failed(_) => Next::Fail(format!("the guest ended: {reason}")),
-            _ => Next::Exit,
+            ExitReason::Failed(_) | ExitReason::TripleFault => Next::Fail(format!("the guest ended: {reason}")),
+            _ => {
+                eprintln!("pcvm: the guest ended: {reason}");
+                Next::Exit
+            }
         },
         () = gone(host) => Next::WaitForAnother,
         () = quit(host) => Next::Exit,
