@@ -224,6 +224,30 @@ fn comparisons_end_with_a_status_for_scripts() {
 }
 
 #[test]
+fn faults_under_every_policy_bring_each_page_once() {
+    const PAGES: u64 = 1024;
+    let policies = ["linear", "bubble-multi:3:dual", "adaptive"];
+    let args = ["fault", "--memory", "4M", "--rounds", "1", "--self-service", "off", "--json"];
+    let out = pcbench(&[&args[..], &["--pattern", "sequential", "--policy", &policies.join(",")]].concat());
+    assert!(out.status.success(), "{}", stderr(&out));
+    let report: Value = serde_json::from_slice(&out.stdout).unwrap();
+    let cases = report["cases"].as_array().unwrap();
+    let names: Vec<&Value> = cases.iter().map(|case| &case["policy"]).collect();
+    assert_eq!(names, [&Value::Null, &policies[0].into(), &policies[1].into(), &policies[2].into()]);
+    for case in cases {
+        let pages = |what: &str| case["pager"]["pages"][what].as_u64().unwrap();
+        let brought = [pages("fault_pages"), pages("prepage_pages"), pages("drain_pages")];
+        assert_eq!(brought.iter().sum::<u64>(), PAGES, "{case}");
+        if case["drain"] == false {
+            assert_eq!(brought[0], PAGES, "{case}");
+        }
+        if case["policy"] == "linear" {
+            assert_eq!(brought[1], 0, "{case}");
+        }
+    }
+}
+
+#[test]
 fn doctor_looks_at_everything_and_changes_nothing() {
     let out = pcbench(&["doctor", "--json"]);
     let examination: Value = serde_json::from_slice(&out.stdout).unwrap();

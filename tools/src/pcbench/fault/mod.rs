@@ -14,6 +14,7 @@ use anyhow::Context;
 use clap::{Args, ValueEnum};
 use postcopy_engine::memory::{GuestMemory, MemoryLayout, PAGE_SIZE};
 use postcopy_engine::pager::PagerConfig;
+use postcopy_engine::planner::{PlannerConfig, Policy};
 use postcopy_engine::stats::{PagerReport, Percentiles};
 use postcopy_tools::{cli, size};
 use postcopy_transport::{EndpointOptions, Transport};
@@ -80,6 +81,13 @@ pub(crate) struct FaultArgs {
     /// With the background drain, or only what is touched.
     #[arg(long, value_enum, default_value_t = Choice::Both)]
     pub(crate) drain: Choice,
+    /// In which order the drain goes, one or several by commas: `adaptive`, `linear`,
+    /// `bubble[:DIRECTION]` or `bubble-multi[:PIVOTS][:DIRECTION]`, with forward, dual or backward.
+    #[arg(long, value_delimiter = ',', value_name = "POLICY", default_values_t = [Policy::Adaptive])]
+    pub(crate) policy: Vec<Policy>,
+    /// How long a fault may wait for the wire behind the drain, in microseconds.
+    #[arg(long, default_value_t = 50, value_name = "US", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    pub(crate) bulk_wait: u32,
     /// How long threads poll before they sleep. Default: by the number of cores.
     #[arg(long, value_name = "US")]
     pub(crate) spin: Option<u64>,
@@ -96,11 +104,26 @@ impl FaultArgs {
         EndpointOptions { spin: self.spin.map(Duration::from_micros), ..EndpointOptions::default() }
     }
 
-    fn pager(&self) -> PagerConfig {
-        match self.spin {
-            Some(spin) => PagerConfig { spin: Duration::from_micros(spin), ..PagerConfig::default() },
-            None => PagerConfig::default(),
+    fn pager(&self, case: Case) -> PagerConfig {
+        let bulk_wait_ns = u64::from(self.bulk_wait) * 1000;
+        let planner = PlannerConfig { policy: case.policy.unwrap_or_default(), bulk_wait_ns };
+        let spin = self.spin.map_or(PagerConfig::default().spin, Duration::from_micros);
+        PagerConfig { spin, planner }
+    }
+
+    /// Every case once. Without a drain there is no order to it.
+    fn cases(&self) -> Vec<Case> {
+        let mut cases = Vec::new();
+        for &self_service in self.self_service.values() {
+            for &drain in self.drain.values() {
+                let case = |policy| Case { self_service, drain, policy };
+                match drain {
+                    true => cases.extend(self.policy.iter().map(|policy| case(Some(*policy)))),
+                    false => cases.push(case(None)),
+                }
+            }
         }
+        cases
     }
 }
 
@@ -109,6 +132,13 @@ impl FaultArgs {
 struct Case {
     self_service: bool,
     drain: bool,
+    /// Of the drain, if there is one.
+    #[serde(serialize_with = "as_text")]
+    policy: Option<Policy>,
+}
+
+fn as_text<S: serde::Serializer>(policy: &Option<Policy>, serializer: S) -> Result<S::Ok, S::Error> {
+    policy.map(|policy| policy.to_string()).serialize(serializer)
 }
 
 /// What one case showed: the medians over its rounds.
@@ -167,12 +197,7 @@ fn measure(args: &FaultArgs) -> anyhow::Result<FaultReport> {
     args.transport.available()?;
     let source = guest_memory(args.memory)?;
     crate::pattern::fill(source.guest());
-    let cases: Vec<Case> = (args.self_service.values().iter())
-        .flat_map(|self_service| {
-            let case = |drain: &bool| Case { self_service: *self_service, drain: *drain };
-            args.drain.values().iter().map(case)
-        })
-        .collect();
+    let cases = args.cases();
     let mut rounds: Vec<Vec<Outcome>> = vec![Vec::new(); cases.len()];
     let (mut raw, mut bulk) = (Vec::new(), Vec::new());
     let shows = std::io::stderr().is_terminal();
@@ -222,7 +247,7 @@ fn table(report: &FaultReport) -> String {
         out,
         "{} of {} MiB, {:?} {:?}, {} thread(s), medians of {} rounds\n\
          raw 4 KiB read: p50 {:.1} µs, p99 {:.1} µs; raw bulk: {:.0} MB/s\n\n\
-         {:<9} {:<5} {:>8} {:>8} {:>6} {:>8} {:>8} {:>8} {:>9} {:>9} {:>8}",
+         {:<9} {:<22} {:>8} {:>8} {:>6} {:>8} {:>8} {:>8} {:>9} {:>9} {:>8} {:>8} {:>8}",
         report.transport,
         report.memory_bytes >> 20,
         report.pattern,
@@ -243,14 +268,16 @@ fn table(report: &FaultReport) -> String {
         "max",
         "resident",
         "MB/s",
+        "fetched",
+        "prepaged",
     );
     for case in &report.cases {
         let stall = &case.stall;
         let _ = writeln!(
             out,
-            "{:<9} {:<5} {:>8} {:>8.1} {:>6.2} {:>8.1} {:>8.1} {:>8.1} {:>9.1} {:>6.0} ms {:>8.0}",
+            "{:<9} {:<22} {:>8} {:>8.1} {:>6.2} {:>8.1} {:>8.1} {:>8.1} {:>9.1} {:>6.0} ms {:>8.0} {:>8} {:>8}",
             if case.case.self_service { "itself" } else { "handler" },
-            if case.case.drain { "on" } else { "off" },
+            case.case.policy.map_or("off".into(), |policy| policy.to_string()),
             case.stalled,
             stall.p50_us,
             case.times_raw,
@@ -260,6 +287,8 @@ fn table(report: &FaultReport) -> String {
             stall.max_us,
             case.resident_ms,
             case.drain_mb_s,
+            case.pager.pages.fault_pages,
+            case.pager.pages.prepage_pages,
         );
     }
     out

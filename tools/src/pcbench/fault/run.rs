@@ -123,7 +123,7 @@ pub(super) fn run(
     };
     let import = Import::new(args.transport, &memory, &options)?;
     let lanes = import.connect_local(&mut export)?;
-    let pager = import.start(trap, lanes, export.regions(), args.pager())?;
+    let pager = import.start(trap, lanes, export.regions(), args.pager(case))?;
     let mut servers = Vec::new();
     for _ in 0..args.threads {
         servers.push(match case.self_service {
@@ -138,8 +138,14 @@ pub(super) fn run(
     }
     let stalls = touch_all(args, &memory, servers)?;
     let touched = begun.elapsed();
-    let status = if case.drain { end_of(&pager)? } else { pager.status().borrow().clone() };
-    let resident = if case.drain { begun.elapsed() } else { touched };
+    let (status, resident, _trap) = if case.drain {
+        (end_of(&pager)?, begun.elapsed(), None)
+    } else {
+        let status = pager.status();
+        // Its last status has all counts.
+        let trap = pager.stop();
+        (status.borrow().clone(), touched, Some(trap))
+    };
     if let PagerState::Failed(error) = &status.state {
         bail!("the pager failed: {error}");
     }
