@@ -128,10 +128,14 @@ impl Pcvm {
     }
 
     /// All that can be told of it when something has failed: whether it lives, and what it and its
-    /// guest have said. Gives it a moment to end and to say why.
+    /// guest have said. Waits for its end, but not long: it may have been about to say why.
     pub fn story(&self) -> String {
-        std::thread::sleep(Duration::from_secs(1));
-        let ended = self.child().try_wait().unwrap();
+        let begin = Instant::now();
+        let mut ended = self.child().try_wait().unwrap();
+        while ended.is_none() && begin.elapsed() < Duration::from_secs(1) {
+            std::thread::sleep(Duration::from_millis(10));
+            ended = self.child().try_wait().unwrap();
+        }
         let fate = ended.map_or_else(|| "lives".to_owned(), |status| format!("ended: {status}"));
         format!("{fate}\nconsole:\n{}\nlog:\n{}\n{}", self.console(), self.log(), self.threads())
     }

@@ -39,7 +39,7 @@ const MAX_FLOOR: u32 = 128;
 const MAX_WINDOW: u32 = 2048;
 /// Most pages of one bulk read: 64 KiB.
 pub const MAX_READ_PAGES: u32 = 16;
-/// Pages of a bulk read just after a fault, where the least window is not larger: 16 KiB.
+/// Pages of a bulk read just after a fault: 16 KiB, or a quarter of the least window if that is more.
 const FAULT_READ_PAGES: u32 = 4;
 /// The highest rate fades by this part of itself with every sample.
 const FADE: f64 = 1.0 / 64.0;
@@ -168,7 +168,7 @@ impl Link {
         self.rtt_ns = self.rtt_ns.min(took);
         let pages_in = |ns: u64| ((self.rate * ns as f64) as u64).div_ceil(PAGE_SIZE);
         let window = pages_in(self.rtt_ns + self.wait_ns).min(MAX_WINDOW.into()) as u32;
-        let carried = pages_in(self.wait_ns).min(MAX_READ_PAGES.into()) as u32;
+        self.carried = pages_in(self.wait_ns).min(MAX_READ_PAGES.into()) as u32;
         self.epoch_pages += pages;
         if self.epoch_pages >= EPOCH_WINDOWS * self.window {
             let rate = f64::from(self.epoch_pages) / now.since(self.epoch_began).max(1) as f64;
@@ -177,9 +177,7 @@ impl Link {
             }
             (self.epoch_began, self.epoch_pages) = (now, 0);
         }
-        let floor = self.floor.now();
-        self.window = window.max(floor);
-        self.carried = carried;
+        self.window = window.max(self.floor.now());
         if self.quiet {
             self.read_pages = (self.read_pages * 2).min(MAX_READ_PAGES);
         }
