@@ -161,6 +161,21 @@ impl GuestMemory {
         Ok(Self { layout: Arc::new(layout), guest, landing })
     }
 
+    /// Maps a file that another program has made and uses as a guest's memory, twice. Whoever holds
+    /// it can change it, and can end this process by making it shorter.
+    ///
+    /// Errors: the file is shorter than the layout, or mmap(2) refuses.
+    pub fn of_file(layout: MemoryLayout, file: std::fs::File) -> io::Result<Self> {
+        let (len, found) = (layout.total_bytes(), file.metadata()?.len());
+        if found < len {
+            return Err(io::Error::other(format!("the file has {found} bytes, the guest {len}")));
+        }
+        let len = usize::try_from(len).map_err(io::Error::other)?;
+        let guest = HostMemory::map(Arc::new(file), len)?;
+        let landing = guest.map_again()?;
+        Ok(Self { layout: Arc::new(layout), guest, landing })
+    }
+
     /// How guest physical memory maps to the memfd.
     pub fn layout(&self) -> &MemoryLayout {
         &self.layout

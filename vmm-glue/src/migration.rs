@@ -3,11 +3,12 @@
 //! What is here is only translation; the protocol is the engine's, the machine is [`Vm`]'s.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use postcopy_engine::memory::GuestMemory;
 use postcopy_engine::pager::FaultServer;
 use postcopy_engine::session::{
-    DestinationGuest, DestinationHost, GuestDescription, GuestError, SourceGuest,
+    DestinationGuest, DestinationHost, Frozen, GuestDescription, GuestError, SourceGuest,
 };
 
 use crate::fault_address::FaultAddresses;
@@ -86,11 +87,13 @@ impl SourceGuest for MovableVm {
         Ok((VMM.into(), postcard::to_stdvec(&self.config)?))
     }
 
-    fn freeze(&self) -> Result<Vec<u8>, GuestError> {
-        self.with(|vm| {
+    fn freeze(&self) -> Result<Frozen, GuestError> {
+        let since = Instant::now();
+        let state = self.with(|vm| {
             vm.pause()?;
             vm.save()
-        })
+        })?;
+        Ok(Frozen { state, since })
     }
 
     fn thaw(&self) -> Result<(), GuestError> {

@@ -22,7 +22,7 @@ use rustix::event::{EventfdFlags, eventfd};
 pub use server::{FaultFailed, FaultServer};
 pub use sigbus::SelfService;
 use tokio::sync::watch;
-pub use trap::Trap;
+pub use trap::{Trap, TrapEvent};
 
 use self::claims::Claims;
 use self::server::Shared;

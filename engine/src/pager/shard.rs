@@ -21,6 +21,7 @@ use super::claims::Claim;
 use super::map_reader::{Landed, MAP_TOKEN, MapReader};
 use super::rest::Rest;
 use super::server::{Note, Shared, Stamps};
+use super::trap::TrapEvent;
 use super::{PagerConfig, PagerError, PagerState, PagerStatus, SourceMemory};
 use crate::memory::{PAGE_SIZE, PageIndex};
 use crate::planner::{Action, LaneId, Nanos, Planner, Run, Why};
@@ -72,7 +73,7 @@ pub(super) struct Shard {
     completions: Vec<Completion>,
     /// What has arrived on the bulk lane and is not published yet.
     arrived: VecDeque<Completion>,
-    seen: Vec<PageIndex>,
+    seen: Vec<TrapEvent>,
     events: EventBuffer,
     pieces: Vec<Run>,
     taken: Vec<PageIndex>,
@@ -169,14 +170,21 @@ impl Shard {
 
     fn take_faults(&mut self, now: Instant) -> Result<bool, PagerError> {
         let mut seen = std::mem::take(&mut self.seen);
-        self.shared.trap.take_faults(&mut self.events, &mut seen)?;
+        self.shared.trap.take(&mut self.events, &mut seen)?;
         let when = self.nanos(now);
-        for page in &seen {
-            if !self.planner.fault(*page, when, &mut self.actions) {
-                return Err(PagerError::StrayFault(*page));
+        for event in &seen {
+            let page = match *event {
+                TrapEvent::Fault(page) => page,
+                TrapEvent::Discarded { first, end } => {
+                    self.discarded(first, end);
+                    continue;
+                }
+            };
+            if !self.planner.fault(page, when, &mut self.actions) {
+                return Err(PagerError::StrayFault(page));
             }
-            if self.actions.last() == Some(&Action::Read(Why::Fault, Run::one(*page))) {
-                self.faults.push(Fault { page: *page, seen: now, posted: None });
+            if self.actions.last() == Some(&Action::Read(Why::Fault, Run::one(page))) {
+                self.faults.push(Fault { page, seen: now, posted: None });
             }
         }
         let any = !seen.is_empty();
@@ -186,6 +194,13 @@ impl Shard {
             self.carry_out()?;
         }
         Ok(any)
+    }
+
+    /// The guest has given pages back: what has not come of them need not.
+    fn discarded(&mut self, first: PageIndex, end: PageIndex) {
+        let zeros: Vec<PageIndex> = self.planner.missing(first, end).collect();
+        zeros.iter().for_each(|page| self.shared.claims.zero(*page));
+        self.planner.discarded(&zeros, &mut self.actions);
     }
 
     /// Hears of the faults that other threads serve, as if it had seen and served them itself.
@@ -308,7 +323,7 @@ impl Shard {
                 Action::Read(why, run) => self.read(why, run),
                 Action::Publish(run) => self.publish(run)?,
                 Action::PublishZero(page) => self.publish_zero(page)?,
-                Action::Wake(page) => self.shared.trap.wake(page)?,
+                Action::Wake(page) => self.shared.trap.show_again(page)?,
                 Action::Done => self.done = true,
             }
         }

@@ -5,12 +5,16 @@
 //! half-landed), or mapped. Publishing is UFFDIO_CONTINUE, which maps the file's page. Both kinds
 //! of fault come here, so the guest never sees a page before it is whole.
 //!
+//! The guest mapping may be another process's: the descriptor then was made there, and the addresses
+//! are that process's. Such a guest may give pages back (a balloon, free-page reporting): the kernel
+//! tells of it, and what it touches of them afterwards is zero.
+//!
 //! Fail closed: the descriptor lives as long as any clone of [`Trap`] does. While it lives, a guest
 //! that touches a page which nobody publishes waits; only closing it would show zeros.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
-use std::sync::Arc;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use postcopy_transport::HostMemory;
 use userfaultfd::{Error as UffdError, Event, EventBuffer, FeatureFlags, RegisterMode, Uffd, UffdBuilder};
@@ -27,7 +31,36 @@ const MINOR_SHMEM: FeatureFlags = FeatureFlags::from_bits_retain(1 << 10);
 pub struct Trap {
     uffd: Arc<Uffd>,
     memory: GuestMemory,
-    signals: bool,
+    /// Address of the guest mapping in the process that has it.
+    base: u64,
+    whose: Whose,
+    /// Events that were read while a page was being published.
+    early: Arc<Mutex<Vec<TrapEvent>>>,
+}
+
+/// Who touches the guest mapping, and who is told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Whose {
+    /// Threads of this process, and the pager is told.
+    Ours,
+    /// Threads of this process, which are told themselves.
+    OursForSelfService,
+    /// Another process. It may discard pages.
+    Theirs,
+}
+
+/// What the kernel tells of the guest mapping.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TrapEvent {
+    /// Somebody waits for a page.
+    Fault(PageIndex),
+    /// These pages were given back: they are zero from now on, unless something is written there.
+    Discarded {
+        /// The first.
+        first: PageIndex,
+        /// One behind the last.
+        end: PageIndex,
+    },
 }
 
 impl Trap {
@@ -37,7 +70,7 @@ impl Trap {
     /// Errors: userfaultfd is refused (EPERM: who runs this may not), the kernel has no minor
     /// faults on shared memory (older than 5.14), or the registration fails.
     pub fn register(memory: &GuestMemory) -> Result<Self, PagerError> {
-        Self::with(memory, false)
+        Self::with(memory, Whose::Ours)
     }
 
     /// As [`Trap::register`], but the thread that touches a page is told by a signal (SIGBUS), or
@@ -45,12 +78,29 @@ impl Trap {
     ///
     /// Errors: as [`Trap::register`].
     pub fn register_for_self_service(memory: &GuestMemory) -> Result<Self, PagerError> {
-        Self::with(memory, true)
+        Self::with(memory, Whose::OursForSelfService)
     }
 
-    fn with(memory: &GuestMemory, signals: bool) -> Result<Self, PagerError> {
+    /// Registers the mapping of the guest's memory in another process, which starts at `base` there,
+    /// by the userfaultfd `descriptor` that was made there and not set up. Nothing in the file is kept:
+    /// what was there is given back first.
+    ///
+    /// Errors: `descriptor` is none, or that mapping cannot be registered.
+    pub fn adopt(descriptor: OwnedFd, base: u64, memory: &GuestMemory) -> Result<Self, PagerError> {
+        let empty = |source: io::Error| PagerError::System { operation: "emptying guest memory", source };
+        let all = rustix::fs::FallocateFlags::PUNCH_HOLE | rustix::fs::FallocateFlags::KEEP_SIZE;
+        let emptied = rustix::fs::fallocate(memory.guest().file(), all, 0, memory.guest().len() as u64);
+        emptied.map_err(|errno| empty(errno.into()))?;
+        rustix::io::ioctl_fionbio(&descriptor, true).map_err(|errno| empty(errno.into()))?;
+        set_up(&descriptor, FeatureFlags::MISSING_SHMEM | MINOR_SHMEM | FeatureFlags::EVENT_REMOVE)?;
+        // SAFETY: the descriptor is owned and given up here, so `uffd` is its only owner.
+        let uffd = unsafe { Uffd::from_raw_fd(descriptor.into_raw_fd()) };
+        Self::over(uffd, memory, base, Whose::Theirs)
+    }
+
+    fn with(memory: &GuestMemory, whose: Whose) -> Result<Self, PagerError> {
         let mut features = FeatureFlags::MISSING_SHMEM | MINOR_SHMEM;
-        if signals {
+        if whose == Whose::OursForSelfService {
             features |= FeatureFlags::SIGBUS;
         }
         let uffd = UffdBuilder::new()
@@ -60,19 +110,19 @@ impl Trap {
             .require_features(features)
             .create()
             .map_err(refused)?;
-        let guest = memory.guest();
-        uffd.register_with_mode(
-            guest.base().cast(),
-            guest.len(),
-            RegisterMode::MISSING | RegisterMode::MINOR,
-        )
-        .map_err(|error| PagerError::Userfault { operation: "UFFDIO_REGISTER", source: errno(error) })?;
-        Ok(Self { uffd: Arc::new(uffd), memory: memory.clone(), signals })
+        Self::over(uffd, memory, memory.guest().base() as u64, whose)
+    }
+
+    fn over(uffd: Uffd, memory: &GuestMemory, base: u64, whose: Whose) -> Result<Self, PagerError> {
+        let (start, mode) = (base as *mut libc::c_void, RegisterMode::MISSING | RegisterMode::MINOR);
+        uffd.register_with_mode(start, memory.guest().len(), mode)
+            .map_err(|error| PagerError::Userfault { operation: "UFFDIO_REGISTER", source: errno(error) })?;
+        Ok(Self { uffd: Arc::new(uffd), memory: memory.clone(), base, whose, early: Arc::default() })
     }
 
     /// Whether touches are told to who touched, and not to the pager.
     pub fn is_for_self_service(&self) -> bool {
-        self.signals
+        self.whose == Whose::OursForSelfService
     }
 
     /// The trapped mapping.
@@ -90,27 +140,41 @@ impl Trap {
         Self::register(&memory).map(drop)
     }
 
-    /// Reads the faults that are pending into `faults`. Never blocks.
-    pub fn take_faults(
-        &self,
-        buffer: &mut EventBuffer,
-        faults: &mut Vec<PageIndex>,
-    ) -> Result<(), PagerError> {
-        let base = self.memory.guest().base() as u64;
+    /// Adds what has happened since the last call to `seen`. Never blocks.
+    pub fn take(&self, buffer: &mut EventBuffer, seen: &mut Vec<TrapEvent>) -> Result<(), PagerError> {
+        if self.whose == Whose::Theirs {
+            seen.append(&mut self.early());
+        }
         let events = match self.uffd.read_events(buffer) {
             Ok(events) => events,
             Err(error) => return wait_or(error),
         };
+        let page = |address: u64| PageIndex::containing(address.wrapping_sub(self.base));
         for event in events {
             match event {
-                Ok(Event::Pagefault { addr, .. }) => {
-                    let offset = (addr as u64).wrapping_sub(base);
-                    faults.push(PageIndex::containing(offset));
+                Ok(Event::Pagefault { addr, .. }) => seen.push(TrapEvent::Fault(page(addr as u64))),
+                Ok(Event::Remove { start, end }) => {
+                    seen.push(TrapEvent::Discarded { first: page(start as u64), end: page(end as u64) });
                 }
                 Ok(_) => {}
                 Err(error) => return wait_or(error),
             }
         }
+        Ok(())
+    }
+
+    fn early(&self) -> MutexGuard<'_, Vec<TrapEvent>> {
+        self.early.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The address space is being changed. Where the change is told of, it ends when that was heard.
+    fn let_change(&self) -> Result<(), PagerError> {
+        if self.whose != Whose::Theirs {
+            return Ok(());
+        }
+        let mut heard = Vec::new();
+        self.take(&mut EventBuffer::new(1), &mut heard)?;
+        self.early().append(&mut heard);
         Ok(())
     }
 
@@ -126,7 +190,12 @@ impl Trap {
                         self.wake(PageIndex::containing(at))?;
                         at += PAGE_SIZE;
                     }
-                    Some(libc::EAGAIN) => {}
+                    Some(libc::EAGAIN) => self.let_change()?,
+                    // Discarded since it landed.
+                    Some(libc::EFAULT) if self.whose == Whose::Theirs => {
+                        self.publish_zero(PageIndex::containing(at), false)?;
+                        at += PAGE_SIZE;
+                    }
                     code => return Err(failed("UFFDIO_CONTINUE", code)),
                 },
             }
@@ -150,10 +219,19 @@ impl Trap {
                 Ok(_) => return Ok(()),
                 Err(error) => match errno(error).raw_os_error() {
                     Some(libc::EEXIST) => return self.publish(Run::one(page)),
-                    Some(libc::EAGAIN) => {}
+                    Some(libc::EAGAIN) => self.let_change()?,
                     code => return Err(failed("UFFDIO_ZEROPAGE", code)),
                 },
             }
+        }
+    }
+
+    /// Shows a page that was published before to who waits for it: he was late to ask, or has
+    /// discarded it since.
+    pub fn show_again(&self, page: PageIndex) -> Result<(), PagerError> {
+        match self.whose {
+            Whose::Theirs => self.publish_zero(page, false),
+            Whose::Ours | Whose::OursForSelfService => self.wake(page),
         }
     }
 
@@ -166,8 +244,7 @@ impl Trap {
     /// Ends the trapping: every page is published or zero. What was never touched reads as zeros
     /// from now on, which is what it is.
     pub fn release(&self) -> Result<(), PagerError> {
-        let guest = self.memory.guest();
-        let (base, len) = (guest.base().cast(), guest.len());
+        let (base, len) = (self.address(0), self.memory.guest().len());
         let done = self.uffd.unregister(base, len);
         done.map_err(|error| PagerError::Userfault { operation: "UFFDIO_UNREGISTER", source: errno(error) })?;
         // Unregistering wakes who waits before it changes the mapping. Where faults take only the
@@ -178,7 +255,7 @@ impl Trap {
     }
 
     fn address(&self, offset: u64) -> *mut libc::c_void {
-        self.memory.guest().base().wrapping_add(offset as usize).cast()
+        self.base.wrapping_add(offset) as *mut libc::c_void
     }
 }
 
@@ -186,6 +263,29 @@ impl AsFd for Trap {
     fn as_fd(&self) -> BorrowedFd<'_> {
         // SAFETY: the descriptor is owned by `self.uffd`, which the borrow cannot outlive.
         unsafe { BorrowedFd::borrow_raw(self.uffd.as_raw_fd()) }
+    }
+}
+
+/// UFFDIO_API and its argument, of linux/userfaultfd.h: the binding does this only for descriptors
+/// that it has made itself.
+const UFFDIO_API: libc::Ioctl = libc::_IOWR::<Api>(0xaa, 0x3f);
+const UFFD_API: u64 = 0xaa;
+
+#[repr(C)]
+struct Api {
+    api: u64,
+    features: u64,
+    ioctls: u64,
+}
+
+/// Asks for features of a userfaultfd that nobody has asked yet.
+fn set_up(descriptor: &OwnedFd, features: FeatureFlags) -> Result<(), PagerError> {
+    let mut api = Api { api: UFFD_API, features: features.bits(), ioctls: 0 };
+    // SAFETY: the descriptor is open, and the argument is what this request reads and writes.
+    let answer = unsafe { libc::ioctl(descriptor.as_raw_fd(), UFFDIO_API, &raw mut api) };
+    match answer {
+        0 => Ok(()),
+        _ => Err(PagerError::Userfault { operation: "UFFDIO_API", source: io::Error::last_os_error() }),
     }
 }
 

@@ -29,6 +29,9 @@ pub struct PageCounts {
     pub fault_pages: u64,
     /// Pages that never crossed, being zero.
     pub zero_pages: u64,
+    /// Pages that never crossed, because the guest gave them back before.
+    #[serde(default)]
+    pub discarded_pages: u64,
 }
 
 impl PageCounts {

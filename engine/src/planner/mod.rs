@@ -289,6 +289,20 @@ impl Planner {
         self.finish(actions);
     }
 
+    /// The pages of `first..end` that nobody has read yet.
+    pub fn missing(&self, first: PageIndex, end: PageIndex) -> impl Iterator<Item = PageIndex> {
+        let up = move |at: u64| self.pages.missing_up(at, end.0);
+        std::iter::successors(up(first.0), move |at| up(at + 1)).map(PageIndex)
+    }
+
+    /// The guest has given these missing pages back: they are zero from now on, and not read.
+    pub fn discarded(&mut self, pages: &[PageIndex], actions: &mut Vec<Action>) {
+        for page in pages {
+            self.counts.discarded_pages += u64::from(self.pages.set_zero(*page));
+        }
+        self.finish(actions);
+    }
+
     /// Fills the bulk lane up to its window, with at most `reads` reads, in the policy's order.
     pub fn drain(&mut self, reads: usize, now: Nanos, actions: &mut Vec<Action>) {
         for _ in 0..reads {

@@ -34,6 +34,25 @@ pub trait DestinationHost: Send + Sync + 'static {
         0
     }
 
+    /// Makes memory for such a guest, empty, with the trap under it: of this process, if not said
+    /// otherwise, and told to the threads themselves where `served` says that some serve their own
+    /// faults.
+    ///
+    /// Errors: there is no room for it, or userfaultfd is refused.
+    fn memory(
+        &self,
+        description: &GuestDescription,
+        served: bool,
+    ) -> Result<(GuestMemory, Trap), GuestError> {
+        let (layout, bytes) = (description.layout.clone(), description.layout.total_bytes());
+        let memory = GuestMemory::new(layout).map_err(|source| SessionError::Memory { bytes, source })?;
+        let trap = match served {
+            false => Trap::register(&memory),
+            true => Trap::register_for_self_service(&memory),
+        };
+        Ok((memory, trap.map_err(SessionError::from)?))
+    }
+
     /// Checks whether such a guest can run here, and prepares for it. Its memory holds nothing yet
     /// and is trapped: nothing may touch it before the state is loaded.
     fn prepare(
@@ -153,13 +172,9 @@ impl<H: DestinationHost> Destination<'_, H> {
         channel: &mut Channel,
     ) -> Result<(Arc<H::Guest>, GuestMemory, Pager), SessionError> {
         let (description, offered) = offered(channel.receive("Offer", STEP_PATIENCE).await?)?;
-        let memory = self.make_memory(&description)?;
+        self.check_size(&description)?;
         let threads = self.host.serving_threads(&description).min(MAX_LANES - LANES);
-        let trap = match threads {
-            0 => Trap::register(&memory)?,
-            _ => Trap::register_for_self_service(&memory)?,
-        };
-        let guest = self.prepare(description, &memory).await?;
+        let (guest, memory, trap) = self.prepare(description, threads > 0).await?;
         let (transport, import) = self.import(&offered, &memory).await?;
         let (pager, servers) = self.connect(channel, transport, import, trap, threads).await?;
         channel.send(&Message::LanesReady).await?;
@@ -168,27 +183,31 @@ impl<H: DestinationHost> Destination<'_, H> {
         Ok((guest, memory, pager))
     }
 
-    fn make_memory(&self, description: &GuestDescription) -> Result<GuestMemory, SessionError> {
+    fn check_size(&self, description: &GuestDescription) -> Result<(), SessionError> {
         let bytes = description.layout.total_bytes();
-        if let Some(limit) = self.options.memory_limit
-            && bytes > limit
-        {
-            let source = std::io::Error::other(format!("this side accepts at most {limit} bytes"));
-            return Err(SessionError::Memory { bytes, source });
+        match self.options.memory_limit {
+            Some(limit) if bytes > limit => {
+                let source = std::io::Error::other(format!("this side accepts at most {limit} bytes"));
+                Err(SessionError::Memory { bytes, source })
+            }
+            _ => Ok(()),
         }
-        GuestMemory::new(description.layout.clone()).map_err(|source| SessionError::Memory { bytes, source })
     }
 
     async fn prepare(
         &self,
         description: GuestDescription,
-        memory: &GuestMemory,
-    ) -> Result<Arc<H::Guest>, SessionError> {
-        let (host, memory) = (self.host.clone(), memory.clone());
-        let prepared = blocking(move || host.prepare(&description, &memory)).await;
-        prepared
-            .map(Arc::new)
-            .map_err(|source| SessionError::Guest { operation: "preparing for the guest", source })
+        served: bool,
+    ) -> Result<(Arc<H::Guest>, GuestMemory, Trap), SessionError> {
+        let host = self.host.clone();
+        let prepared = blocking(move || {
+            let (memory, trap) = host.memory(&description, served)?;
+            Ok((Arc::new(host.prepare(&description, &memory)?), memory, trap))
+        });
+        prepared.await.map_err(|source: GuestError| match source.downcast::<SessionError>() {
+            Ok(ours) => *ours,
+            Err(source) => SessionError::Guest { operation: "preparing for the guest", source },
+        })
     }
 
     /// Registers memory for the first offered transport that works here.

@@ -36,7 +36,7 @@ pub use preamble::PROTOCOL_VERSION;
 #[cfg(feature = "fuzz")]
 pub(crate) use preamble::fuzz_preamble;
 pub use report::{ArrivalReport, MigrationReport, Phase, Progress, REPORT_VERSION};
-pub use source::{MigrateOptions, MigrationError, Owner, SourceGuest, migrate};
+pub use source::{Frozen, MigrateOptions, MigrationError, Owner, SourceGuest, migrate};
 
 use crate::pager::PagerError;
 

@@ -26,10 +26,19 @@ pub trait SourceGuest: Send + Sync + 'static {
 
     /// Stops it, so that neither vCPUs nor devices touch its memory any more, and gives the state
     /// of both.
-    fn freeze(&self) -> Result<Vec<u8>, GuestError>;
+    fn freeze(&self) -> Result<Frozen, GuestError>;
 
     /// Lets it run on after [`SourceGuest::freeze`], also after one that failed.
     fn thaw(&self) -> Result<(), GuestError>;
+}
+
+/// A guest that stands still.
+#[derive(Clone, Debug)]
+pub struct Frozen {
+    /// The state of its vCPUs and devices.
+    pub state: Vec<u8>,
+    /// Since when it stands still. Its downtime counts from here.
+    pub since: Instant,
 }
 
 /// How to move a guest.
@@ -226,13 +235,13 @@ impl<'a> Source<'a> {
         channel: &mut Channel,
         export: &mut Export,
     ) -> Result<(), SessionError> {
-        self.frozen = Instant::now();
         self.report.setup_us = micros(self.begun.elapsed());
         self.enter(Phase::Frozen);
         let guest = self.guest.clone();
-        let state = blocking(move || guest.freeze()).await;
-        let state =
-            state.map_err(|source| SessionError::Guest { operation: "freezing the guest", source })?;
+        let frozen = blocking(move || guest.freeze()).await;
+        let Frozen { state, since } =
+            frozen.map_err(|source| SessionError::Guest { operation: "freezing the guest", source })?;
+        self.frozen = since;
         self.report.freeze_us = micros(self.frozen.elapsed());
         self.report.state_bytes = state.len() as u64;
         export.describe_pages()?;

@@ -1,0 +1,138 @@
+//! Preloaded into a stock QEMU (`LD_PRELOAD`): where QEMU maps a guest's memory, this makes the
+//! userfaultfd that only QEMU's own process can make, and hands it to the pager.
+//!
+//! It stands in front of mmap(2) and does nothing but pass it on, unless `POSTCOPY_HANDOVER` names
+//! the pager's Unix socket and the mapping is a guest's memory by all signs: shared, writable, of
+//! 1 MiB or more, of a file in memory (a memfd, or one on tmpfs). Then the pager is sent, before mmap
+//! returns, one message in the form that Firecracker uses, and the descriptors with it:
+//!
+//! ```text
+//!  [{"base_host_virt_addr":…,"size":…,"offset":…,"page_size":4096}]  + userfaultfd, memory file
+//! ```
+//!
+//! The pager answers with one byte. Without that answer this process ends: a guest whose faults
+//! nobody serves would read zeros in place of its memory. For the same reason the userfaultfd stays
+//! open here for ever: if the pager dies, the guest waits.
+
+use std::ffi::{c_int, c_void};
+use std::io::{IoSlice, Read};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+
+/// What is smaller is no guest's memory.
+const LEAST: usize = 1 << 20;
+/// How long the pager may take to answer.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// USERFAULTFD_IOC_NEW of linux/userfaultfd.h, a request to /dev/userfaultfd.
+const USERFAULTFD_IOC_NEW: libc::Ioctl = libc::_IO(0xaa, 0x00);
+
+/// mmap(2), as programs call it.
+///
+/// # Safety
+///
+/// As mmap(2): with MAP_FIXED it replaces what is mapped at `address`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mmap(
+    address: *mut c_void,
+    length: usize,
+    protection: c_int,
+    flags: c_int,
+    file: c_int,
+    offset: libc::off64_t,
+) -> *mut c_void {
+    // SAFETY: the arguments are the caller's, who knows what they do.
+    let mapped = unsafe { libc::syscall(libc::SYS_mmap, address, length, protection, flags, file, offset) };
+    let mapped = mapped as *mut c_void;
+    if mapped != libc::MAP_FAILED && is_guest_memory(length, protection, flags, file) {
+        hand_over(mapped, length, file, offset);
+    }
+    mapped
+}
+
+/// The name of [`mmap`] for programs with 64-bit file offsets, such as QEMU.
+///
+/// # Safety
+///
+/// As [`mmap`].
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mmap64(
+    address: *mut c_void,
+    length: usize,
+    protection: c_int,
+    flags: c_int,
+    file: c_int,
+    offset: libc::off64_t,
+) -> *mut c_void {
+    // SAFETY: as the caller answers for.
+    unsafe { mmap(address, length, protection, flags, file, offset) }
+}
+
+fn is_guest_memory(length: usize, protection: c_int, flags: c_int, file: c_int) -> bool {
+    let shared =
+        flags & libc::MAP_TYPE == libc::MAP_SHARED || flags & libc::MAP_TYPE == libc::MAP_SHARED_VALIDATE;
+    if !shared || protection & libc::PROT_WRITE == 0 || file < 0 || length < LEAST {
+        return false;
+    }
+    // SAFETY: a mapping of this descriptor has just succeeded, so it is open; the borrow ends here.
+    let file = unsafe { BorrowedFd::borrow_raw(file) };
+    rustix::fs::fstatfs(file).is_ok_and(|of| of.f_type == libc::TMPFS_MAGIC)
+}
+
+/// Hands the mapping to the pager, if there is to be one.
+fn hand_over(at: *mut c_void, length: usize, file: RawFd, offset: i64) {
+    let Some(pager) = std::env::var_os("POSTCOPY_HANDOVER") else { return };
+    let handed = userfaultfd().and_then(|userfaultfd| {
+        let mut pager = UnixStream::connect(&pager)?;
+        pager.set_read_timeout(Some(PATIENCE))?;
+        let layout = format!(
+            "[{{\"base_host_virt_addr\":{},\"size\":{length},\"offset\":{offset},\"page_size\":4096}}]",
+            at as u64
+        );
+        // SAFETY: as above: the descriptor is open, and stays so until mmap returns to its caller.
+        let memory = unsafe { BorrowedFd::borrow_raw(file) };
+        // SAFETY: just opened, and never closed.
+        let fault = unsafe { BorrowedFd::borrow_raw(userfaultfd) };
+        let both = [fault, memory];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        control.push(SendAncillaryMessage::ScmRights(&both));
+        sendmsg(&pager, &[IoSlice::new(layout.as_bytes())], &mut control, SendFlags::NOSIGNAL)?;
+        pager.read_exact(&mut [0])
+    });
+    if let Err(error) = handed {
+        eprintln!(
+            "postcopy-handover: no pager takes this guest's memory ({error}; asked at {}): start QEMU with \
+             `pcvm receive --vmm qemu`, or without this library",
+            pager.display()
+        );
+        // SAFETY: ends the process at once; QEMU has no guest yet, and its exit handlers may expect one.
+        unsafe { libc::_exit(1) };
+    }
+}
+
+/// A userfaultfd of this process that is never closed and not set up yet. Faults that the kernel
+/// takes on the guest's behalf (KVM, vhost) are included, so this needs CAP_SYS_PTRACE, the sysctl
+/// vm.unprivileged_userfaultfd, or access to /dev/userfaultfd.
+fn userfaultfd() -> std::io::Result<RawFd> {
+    // SAFETY: a system call without pointers.
+    let opened = unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | libc::O_NONBLOCK) };
+    if opened >= 0 {
+        return Ok(opened as RawFd);
+    }
+    let refused = std::io::Error::last_os_error();
+    let Ok(device) = std::fs::File::options().read(true).write(true).open("/dev/userfaultfd") else {
+        return Err(std::io::Error::new(refused.kind(), format!("userfaultfd is refused: {refused}")));
+    };
+    // SAFETY: the request takes flags by value and gives a new descriptor.
+    let opened =
+        unsafe { libc::ioctl(device.as_raw_fd(), USERFAULTFD_IOC_NEW, libc::O_CLOEXEC | libc::O_NONBLOCK) };
+    match opened {
+        ..0 => Err(std::io::Error::last_os_error()),
+        // SAFETY: the descriptor is new and nobody else's.
+        opened => Ok(unsafe { OwnedFd::from_raw_fd(opened) }.into_raw_fd()),
+    }
+}
