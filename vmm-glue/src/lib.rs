@@ -5,7 +5,9 @@
 //! apart from its memory, and restores that elsewhere without touching a page of the guest's
 //! memory, so that a pager can bring the pages after the guest has gone on.
 //!
-//! What it is not: a general VMM. There are no disks, no network, no PCI, no ACPI; x86-64 only.
+//! And it moves guests of a stock QEMU, which has all that this machine has not: see [`qemu`].
+//!
+//! What this machine is not: a general VMM. There are no disks, no network, no PCI, no ACPI; x86-64 only.
 //!
 //! ```text
 //!  embedder ──▶ Vm ──▶ Machine ◀── one thread a vCPU: Gate, KVM_RUN, Devices
@@ -35,6 +37,7 @@ mod machine;
 mod memory;
 mod migration;
 mod platform;
+pub mod qemu;
 mod self_service;
 mod state;
 mod vcpu;

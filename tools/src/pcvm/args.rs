@@ -1,5 +1,6 @@
 //! The command line of pcvm, as typed.
 
+use std::ffi::OsString;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
@@ -90,6 +91,24 @@ pub(crate) struct ReceiveArgs {
     /// Refuse guests with more memory than this.
     #[arg(long, value_parser = size::parse, value_name = "SIZE")]
     pub(crate) memory_limit: Option<u64>,
+    /// What is to run the guest: pcvm itself, or a stock QEMU, started with the command after `--`.
+    #[arg(long, value_enum, default_value_t = Vmm::Own)]
+    pub(crate) vmm: Vmm,
+    /// The library that QEMU is started with, where it is not beside pcvm or in ../lib.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) handover_library: Option<PathBuf>,
+    /// QEMU and its arguments, which make the machine that it is at the source; without -incoming.
+    #[arg(last = true, value_name = "QEMU ARGUMENTS")]
+    pub(crate) command: Vec<OsString>,
+}
+
+/// Who runs a guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Vmm {
+    /// Pcvm itself.
+    Own,
+    /// A stock QEMU.
+    Qemu,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
@@ -166,11 +185,22 @@ impl WireArgs {
     }
 }
 
+/// Where the guest is that is to move.
+#[derive(Clone, Debug, Args)]
+#[group(required = true, multiple = false)]
+pub(crate) struct FromArgs {
+    /// Control socket of the pcvm process that holds the guest.
+    #[arg(long, value_name = "SOCK")]
+    pub(crate) control: Option<PathBuf>,
+    /// Monitor (QMP) socket of the QEMU that runs the guest. Its RAM must be a shared file in memory.
+    #[arg(long, value_name = "SOCK")]
+    pub(crate) qmp: Option<PathBuf>,
+}
+
 #[derive(Debug, Args)]
 pub(crate) struct MigrateArgs {
-    /// Control socket of the process that holds the guest.
-    #[arg(long, value_name = "SOCK")]
-    pub(crate) control: PathBuf,
+    #[command(flatten)]
+    pub(crate) from: FromArgs,
     /// Where `pcvm receive` listens.
     #[arg(long, value_name = "HOST:PORT")]
     pub(crate) to: String,

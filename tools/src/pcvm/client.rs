@@ -33,18 +33,28 @@ fn ask(control: &Path, request: &Request, mut progress: impl FnMut(&Progress)) -
 }
 
 pub(crate) fn migrate(args: &MigrateArgs) -> anyhow::Result<()> {
+    let migration = match (&args.from.control, &args.from.qmp) {
+        (Some(control), _) => migrate_held(args, control)?,
+        (None, Some(monitor)) => crate::qemu::migrate(args, monitor)?,
+        (None, None) => bail!("say where the guest is: --control SOCK or --qmp SOCK"),
+    };
+    print_report(&migration, args.json)
+}
+
+/// Has the process that holds the guest move it.
+fn migrate_held(args: &MigrateArgs, control: &Path) -> anyhow::Result<MigrationReport> {
     let request = Request::Migrate {
         to: args.to.clone(),
         transports: args.wire.transports().iter().map(|transport| transport.name().to_owned()).collect(),
         lanes: args.wire.device.clone(),
     };
     let mut meter = Meter::new(args.quiet);
-    let answer = ask(&args.control, &request, |progress| meter.show(progress))?;
+    let answer = ask(control, &request, |progress| meter.show(progress))?;
     meter.end();
-    let Answer::Report(migration) = answer else {
-        bail!("the process answered something else than a report")
-    };
-    print_report(&migration, args.json)
+    match answer {
+        Answer::Report(migration) => Ok(*migration),
+        _ => bail!("the process answered something else than a report"),
+    }
 }
 
 fn print_report(migration: &MigrationReport, json: bool) -> anyhow::Result<()> {
@@ -57,18 +67,18 @@ fn print_report(migration: &MigrationReport, json: bool) -> anyhow::Result<()> {
 }
 
 /// Progress on stderr: one line that changes on a terminal, a line a phase elsewhere.
-struct Meter {
+pub(crate) struct Meter {
     quiet: bool,
     terminal: bool,
     phase: Option<Phase>,
 }
 
 impl Meter {
-    fn new(quiet: bool) -> Self {
+    pub(crate) fn new(quiet: bool) -> Self {
         Self { quiet, terminal: std::io::stderr().is_terminal(), phase: None }
     }
 
-    fn show(&mut self, progress: &Progress) {
+    pub(crate) fn show(&mut self, progress: &Progress) {
         let entered = self.phase.replace(progress.phase) != Some(progress.phase);
         if self.quiet || !(entered || self.terminal) {
             return;
@@ -81,7 +91,7 @@ impl Meter {
         }
     }
 
-    fn end(&self) {
+    pub(crate) fn end(&self) {
         if self.terminal && !self.quiet {
             eprint!("\r\x1b[K");
         }

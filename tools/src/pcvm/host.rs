@@ -21,12 +21,14 @@ use postcopy_engine::export::Export;
 use postcopy_engine::pager::{Pager, PagerStatus, Trap};
 use postcopy_engine::session::{self, Arrived, Progress, ReceiveOptions, SessionError};
 use postcopy_engine::stats::PagerReport;
-use postcopy_vmm::{BootSource, Console, DEFAULT_CMDLINE, ExitReason, MovableVm, VmConfig, VmHost};
+use postcopy_vmm::qemu::QemuCommand;
+use postcopy_vmm::{BootSource, Console, DEFAULT_CMDLINE, MovableVm, VmConfig, VmHost};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 
-use crate::args::{HostArgs, ReceiveArgs, RunArgs, SelfService, resolve};
+use crate::args::{HostArgs, ReceiveArgs, RunArgs, SelfService, Vmm, resolve};
 use crate::control::Status;
+use crate::held::{End, HeldGuest, OwnRoom, QemuRoom, Room, handover_library};
 use crate::server;
 
 /// How often a host looks whether its guest has ended.
@@ -37,11 +39,11 @@ pub(crate) enum State {
     /// There is none yet.
     Waiting,
     /// It runs here.
-    Running(Arc<MovableVm>),
+    Running(Arc<dyn HeldGuest>),
     /// It is being moved away.
-    Migrating(Arc<MovableVm>),
+    Migrating(Arc<dyn HeldGuest>),
     /// The handover was not confirmed. Guest and exported memory are kept until a person decides.
-    InDoubt { guest: Arc<MovableVm>, export: Option<Box<Export>> },
+    InDoubt { guest: Arc<dyn HeldGuest>, export: Option<Box<Export>> },
     /// It runs at the destination, which still needs this memory and cannot be heard.
     Kept { export: Option<Box<Export>>, reason: String },
     /// It has moved away, or ended.
@@ -62,6 +64,9 @@ enum Arrival {
         pager: Box<Pager>,
     },
 }
+
+/// A guest whose handover was not confirmed, and its memory on offer.
+type Doubtful = (Arc<dyn HeldGuest>, Option<Box<Export>>);
 
 /// What the control server and the main loop share.
 pub(crate) struct Host {
@@ -92,7 +97,7 @@ impl Host {
     }
 
     /// Takes the guest for a migration, if it runs here and may be moved.
-    pub(crate) fn begin_migration(&self) -> Result<Arc<MovableVm>, String> {
+    pub(crate) fn begin_migration(&self) -> Result<Arc<dyn HeldGuest>, String> {
         if let Arrival::Stranded { reason, .. } = &*lock(&self.arrival) {
             return Err(format!("the guest's memory has not all arrived here: {reason}"));
         }
@@ -113,7 +118,7 @@ impl Host {
     }
 
     /// Takes guest and export out of doubt.
-    pub(crate) fn take_doubt(&self) -> Option<(Arc<MovableVm>, Option<Box<Export>>)> {
+    pub(crate) fn take_doubt(&self) -> Option<Doubtful> {
         let mut state = lock(&self.state);
         if !matches!(&*state, State::InDoubt { .. }) {
             return None;
@@ -124,7 +129,7 @@ impl Host {
         }
     }
 
-    pub(crate) fn guest(&self) -> Option<Arc<MovableVm>> {
+    pub(crate) fn guest(&self) -> Option<Arc<dyn HeldGuest>> {
         match &*lock(&self.state) {
             State::Running(guest) | State::Migrating(guest) => Some(guest.clone()),
             _ => None,
@@ -213,7 +218,8 @@ pub(crate) fn run(args: &RunArgs) -> anyhow::Result<()> {
         }
         let control = server::bind(&args.host.control)?;
         let guest = Arc::new(MovableVm::boot(config, &source, console(&args.host.console))?);
-        hold(control, &args.host, None, listen, options, Some(guest)).await
+        let room = OwnRoom(factory(&args.host)?);
+        hold(control, &args.host, room, Door { open: None, address: listen, options }, Some(guest)).await
     })
 }
 
@@ -221,7 +227,6 @@ pub(crate) fn receive(args: &ReceiveArgs) -> anyhow::Result<()> {
     let address = resolve(&args.listen)?;
     // What cannot work is said now, not when a guest stands at the door.
     Trap::check()?;
-    postcopy_vmm::check_kvm()?;
     for transport in args.wire.transports() {
         transport.available()?;
     }
@@ -231,11 +236,38 @@ pub(crate) fn receive(args: &ReceiveArgs) -> anyhow::Result<()> {
         pager: args.host.pager(),
         memory_limit: args.memory_limit,
     };
+    let command = qemu_command(args)?;
     runtime()?.block_on(async {
-        let listener = bind(address).await?;
+        let door = Door { open: Some(bind(address).await?), address: Some(address), options };
         let control = server::bind(&args.host.control)?;
-        hold(control, &args.host, Some(listener), Some(address), options, None).await
+        match command {
+            Some(command) => hold(control, &args.host, QemuRoom(command), door, None).await,
+            None => {
+                postcopy_vmm::check_kvm()?;
+                hold(control, &args.host, OwnRoom(factory(&args.host)?), door, None).await
+            }
+        }
     })
+}
+
+/// The QEMU to start for a guest, if it is to be one of QEMU's.
+fn qemu_command(args: &ReceiveArgs) -> anyhow::Result<Option<QemuCommand>> {
+    match (args.vmm, args.command.split_first()) {
+        (Vmm::Own, None) => Ok(None),
+        (Vmm::Own, Some(_)) => anyhow::bail!("a command after -- is for --vmm qemu"),
+        (Vmm::Qemu, None) => {
+            anyhow::bail!(
+                "--vmm qemu needs QEMU's command line: -- qemu-system-x86_64 ARGUMENTS, as at the source"
+            )
+        }
+        (Vmm::Qemu, Some(_)) if args.host.self_service == SelfService::On => {
+            anyhow::bail!("the vCPUs of a QEMU cannot serve their own faults; leave --self-service out")
+        }
+        (Vmm::Qemu, Some((program, arguments))) => {
+            let library = handover_library(args.handover_library.as_deref())?;
+            Ok(Some(QemuCommand { program: program.clone(), arguments: arguments.to_vec(), library }))
+        }
+    }
 }
 
 fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
@@ -255,45 +287,45 @@ fn console(name: &str) -> Console {
 }
 
 /// What takes guests in.
-fn factory(args: &HostArgs) -> anyhow::Result<VmHost> {
+fn factory(args: &HostArgs) -> anyhow::Result<Arc<VmHost>> {
     let console_name = args.console.clone();
     let host = VmHost::new(move || console(&console_name));
-    match args.self_service {
-        SelfService::Off => Ok(host),
-        SelfService::On => Ok(host.with_self_service()?),
-        SelfService::Auto => Ok(host.with_self_service_if_possible()),
-    }
+    Ok(Arc::new(match args.self_service {
+        SelfService::Off => host,
+        SelfService::On => host.with_self_service()?,
+        SelfService::Auto => host.with_self_service_if_possible(),
+    }))
+}
+
+/// Where guests come in.
+struct Door {
+    /// Who has a guest does not listen: a second source is refused at once.
+    open: Option<TcpListener>,
+    address: Option<SocketAddr>,
+    options: ReceiveOptions,
 }
 
 /// Holds guests, one after another.
-async fn hold(
+async fn hold<R: Room>(
     control: server::ControlSocket,
     args: &HostArgs,
-    mut listener: Option<TcpListener>,
-    address: Option<SocketAddr>,
-    options: ReceiveOptions,
-    mut guest: Option<Arc<MovableVm>>,
+    room: R,
+    mut door: Door,
+    mut guest: Option<Arc<dyn HeldGuest>>,
 ) -> anyhow::Result<()> {
     let host = Host::new();
     let server = tokio::spawn(server::serve(control, host.clone()));
-    let factory = Arc::new(factory(args)?);
+    let room = Arc::new(room);
     let outcome = loop {
         let held = match guest.take() {
             Some(guest) => {
                 host.set(State::Running(guest.clone()));
                 hold_one(&host, guest).await
             }
-            None => {
-                // Who has a guest does not listen: a second source is refused at once.
-                let door = match listener.take() {
-                    Some(door) => door,
-                    None => bind(address.context("there is nowhere to wait for a guest")?).await?,
-                };
-                match await_guest(&host, door, &factory, &options).await {
-                    Ok(arrived) => take_in(&host, arrived).await,
-                    Err(next) => next,
-                }
-            }
+            None => match await_guest(&host, &mut door, &room).await? {
+                Ok(arrived) => take_in(&host, arrived).await,
+                Err(next) => next,
+            },
         };
         match held {
             Next::WaitForAnother if args.again => {
@@ -316,24 +348,30 @@ async fn hold(
 }
 
 /// Waits for a guest to arrive.
-async fn await_guest(
+async fn await_guest<R: Room>(
     host: &Arc<Host>,
-    listener: TcpListener,
-    factory: &Arc<VmHost>,
-    options: &ReceiveOptions,
-) -> Result<Arrived<MovableVm>, Next> {
-    tokio::select! {
-        arrived = session::receive(&listener, factory.clone(), options.clone()) => {
+    door: &mut Door,
+    room: &Arc<R>,
+) -> anyhow::Result<Result<Arrived<R::Guest>, Next>> {
+    let room = room.clone();
+    let made = tokio::task::spawn_blocking(move || room.make()).await??;
+    let listener = match door.open.take() {
+        Some(listener) => listener,
+        None => bind(door.address.context("there is nowhere to wait for a guest")?).await?,
+    };
+    Ok(tokio::select! {
+        arrived = session::receive(&listener, made, door.options.clone()) => {
             arrived.map_err(|error| Next::Fail(format!("no guest was taken in: {error}")))
         }
         () = quit(host) => Err(Next::Exit),
         () = interrupted() => Err(Next::Exit),
-    }
+    })
 }
 
 /// Holds a guest that has arrived, while its memory follows.
-async fn take_in(host: &Arc<Host>, arrived: Arrived<MovableVm>) -> Next {
+async fn take_in<G: HeldGuest>(host: &Arc<Host>, arrived: Arrived<G>) -> Next {
     let Arrived { guest, drain, .. } = arrived;
+    let guest: Arc<dyn HeldGuest> = guest;
     host.set_arrival(Arrival::Draining(drain.status()));
     host.set(State::Running(guest.clone()));
     let watched = host.clone();
@@ -351,12 +389,13 @@ async fn take_in(host: &Arc<Host>, arrived: Arrived<MovableVm>) -> Next {
 }
 
 /// Holds a guest until it ends, has moved away, or the user has had enough.
-async fn hold_one(host: &Arc<Host>, guest: Arc<MovableVm>) -> Next {
+async fn hold_one(host: &Arc<Host>, guest: Arc<dyn HeldGuest>) -> Next {
     let next = tokio::select! {
-        reason = ended(&guest) => match reason {
-            ExitReason::Failed(_) | ExitReason::TripleFault => Next::Fail(format!("the guest ended: {reason}")),
-            _ => {
-                eprintln!("pcvm: the guest ended: {reason}");
+        End { how, failed } = ended(&*guest) => {
+            if failed {
+                Next::Fail(format!("the guest ended: {how}"))
+            } else {
+                eprintln!("pcvm: the guest ended: {how}");
                 Next::Exit
             }
         },
@@ -369,10 +408,10 @@ async fn hold_one(host: &Arc<Host>, guest: Arc<MovableVm>) -> Next {
     next
 }
 
-async fn ended(guest: &MovableVm) -> ExitReason {
+async fn ended(guest: &dyn HeldGuest) -> End {
     loop {
-        if let Some(reason) = guest.ended() {
-            return reason;
+        if let Some(end) = guest.ended() {
+            return end;
         }
         tokio::time::sleep(GUEST_CHECK).await;
     }

@@ -7,7 +7,9 @@ mod args;
 mod client;
 mod compare;
 mod control;
+mod held;
 mod host;
+mod qemu;
 mod report;
 mod server;
 

@@ -13,6 +13,7 @@ use tokio::net::{UnixListener, UnixStream};
 
 use crate::args::{Resolution, resolve};
 use crate::control::{Answer, MAX_REQUEST, Request};
+use crate::held::HeldGuest;
 use crate::host::{Host, State};
 
 /// A bound control socket. Its file is removed when it is dropped.
@@ -107,8 +108,11 @@ async fn carry_out(request: Request, host: &Arc<Host>, writer: &mut OwnedWriteHa
 fn type_text(host: &Host, text: &str) -> Answer {
     match host.guest() {
         None => Answer::Error("there is no guest here".into()),
-        Some(guest) if guest.console_input(text.as_bytes()) == text.len() => Answer::Done,
-        Some(_) => Answer::Error("the guest does not read its console; its input is full".into()),
+        Some(guest) => match guest.console_input(text.as_bytes()) {
+            Some(taken) if taken == text.len() => Answer::Done,
+            Some(_) => Answer::Error("the guest does not read its console; its input is full".into()),
+            None => Answer::Error("the guest's console is QEMU's; see its -serial".into()),
+        },
     }
 }
 
@@ -161,7 +165,7 @@ async fn migrate(
 }
 
 /// Who has the guest after a migration that failed, in words and as a state.
-fn settle(failed: MigrationError, guest: Arc<postcopy_vmm::MovableVm>) -> (Answer, State) {
+fn settle(failed: MigrationError, guest: Arc<dyn HeldGuest>) -> (Answer, State) {
     let MigrationError { error, owner, export } = failed;
     let reason = error.to_string();
     match owner {

@@ -1,0 +1,104 @@
+//! What a process of pcvm holds: a guest of its own VMM, or one of a stock QEMU.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::Context;
+use postcopy_engine::session::{DestinationGuest, DestinationHost, SourceGuest};
+use postcopy_vmm::qemu::{QemuCommand, QemuGuest, QemuHost};
+use postcopy_vmm::{ExitReason, MovableVm, VmHost};
+
+/// How a guest has ended.
+pub(crate) struct End {
+    /// In words.
+    pub(crate) how: String,
+    /// Whether that is an error.
+    pub(crate) failed: bool,
+}
+
+/// A guest that a process holds and can move away.
+pub(crate) trait HeldGuest: SourceGuest {
+    /// How it ended, if it has.
+    fn ended(&self) -> Option<End>;
+
+    /// Types at its console, if that is ours; says how many bytes were taken.
+    fn console_input(&self, bytes: &[u8]) -> Option<usize>;
+
+    /// Ends it here: it runs elsewhere, or is no longer wanted. May take as long as a page that does
+    /// not come.
+    fn end(&self);
+}
+
+impl HeldGuest for MovableVm {
+    fn ended(&self) -> Option<End> {
+        let reason = MovableVm::ended(self)?;
+        let failed = matches!(reason, ExitReason::Failed(_) | ExitReason::TripleFault);
+        Some(End { how: reason.to_string(), failed })
+    }
+
+    fn console_input(&self, bytes: &[u8]) -> Option<usize> {
+        Some(MovableVm::console_input(self, bytes))
+    }
+
+    fn end(&self) {
+        MovableVm::end(self);
+    }
+}
+
+impl HeldGuest for QemuGuest {
+    fn ended(&self) -> Option<End> {
+        let status = QemuGuest::ended(self)?;
+        Some(End { how: format!("its QEMU ended: {status}"), failed: !status.success() })
+    }
+
+    fn console_input(&self, _bytes: &[u8]) -> Option<usize> {
+        None
+    }
+
+    fn end(&self) {
+        QemuGuest::end(self);
+    }
+}
+
+/// What makes room for a guest, each time that one is waited for. Called from a blocking thread.
+pub(crate) trait Room: Send + Sync + 'static {
+    type Guest: DestinationGuest + HeldGuest;
+    type Host: DestinationHost<Guest = Self::Guest>;
+
+    fn make(&self) -> anyhow::Result<Arc<Self::Host>>;
+}
+
+/// Room for guests of our own VMM.
+pub(crate) struct OwnRoom(pub(crate) Arc<VmHost>);
+
+impl Room for OwnRoom {
+    type Guest = MovableVm;
+    type Host = VmHost;
+
+    fn make(&self) -> anyhow::Result<Arc<VmHost>> {
+        Ok(self.0.clone())
+    }
+}
+
+/// Room for a guest of a stock QEMU, started for each.
+pub(crate) struct QemuRoom(pub(crate) QemuCommand);
+
+impl Room for QemuRoom {
+    type Guest = QemuGuest;
+    type Host = QemuHost;
+
+    fn make(&self) -> anyhow::Result<Arc<QemuHost>> {
+        Ok(Arc::new(QemuHost::start(&self.0)?))
+    }
+}
+
+/// The library that QEMU is started with: beside this program, or in ../lib as an installation has it.
+pub(crate) fn handover_library(named: Option<&Path>) -> anyhow::Result<PathBuf> {
+    if let Some(named) = named {
+        return Ok(named.to_owned());
+    }
+    let program = std::env::current_exe().context("finding this program")?;
+    let beside = program.with_file_name("libpostcopy_handover.so");
+    let installed = program.parent().map(|bin| bin.join("../lib/libpostcopy_handover.so"));
+    Ok(installed.filter(|library| library.exists() && !beside.exists()).unwrap_or(beside))
+}

@@ -1,0 +1,177 @@
+//! What a QEMU is: enough to say before anything stops whether its guest can be moved, and whether
+//! another QEMU can take it.
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use super::QemuError;
+use super::qmp::Qmp;
+
+/// Which QEMU it is and what machine it has.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Facts {
+    /// Major, minor, micro.
+    pub version: [u32; 3],
+    /// The machine type with its version, such as `pc-q35-7.2`.
+    pub machine: String,
+    /// Number of vCPUs.
+    pub cpus: u32,
+    /// Bytes of RAM, all in one shared backend.
+    pub ram_bytes: u64,
+}
+
+impl Facts {
+    /// Asks a QEMU, and refuses a guest that cannot be moved.
+    ///
+    /// Errors: RAM that is not one shared file, devices or protection that bind it to this host.
+    pub(super) fn gather(qmp: &mut Qmp) -> Result<Self, QemuError> {
+        let version = version(&qmp.execute("query-version", &json!({}))?)?;
+        let machine = text(qmp, "/machine", "type")?.trim_end_matches("-machine").to_owned();
+        let cpus = qmp.execute("query-cpus-fast", &json!({}))?.as_array().map_or(0, Vec::len) as u32;
+        let ram_bytes = ram(qmp, version)?;
+        refuse_what_stays(qmp)?;
+        Ok(Self { version, machine, cpus, ram_bytes })
+    }
+
+    /// Whether a guest of `self` can go on in `there`.
+    ///
+    /// Errors: how they differ, and the remedy.
+    pub(super) fn fits(&self, there: &Self) -> Result<(), QemuError> {
+        let unlike = |text: String| Err(QemuError::Unlike(text));
+        if self.machine != there.machine {
+            return unlike(format!(
+                "its machine is {}, the one here {}; start the QEMU here with -machine {}",
+                self.machine, there.machine, self.machine
+            ));
+        }
+        if (there.version[0], there.version[1]) < (self.version[0], self.version[1]) {
+            return unlike(format!(
+                "it comes from QEMU {}, and the one here is older ({}); QEMU moves guests to the same or a \
+                 newer version",
+                dotted(self.version),
+                dotted(there.version)
+            ));
+        }
+        if self.cpus != there.cpus {
+            return unlike(format!(
+                "it has {} vCPUs, the machine here {}; use -smp {}",
+                self.cpus, there.cpus, self.cpus
+            ));
+        }
+        if self.ram_bytes != there.ram_bytes {
+            return unlike(format!(
+                "it has {} bytes of RAM, the machine here {}; use -m {}M",
+                self.ram_bytes,
+                there.ram_bytes,
+                self.ram_bytes >> 20
+            ));
+        }
+        Ok(())
+    }
+}
+
+fn dotted(version: [u32; 3]) -> String {
+    version.map(|part| part.to_string()).join(".")
+}
+
+fn version(answer: &Value) -> Result<[u32; 3], QemuError> {
+    let part = |name: &str| answer["qemu"][name].as_u64().map(|part| part as u32);
+    match (part("major"), part("minor"), part("micro")) {
+        (Some(major), Some(minor), Some(micro)) => Ok([major, minor, micro]),
+        _ => Err(QemuError::Answer { command: "query-version".into(), answer: answer.to_string() }),
+    }
+}
+
+/// A property that is text.
+fn text(qmp: &mut Qmp, path: &str, property: &str) -> Result<String, QemuError> {
+    let answer = qmp.execute("qom-get", &json!({"path": path, "property": property}))?;
+    let text = answer.as_str().map(str::to_owned);
+    text.ok_or_else(|| QemuError::Answer {
+        command: format!("qom-get {property}"),
+        answer: answer.to_string(),
+    })
+}
+
+const REMEDY: &str = "start it with -object memory-backend-file,id=ram0,mem-path=/dev/shm/NAME,share=on,size=SIZE \
+                      -machine memory-backend=ram0";
+
+/// The size of the guest's RAM, which must all be in one backend that is a shared file.
+fn ram(qmp: &mut Qmp, version: [u32; 3]) -> Result<u64, QemuError> {
+    let unfit = |text: String| Err(QemuError::Unfit(text));
+    let size = qmp.execute("query-memory-size-summary", &json!({}))?;
+    let bytes = size["base-memory"].as_u64().unwrap_or_default();
+    if size["plugged-memory"].as_u64().unwrap_or_default() > 0 {
+        return unfit("it has memory that was plugged in; unplug it first".into());
+    }
+    let backends = qmp.execute("query-memdev", &json!({}))?;
+    let backend = match backends.as_array().map(Vec::as_slice) {
+        Some([one]) if one["size"].as_u64() == Some(bytes) => one,
+        Some([]) | None => return unfit(format!("its RAM is no file that others can map; {REMEDY}")),
+        Some(_) => return unfit(format!("its RAM is not all in one backend; {REMEDY}")),
+    };
+    if backend["share"] != true {
+        return unfit(format!("its RAM is not shared; {REMEDY}"));
+    }
+    let id = backend["id"].as_str().unwrap_or_default();
+    let kind = text(qmp, &format!("/objects/{id}"), "type")?;
+    match kind.as_str() {
+        "memory-backend-file" => Ok(bytes),
+        "memory-backend-memfd" if (version[0], version[1]) < (8, 1) => Ok(bytes),
+        "memory-backend-memfd" => unfit(format!(
+            "its RAM is a memfd, which QEMU from 8.1 on copies by itself whatever it is told (x-ignore-shared is for \
+             named files); {REMEDY}"
+        )),
+        other => unfit(format!("its RAM is a {other}; {REMEDY}")),
+    }
+}
+
+/// Refuses what binds a guest to its host.
+fn refuse_what_stays(qmp: &mut Qmp) -> Result<(), QemuError> {
+    for path in ["/machine/peripheral", "/machine/peripheral-anon"] {
+        let devices = qmp.execute("qom-list", &json!({"path": path}))?;
+        for device in devices.as_array().into_iter().flatten() {
+            let kind = device["type"].as_str().unwrap_or_default();
+            if kind.starts_with("child<vfio-") {
+                let what = kind.trim_start_matches("child<").trim_end_matches('>');
+                let name = device["name"].as_str().unwrap_or_default();
+                return Err(QemuError::Unfit(format!(
+                    "the device {name} ({what}) is of this host, and writes to memory unseen; unplug it first"
+                )));
+            }
+        }
+    }
+    if text(qmp, "/machine", "confidential-guest-support").is_ok_and(|guest| !guest.is_empty()) {
+        return Err(QemuError::Unfit("its memory is encrypted, and cannot be read from outside".into()));
+    }
+    let migration = qmp.execute("query-migrate", &json!({}))?;
+    let reasons = migration["blocked-reasons"].as_array().into_iter().flatten();
+    let reasons: Vec<&str> = reasons.filter_map(Value::as_str).collect();
+    match reasons.is_empty() {
+        true => Ok(()),
+        false => Err(QemuError::Unfit(reasons.join("; "))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn facts() -> Facts {
+        Facts { version: [7, 2, 22], machine: "pc-q35-7.2".into(), cpus: 2, ram_bytes: 256 << 20 }
+    }
+
+    #[test]
+    fn an_unlike_pair_is_refused_with_the_remedy() {
+        let refused = |change: fn(&mut Facts)| {
+            let mut there = facts();
+            change(&mut there);
+            facts().fits(&there).unwrap_err().to_string()
+        };
+        assert!(refused(|there| there.machine = "pc-q35-7.1".into()).contains("-machine pc-q35-7.2"));
+        assert!(refused(|there| there.version = [7, 1, 0]).contains("older"));
+        assert!(refused(|there| there.cpus = 1).contains("-smp 2"));
+        assert!(refused(|there| there.ram_bytes = 1 << 20).contains("-m 256M"));
+        let newer = Facts { version: [10, 0, 2], ..facts() };
+        assert!(facts().fits(&facts()).is_ok() && facts().fits(&newer).is_ok());
+    }
+}

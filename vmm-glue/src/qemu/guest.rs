@@ -1,0 +1,259 @@
+//! A QEMU guest that moves: saved by QEMU's own migration without its RAM, loaded by the same.
+
+use std::io::{Read, Write};
+use std::net::Shutdown;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::process::ExitStatus;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
+
+use postcopy_engine::memory::GuestMemory;
+use postcopy_engine::session::{DestinationGuest, Frozen, GuestError, SourceGuest};
+use serde_json::{Value, json};
+
+use super::host::{VMM, layout};
+use super::process::{PrivateDir, Process};
+use super::qmp::Qmp;
+use super::{Facts, QemuError, ram};
+
+/// How long QEMU may take to save or load its devices.
+const STATE_PATIENCE: Duration = Duration::from_secs(60);
+/// More state than the session takes; what is longer is RAM that QEMU copies by itself.
+const MAX_STATE: u64 = 64 << 20;
+/// Bytes a second that QEMU may write its state with.
+const NO_LIMIT: u64 = 10 << 30;
+
+/// A guest in a QEMU: one that was found running, or one that was started to take it in.
+pub struct QemuGuest {
+    facts: Facts,
+    memory: GuestMemory,
+    qmp: Mutex<Qmp>,
+    dir: PrivateDir,
+    process: Option<Process>,
+    /// Whether it may have run in the QEMU that was started for it.
+    resumed: AtomicBool,
+}
+
+impl Drop for QemuGuest {
+    fn drop(&mut self) {
+        // A QEMU whose guest has not come is nobody's.
+        if let (Some(process), false) = (&self.process, self.resumed.load(Ordering::Acquire)) {
+            process.kill();
+        }
+    }
+}
+
+impl QemuGuest {
+    /// The guest of the running QEMU whose monitor is the Unix socket `monitor`. Nothing changes
+    /// for it.
+    ///
+    /// Errors: the monitor does not answer or is another client's, the guest cannot be moved, or
+    /// this process may not open its memory.
+    pub fn attach(monitor: &Path) -> Result<Self, QemuError> {
+        let mut qmp = Qmp::connect(monitor)?;
+        let facts = Facts::gather(&mut qmp)?;
+        let file = ram::open(qmp.peer()?, facts.ram_bytes)?;
+        let layout = layout(facts.ram_bytes).map_err(|error| QemuError::Unfit(error.to_string()))?;
+        let memory =
+            GuestMemory::of_file(layout, file).map_err(QemuError::system("mapping the guest's RAM"))?;
+        Ok(Self::new(facts, memory, qmp, PrivateDir::new()?, None))
+    }
+
+    pub(super) fn new(
+        facts: Facts,
+        memory: GuestMemory,
+        qmp: Qmp,
+        dir: PrivateDir,
+        process: Option<Process>,
+    ) -> Self {
+        let resumed = AtomicBool::new(false);
+        Self { facts, memory, qmp: Mutex::new(qmp), dir, process, resumed }
+    }
+
+    /// What QEMU it is.
+    pub fn facts(&self) -> &Facts {
+        &self.facts
+    }
+
+    /// How its QEMU ended, if it was started here and has.
+    pub fn ended(&self) -> Option<ExitStatus> {
+        self.process.as_ref().and_then(Process::ended)
+    }
+
+    /// Ends its QEMU: it runs elsewhere, or is no longer wanted.
+    pub fn end(&self) {
+        // It may be gone already.
+        let asked = self.qmp().execute("quit", &json!({}));
+        if let Err(error) = asked {
+            tracing::debug!(%error, "QEMU was asked to quit");
+        }
+        if let Some(process) = &self.process {
+            process.wait();
+        }
+    }
+
+    fn qmp(&self) -> MutexGuard<'_, Qmp> {
+        self.qmp.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// An error of QEMU's, with its last words if it has ended.
+    fn explain(&self, error: QemuError) -> GuestError {
+        match (&error, &self.process) {
+            (QemuError::Ended { .. }, Some(process)) => process.last_words().into(),
+            _ => error.into(),
+        }
+    }
+
+    /// Has QEMU write its devices' state.
+    fn save(&self) -> Result<Frozen, QemuError> {
+        let mut qmp = self.qmp();
+        let begun = Instant::now();
+        let path = self.dir.file("saved");
+        let _ = std::fs::remove_file(&path);
+        let listener =
+            UnixListener::bind(&path).map_err(QemuError::system("making a socket for QEMU's state"))?;
+        set_capabilities(&mut qmp, &[("x-ignore-shared", true), ("events", true)])?;
+        qmp.execute("migrate-set-parameters", &json!({"max-bandwidth": NO_LIMIT}))?;
+        qmp.forget_events();
+        qmp.execute("migrate", &json!({"uri": format!("unix:{}", path.display())}))?;
+        let state = read_state(&listener)?;
+        migration_ends(&mut qmp, "save the guest's state")?;
+        let stopped = qmp.event("STOP", Duration::from_millis(1), |_| true);
+        let since = stopped.ok().and_then(|event| at(&event)).unwrap_or(begun).max(begun);
+        Ok(Frozen { state, since })
+    }
+
+    fn run_on(&self) -> Result<(), QemuError> {
+        let mut qmp = self.qmp();
+        qmp.execute("migrate_cancel", &json!({}))?;
+        let end = Instant::now() + STATE_PATIENCE;
+        loop {
+            let status = qmp.execute("query-migrate", &json!({}))?;
+            if !matches!(status["status"].as_str(), Some("setup" | "active" | "device" | "cancelling")) {
+                break;
+            }
+            if Instant::now() > end {
+                let reason = format!("it is still {}", status["status"]);
+                return Err(QemuError::Migration { what: "end the saving of its state", reason });
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        // As it was before: a later migration of QEMU's own must carry the RAM.
+        set_capabilities(&mut qmp, &[("x-ignore-shared", false), ("events", false)])?;
+        if qmp.execute("query-status", &json!({}))?["running"] != true {
+            qmp.execute("cont", &json!({}))?;
+        }
+        Ok(())
+    }
+
+    fn read_in(&self, state: &[u8]) -> Result<(), QemuError> {
+        let mut qmp = self.qmp();
+        let failed = || QemuError::system("giving QEMU the guest's state");
+        let mut stream = UnixStream::connect(self.dir.file("state")).map_err(failed())?;
+        let sent = stream.write_all(state).and_then(|()| stream.shutdown(Shutdown::Write));
+        migration_ends(&mut qmp, "load the guest's state")?;
+        sent.map_err(failed())
+    }
+}
+
+impl SourceGuest for QemuGuest {
+    fn memory(&self) -> GuestMemory {
+        self.memory.clone()
+    }
+
+    fn describe(&self) -> Result<(String, Vec<u8>), GuestError> {
+        let status = self.qmp().execute("query-status", &json!({}))?;
+        if status["running"] != true {
+            let now = status["status"].as_str().unwrap_or("stopped");
+            return Err(format!("the guest does not run ({now}); continue it first (cont)").into());
+        }
+        Ok((VMM.into(), postcard::to_stdvec(&self.facts)?))
+    }
+
+    fn freeze(&self) -> Result<Frozen, GuestError> {
+        self.save().map_err(|error| self.explain(error))
+    }
+
+    fn thaw(&self) -> Result<(), GuestError> {
+        self.run_on().map_err(|error| self.explain(error))
+    }
+}
+
+impl DestinationGuest for QemuGuest {
+    fn load(&self, state: Vec<u8>) -> Result<(), GuestError> {
+        self.read_in(&state).map_err(|error| self.explain(error))
+    }
+
+    fn resume(&self) -> Result<(), GuestError> {
+        let mut qmp = self.qmp();
+        self.resumed.store(true, Ordering::Release);
+        qmp.execute("cont", &json!({})).map_err(|error| self.explain(error))?;
+        // Switches learn where the guest is now. QEMU has begun to say so when it had loaded; the
+        // guest was not yet there to answer.
+        let announcement = json!({"initial": 50, "max": 550, "rounds": 5, "step": 100});
+        if let Err(error) = qmp.execute("announce-self", &announcement) {
+            tracing::warn!(%error, "the network was not told that the guest has moved");
+        }
+        Ok(())
+    }
+}
+
+/// Prepares a destination's QEMU to load: RAM left alone, and disks left to the source until the
+/// guest runs here.
+pub(super) fn prepare_to_load(qmp: &mut Qmp) -> Result<(), QemuError> {
+    set_capabilities(qmp, &[("x-ignore-shared", true), ("events", true), ("late-block-activate", true)])
+}
+
+fn set_capabilities(qmp: &mut Qmp, wanted: &[(&str, bool)]) -> Result<(), QemuError> {
+    let each = wanted.iter().map(|(name, state)| json!({"capability": name, "state": state}));
+    let all: Vec<Value> = each.collect();
+    qmp.execute("migrate-set-capabilities", &json!({"capabilities": all})).map(drop)
+}
+
+/// Takes QEMU's state, all of it.
+fn read_state(listener: &UnixListener) -> Result<Vec<u8>, QemuError> {
+    let failed = || QemuError::system("reading QEMU's state");
+    listener.set_nonblocking(true).map_err(failed())?;
+    let end = Instant::now() + STATE_PATIENCE;
+    let mut stream = loop {
+        match listener.accept() {
+            Ok((stream, _)) => break stream,
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock && Instant::now() < end => {
+                std::thread::sleep(Duration::from_micros(200));
+            }
+            Err(error) => return Err(failed()(error)),
+        }
+    };
+    stream.set_nonblocking(false).map_err(failed())?;
+    stream.set_read_timeout(Some(STATE_PATIENCE)).map_err(failed())?;
+    let mut state = Vec::new();
+    (&mut stream).take(MAX_STATE + 1).read_to_end(&mut state).map_err(failed())?;
+    if state.len() as u64 > MAX_STATE {
+        let reason =
+            "it is longer than 64 MiB: does QEMU copy RAM by itself (video memory of a large display)?";
+        return Err(QemuError::Migration { what: "save the guest's state", reason: reason.into() });
+    }
+    Ok(state)
+}
+
+/// Waits for the end of a migration of QEMU's.
+fn migration_ends(qmp: &mut Qmp, what: &'static str) -> Result<(), QemuError> {
+    let over = |data: &Value| matches!(data["status"].as_str(), Some("completed" | "failed" | "cancelled"));
+    let event = qmp.event("MIGRATION", STATE_PATIENCE, over)?;
+    if event["data"]["status"] == "completed" {
+        return Ok(());
+    }
+    let answer = qmp.execute("query-migrate", &json!({}))?;
+    let reason = answer["error-desc"].as_str().unwrap_or("see its messages").to_owned();
+    Err(QemuError::Migration { what, reason })
+}
+
+/// When an event happened. It has the time of this machine's clock.
+fn at(event: &Value) -> Option<Instant> {
+    let (seconds, micros) =
+        (event["timestamp"]["seconds"].as_u64()?, event["timestamp"]["microseconds"].as_u64()?);
+    let then = SystemTime::UNIX_EPOCH + Duration::from_secs(seconds) + Duration::from_micros(micros);
+    Instant::now().checked_sub(SystemTime::now().duration_since(then).ok()?)
+}

@@ -1,0 +1,150 @@
+//! A QEMU that waits for a guest, as the engine's sessions see it.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::sync::{Mutex, PoisonError};
+
+use postcopy_engine::memory::{Gpa, GuestMemory, MemoryLayout, MemoryRegion};
+use postcopy_engine::pager::Trap;
+use postcopy_engine::session::{DestinationHost, GuestDescription, GuestError};
+use serde_json::json;
+
+use super::guest::{self, QemuGuest};
+use super::handover::Handover;
+use super::process::{PrivateDir, Process};
+use super::qmp::Qmp;
+use super::{Facts, QemuError};
+
+/// Kind of VMM that the state belongs to.
+pub(super) const VMM: &str = "qemu/1";
+/// Longest description of a QEMU that a peer may send.
+const MAX_FACTS: usize = 4096;
+
+/// How to start a destination's QEMU.
+#[derive(Clone, Debug)]
+pub struct QemuCommand {
+    /// The program.
+    pub program: OsString,
+    /// Its arguments: the machine, as at the source.
+    pub arguments: Vec<OsString>,
+    /// `libpostcopy_handover.so`.
+    pub library: PathBuf,
+}
+
+/// A started QEMU without a guest.
+struct Waiting {
+    facts: Facts,
+    process: Process,
+    qmp: Qmp,
+    dir: PrivateDir,
+    handover: Option<Handover>,
+}
+
+/// Takes one guest in, into the QEMU that it has started.
+pub struct QemuHost {
+    waiting: Mutex<Option<Waiting>>,
+}
+
+impl QemuHost {
+    /// Starts QEMU, so that what is wrong with its arguments is known before any guest comes.
+    ///
+    /// Errors: QEMU does not start, its RAM is not a shared file in memory, or a device binds it to
+    /// this host.
+    pub fn start(command: &QemuCommand) -> Result<Self, QemuError> {
+        if !command.library.exists() {
+            let text = format!(
+                "{} is missing: build it (cargo build --release -p postcopy-handover), or say where it is with \
+                 --handover-library",
+                command.library.display()
+            );
+            return Err(QemuError::Arguments(text));
+        }
+        let dir = PrivateDir::new()?;
+        let (process, mut qmp, handed) = Process::start(command, &dir)?;
+        let ready = Facts::gather(&mut qmp).and_then(|facts| {
+            let ours = handed.try_iter().find(|handover| handover.bytes == facts.ram_bytes);
+            let none = "QEMU did not hand its RAM over: it must be a file on tmpfs (/dev/shm), not on a disk or of huge \
+                        pages, and QEMU must not be a static program";
+            let handover = ours.ok_or_else(|| QemuError::Unfit(none.into()))?;
+            guest::prepare_to_load(&mut qmp)?;
+            Ok((facts, handover))
+        });
+        match ready {
+            Ok((facts, handover)) => {
+                let waiting = Waiting { facts, process, qmp, dir, handover: Some(handover) };
+                Ok(Self { waiting: Mutex::new(Some(waiting)) })
+            }
+            Err(error) => {
+                process.kill();
+                Err(error)
+            }
+        }
+    }
+
+    /// Ends a QEMU that no guest has come to.
+    pub fn end(&self) {
+        if let Some(waiting) = self.waiting.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            waiting.process.kill();
+        }
+    }
+}
+
+impl Drop for QemuHost {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+/// QEMU's RAM as the engine sees it: one region, by place in the file. Where the machine maps it is
+/// QEMU's business.
+pub(super) fn layout(bytes: u64) -> Result<MemoryLayout, GuestError> {
+    Ok(MemoryLayout::new(vec![MemoryRegion { gpa: Gpa(0), len: bytes, offset: 0 }])?)
+}
+
+fn described(description: &GuestDescription) -> Result<Facts, GuestError> {
+    if description.vmm != VMM {
+        return Err(format!("the guest is of {:?}, this side waits for one of QEMU", description.vmm).into());
+    }
+    if description.config.len() > MAX_FACTS {
+        return Err("the description of the guest is longer than 4 KiB".into());
+    }
+    let facts: Facts = postcard::from_bytes(&description.config)?;
+    if layout(facts.ram_bytes)? != description.layout {
+        return Err("the guest's memory does not fit its description".into());
+    }
+    Ok(facts)
+}
+
+impl DestinationHost for QemuHost {
+    type Guest = QemuGuest;
+
+    fn memory(
+        &self,
+        description: &GuestDescription,
+        _served: bool,
+    ) -> Result<(GuestMemory, Trap), GuestError> {
+        let facts = described(description)?;
+        let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        let waiting = waiting.as_mut().ok_or("QEMU has its guest already")?;
+        facts.fits(&waiting.facts)?;
+        let handover = waiting.handover.take().ok_or("a guest was let in before, and did not come")?;
+        let memory = GuestMemory::of_file(description.layout.clone(), handover.file)?;
+        let trap = Trap::adopt(handover.userfaultfd, handover.base, &memory)?;
+        Ok((memory, trap))
+    }
+
+    fn prepare(
+        &self,
+        _description: &GuestDescription,
+        memory: &GuestMemory,
+    ) -> Result<QemuGuest, GuestError> {
+        let waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let Waiting { facts, process, mut qmp, dir, .. } = waiting.ok_or("QEMU has its guest already")?;
+        let uri = format!("unix:{}", dir.file("state").display());
+        if let Err(error) = qmp.execute("migrate-incoming", &json!({"uri": uri})) {
+            process.kill();
+            return Err(error.into());
+        }
+        Ok(QemuGuest::new(facts, memory.clone(), qmp, dir, Some(process)))
+    }
+}

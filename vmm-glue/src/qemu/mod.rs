@@ -1,0 +1,99 @@
+//! Stock QEMU guests: unmodified, driven by QMP, their memory brought by our pager.
+//!
+//! The guest's RAM is a shared file in memory. QEMU's own migration, with the capability
+//! `x-ignore-shared`, carries processors and devices only, into and out of our session; the RAM is
+//! left to the engine.
+//!
+//! ```text
+//!  source                                      destination
+//!  QEMU, any that runs     QMP                 QEMU -incoming defer, libpostcopy_handover.so preloaded
+//!    │ RAM file ◀── ram.rs, /proc/PID/fd         │ maps its RAM: userfaultfd, RAM file ──▶ handover.rs
+//!    │ `migrate unix:…` ──▶ state as bytes       │ `migrate-incoming unix:…` ◀── state as bytes
+//!    ▼                                           ▼
+//!  guest.rs: SourceGuest  ── the session ──▶  host.rs: DestinationHost; guest.rs: DestinationGuest
+//! ```
+//!
+//! `facts.rs` says what a QEMU is, and refuses before anything stops what could not be moved.
+
+mod facts;
+mod guest;
+mod handover;
+mod host;
+mod process;
+mod qmp;
+mod ram;
+
+pub use facts::Facts;
+pub use guest::QemuGuest;
+pub use host::{QemuCommand, QemuHost};
+
+/// What can go wrong between us and a QEMU. The text says what to do.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum QemuError {
+    /// Its monitor cannot be reached.
+    #[error(
+        "cannot reach QEMU's monitor at {path}: {source}; was it started with -qmp unix:{path},server=on,wait=off, \
+             and is no other client connected?"
+    )]
+    Monitor {
+        /// The socket.
+        path: String,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// It ended, or closed its monitor.
+    #[error("QEMU has ended{said}")]
+    Ended {
+        /// What it said last, with a colon before.
+        said: String,
+    },
+    /// It refused a command.
+    #[error("QEMU refused `{command}`: {reason}")]
+    Command {
+        /// Of QMP.
+        command: String,
+        /// As QEMU says it.
+        reason: String,
+    },
+    /// It answered what QMP does not say.
+    #[error("QEMU answered `{command}` in an unknown way: {answer}")]
+    Answer {
+        /// Of QMP.
+        command: String,
+        /// What it was.
+        answer: String,
+    },
+    /// Its migration failed.
+    #[error("QEMU could not {what}: {reason}")]
+    Migration {
+        /// Save or load.
+        what: &'static str,
+        /// As QEMU says it.
+        reason: String,
+    },
+    /// Such a guest cannot be moved.
+    #[error("this guest cannot be moved: {0}")]
+    Unfit(String),
+    /// The two sides do not fit.
+    #[error("the guest does not fit this side: {0}")]
+    Unlike(String),
+    /// The command line of a destination is not right.
+    #[error("{0}")]
+    Arguments(String),
+    /// The system refused something.
+    #[error("{operation}: {source}")]
+    System {
+        /// What was tried.
+        operation: String,
+        /// What it said.
+        source: std::io::Error,
+    },
+}
+
+impl QemuError {
+    fn system(operation: impl Into<String>) -> impl FnOnce(std::io::Error) -> Self {
+        let operation = operation.into();
+        move |source| Self::System { operation, source }
+    }
+}

@@ -1,0 +1,218 @@
+//! A QEMU that this process has started as a destination: its command line, its life, its last words.
+
+use std::collections::VecDeque;
+use std::ffi::OsString;
+use std::io::{BufRead, BufReader};
+use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::mpsc::{Receiver, channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::QemuError;
+use super::handover::{self, Handover};
+use super::host::QemuCommand;
+use super::qmp::Qmp;
+
+/// How long QEMU may take until its monitor answers.
+const START_PATIENCE: Duration = Duration::from_secs(60);
+/// How long it may take to end when asked.
+const END_PATIENCE: Duration = Duration::from_secs(10);
+/// How often to look whether it has.
+const LOOK: Duration = Duration::from_millis(10);
+/// Lines of QEMU's that are kept for an error.
+const KEPT_LINES: usize = 5;
+
+/// A directory that only this user can look into, removed at the end.
+pub(super) struct PrivateDir(PathBuf);
+
+impl PrivateDir {
+    pub(super) fn new() -> Result<Self, QemuError> {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let name = format!("pcvm-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
+        let path = std::env::temp_dir().join(name);
+        let made = std::fs::DirBuilder::new().mode(0o700).create(&path);
+        made.map_err(QemuError::system(format!("making {}", path.display())))?;
+        Ok(Self(path))
+    }
+
+    pub(super) fn file(&self, name: &str) -> PathBuf {
+        self.0.join(name)
+    }
+}
+
+impl Drop for PrivateDir {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+/// The process. Dropping it leaves it alone: its guest may be somebody's.
+pub(super) struct Process {
+    child: Mutex<Child>,
+    said: Arc<Mutex<VecDeque<String>>>,
+}
+
+impl Process {
+    /// Starts a QEMU that waits for a guest, and gives its monitor and what it has handed over.
+    ///
+    /// Errors: arguments that a destination cannot have, or QEMU ends; then with its last words.
+    pub(super) fn start(
+        command: &QemuCommand,
+        dir: &PrivateDir,
+    ) -> Result<(Self, Qmp, Receiver<Handover>), QemuError> {
+        check(&command.arguments)?;
+        let (socket, monitor) = (dir.file("handover"), dir.file("monitor"));
+        let listener =
+            UnixListener::bind(&socket).map_err(QemuError::system("making the handover's socket"))?;
+        let mut preload = OsString::from(&command.library);
+        if let Some(others) = std::env::var_os("LD_PRELOAD") {
+            preload.push(":");
+            preload.push(others);
+        }
+        let mut chardev = OsString::from("socket,id=postcopy,server=on,wait=off,path=");
+        chardev.push(&monitor);
+        let started = Command::new(&command.program)
+            .args(&command.arguments)
+            .args(["-S", "-incoming", "defer", "-mon", "chardev=postcopy,mode=control", "-chardev"])
+            .arg(chardev)
+            .env("LD_PRELOAD", preload)
+            .env("POSTCOPY_HANDOVER", &socket)
+            .stdin(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn();
+        let mut child =
+            started.map_err(QemuError::system(format!("starting {}", command.program.display())))?;
+        let said = Arc::new(Mutex::new(VecDeque::new()));
+        if let Some(stderr) = child.stderr.take() {
+            listen(stderr, said.clone());
+        }
+        let process = Self { child: Mutex::new(child), said };
+        let handed = take_all(listener);
+        match process.monitor(&monitor) {
+            Ok(qmp) => Ok((process, qmp, handed)),
+            Err(error) => {
+                process.kill();
+                Err(error)
+            }
+        }
+    }
+
+    /// Connects to the monitor as soon as there is one.
+    fn monitor(&self, path: &Path) -> Result<Qmp, QemuError> {
+        let end = Instant::now() + START_PATIENCE;
+        loop {
+            if self.ended().is_some() {
+                return Err(self.last_words());
+            }
+            match Qmp::connect(path) {
+                Ok(qmp) => return Ok(qmp),
+                Err(QemuError::Ended { .. }) => {}
+                Err(error) if Instant::now() > end => return Err(error),
+                Err(_) => {}
+            }
+            std::thread::sleep(LOOK);
+        }
+    }
+
+    /// How it ended, if it has.
+    pub(super) fn ended(&self) -> Option<ExitStatus> {
+        self.child.lock().unwrap_or_else(PoisonError::into_inner).try_wait().ok().flatten()
+    }
+
+    /// That it has ended, in its own words.
+    pub(super) fn last_words(&self) -> QemuError {
+        // What it wrote before it ended may still be on its way.
+        std::thread::sleep(LOOK);
+        let said = self.said.lock().unwrap_or_else(PoisonError::into_inner);
+        let said: Vec<&str> = said.iter().map(String::as_str).collect();
+        let said = if said.is_empty() { String::new() } else { format!(": {}", said.join("; ")) };
+        QemuError::Ended { said }
+    }
+
+    /// Waits for its end, and brings it about if it does not come.
+    pub(super) fn wait(&self) {
+        let end = Instant::now() + END_PATIENCE;
+        while self.ended().is_none() && Instant::now() < end {
+            std::thread::sleep(LOOK);
+        }
+        self.kill();
+    }
+
+    /// Ends it at once.
+    pub(super) fn kill(&self) {
+        let mut child = self.child.lock().unwrap_or_else(PoisonError::into_inner);
+        if matches!(child.try_wait(), Ok(None)) {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+/// What a destination's command line cannot have.
+fn check(arguments: &[OsString]) -> Result<(), QemuError> {
+    let has =
+        |name: &str| arguments.iter().any(|argument| argument == name || *argument == *format!("-{name}"));
+    let wrong = |text: &str| Err(QemuError::Arguments(text.into()));
+    if has("-incoming") {
+        return wrong("leave -incoming out of QEMU's arguments: pcvm adds it");
+    }
+    if has("-daemonize") {
+        return wrong("leave -daemonize out of QEMU's arguments: pcvm stays with the process that it starts");
+    }
+    if has("-loadvm") {
+        return wrong("leave -loadvm out of QEMU's arguments: the guest's state comes from the source");
+    }
+    Ok(())
+}
+
+/// Passes QEMU's messages on, and keeps the last.
+fn listen(stderr: std::process::ChildStderr, said: Arc<Mutex<VecDeque<String>>>) {
+    let pass_on = move || {
+        for line in BufReader::new(stderr).lines().map_while(Result::ok) {
+            eprintln!("{line}");
+            let mut said = said.lock().unwrap_or_else(PoisonError::into_inner);
+            said.push_back(line);
+            if said.len() > KEPT_LINES {
+                said.pop_front();
+            }
+        }
+    };
+    drop(std::thread::Builder::new().name("qemu-says".into()).spawn(pass_on));
+}
+
+/// Takes what QEMU hands over, as long as this process lives: an unanswered handover ends QEMU, and
+/// it may map more shared memory later. What nobody asks for is let go.
+fn take_all(listener: UnixListener) -> Receiver<Handover> {
+    let (sender, handed) = channel();
+    let take = move || {
+        loop {
+            match handover::take(&listener) {
+                Ok(handover) => drop(sender.send(handover)),
+                Err(error) => {
+                    tracing::warn!(%error, "a handover");
+                    std::thread::sleep(LOOK);
+                }
+            }
+        }
+    };
+    drop(std::thread::Builder::new().name("qemu-handover".into()).spawn(take));
+    handed
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn arguments_that_are_ours_are_refused() {
+        let check = |text: &str| check(&text.split(' ').map(OsString::from).collect::<Vec<_>>());
+        assert!(check("-m 256M -machine q35").is_ok());
+        for wrong in ["-m 1G -incoming defer", "--incoming tcp:0:1", "-daemonize", "-loadvm x"] {
+            assert!(matches!(check(wrong), Err(QemuError::Arguments(_))), "{wrong}");
+        }
+    }
+}

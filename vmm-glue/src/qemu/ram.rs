@@ -1,0 +1,96 @@
+//! The RAM file of a QEMU that runs: nothing is preloaded there, nothing patched.
+
+use std::fs::File;
+use std::os::unix::fs::MetadataExt;
+
+use super::QemuError;
+
+/// A file that a process has mapped shared and writable.
+#[derive(Debug, PartialEq, Eq)]
+struct Mapped {
+    /// Major and minor number, inode.
+    file: (u32, u32, u64),
+    bytes: u64,
+    name: String,
+}
+
+/// Opens the file of exactly `bytes` that process `pid` has mapped as its guest's RAM.
+///
+/// Errors: there is none, or several, or this process may not look into that one.
+pub(super) fn open(pid: i32, bytes: u64) -> Result<File, QemuError> {
+    let look = |what: &str| {
+        QemuError::system(format!(
+            "looking into QEMU's process {pid} ({what}; run as the same user, or as root)"
+        ))
+    };
+    let maps = std::fs::read_to_string(format!("/proc/{pid}/maps")).map_err(look("its mappings"))?;
+    let mut found: Vec<Mapped> = maps.lines().filter_map(mapped).filter(|each| each.bytes == bytes).collect();
+    found.dedup_by(|one, other| one.file == other.file);
+    let wanted = match found.as_slice() {
+        [one] => one,
+        [] => return Err(QemuError::Unfit(format!("process {pid} has no shared mapping of {bytes} bytes"))),
+        _ => {
+            return Err(QemuError::Unfit(format!(
+                "process {pid} has several shared mappings of {bytes} bytes"
+            )));
+        }
+    };
+    for entry in std::fs::read_dir(format!("/proc/{pid}/fd")).map_err(look("its files"))?.flatten() {
+        let Ok(metadata) = std::fs::metadata(entry.path()) else { continue };
+        let device = metadata.dev();
+        let file = (rustix::fs::major(device), rustix::fs::minor(device), metadata.ino());
+        if file == wanted.file {
+            return File::options().read(true).write(true).open(entry.path()).map_err(look("its RAM"));
+        }
+    }
+    Err(QemuError::Unfit(format!("process {pid} has closed the file of its RAM ({})", wanted.name)))
+}
+
+/// A line of /proc/PID/maps, if it is a shared writable mapping of a file.
+fn mapped(line: &str) -> Option<Mapped> {
+    let mut words = line.split_whitespace();
+    let (range, protection, _offset) = (words.next()?, words.next()?, words.next()?);
+    let (device, inode) = (words.next()?, words.next()?.parse().ok()?);
+    if !protection.starts_with("rw") || !protection.ends_with('s') || inode == 0 {
+        return None;
+    }
+    let hex = |text: &str| u64::from_str_radix(text, 16).ok();
+    let (start, end) = range.split_once('-')?;
+    let (major, minor) = device.split_once(':')?;
+    let file = (hex(major)? as u32, hex(minor)? as u32, inode);
+    let name = words.next().unwrap_or("without a name").to_owned();
+    Some(Mapped { file, bytes: hex(end)?.checked_sub(hex(start)?)?, name })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_shared_writable_mappings_of_files_count() {
+        let ram = "7f0000000000-7f0010000000 rw-s 00000000 00:01 77 /memfd:memory-backend-memfd (deleted)";
+        let found = mapped(ram).unwrap();
+        assert_eq!((found.file, found.bytes), ((0, 1, 77), 256 << 20));
+        for other in [
+            "7f0000000000-7f0010000000 rw-p 00000000 00:00 0",
+            "7f0000000000-7f0010000000 r--s 00000000 00:01 77 /memfd:x",
+            "7f0000000000-7f0010000000 rw-s 00000000 00:00 0",
+            "nonsense",
+            "",
+        ] {
+            assert_eq!(mapped(other), None, "{other}");
+        }
+    }
+
+    #[test]
+    fn the_file_of_a_mapping_of_this_process_is_found() {
+        // A size that no other mapping has.
+        let layout = crate::qemu::host::layout(13 << 12).unwrap();
+        let memory = postcopy_engine::memory::GuestMemory::new(layout).unwrap();
+        let file = open(std::process::id() as i32, 13 << 12).unwrap();
+        assert!(memory.guest().write(4096, b"here"));
+        let mut seen = [0; 4];
+        std::os::unix::fs::FileExt::read_exact_at(&file, &mut seen, 4096).unwrap();
+        assert_eq!(&seen, b"here");
+    }
+}
