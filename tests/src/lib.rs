@@ -5,6 +5,7 @@
 #![allow(clippy::unwrap_used)] // everything here serves tests, where a panic is the report
 
 pub mod cutter;
+pub mod stock;
 
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
@@ -73,21 +74,31 @@ pub struct Pcvm {
     control: PathBuf,
     console: PathBuf,
     log: PathBuf,
+    /// Whether it is to end what it has started.
+    kindly: bool,
 }
 
 impl Pcvm {
     /// Starts `pcvm ARGS --control … --console …` with files named after `name`.
     pub fn start(scratch: &Scratch, name: &str, args: &[&str]) -> Self {
-        let (control, console, log) = (
-            scratch.file(&format!("{name}.sock")),
-            scratch.file(&format!("{name}.console")),
-            scratch.file(&format!("{name}.log")),
-        );
+        Self::start_with(scratch, name, args, &[])
+    }
+
+    /// As [`Pcvm::start`], with a command after `--` if it is not empty, and ended kindly by the drop:
+    /// it has a process of its own.
+    pub fn start_with(scratch: &Scratch, name: &str, args: &[&str], then: &[String]) -> Self {
+        let [control, console, log] =
+            ["sock", "pcvm-console", "log"].map(|suffix| scratch.file(&format!("{name}.{suffix}")));
+        let console = if then.is_empty() { scratch.file(&format!("{name}.console")) } else { console };
         let stderr = std::fs::File::create(&log).unwrap();
         let mut command = Command::new(program("pcvm"));
         command.args(args).arg("--control").arg(&control).arg("--console").arg(&console);
+        if !then.is_empty() {
+            command.args(["--", "qemu-system-x86_64"]).args(then);
+        }
         let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(stderr).spawn().unwrap();
-        let started = Self { child: Mutex::new(child), control, console, log };
+        let kindly = !then.is_empty();
+        let started = Self { child: Mutex::new(child), control, console, log, kindly };
         let begin = Instant::now();
         while !started.control.exists() {
             let ended = started.child().try_wait().unwrap();
@@ -225,6 +236,13 @@ impl Pcvm {
 
 impl Drop for Pcvm {
     fn drop(&mut self) {
+        if self.kindly && matches!(self.child().try_wait(), Ok(None)) {
+            let _ = pcvm(&["quit", "--control", self.control.to_str().unwrap()]);
+            let begin = Instant::now();
+            while matches!(self.child().try_wait(), Ok(None)) && begin.elapsed() < Duration::from_secs(15) {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+        }
         let mut child = self.child();
         let _ = child.kill();
         let _ = child.wait();

@@ -1,0 +1,288 @@
+//! Guests of a stock QEMU, moved by our engine: `pcvm receive --vmm qemu`, `pcvm migrate --qmp`.
+//!
+//! What needs a Linux guest is ignored unless asked for: it needs POSTCOPY_KERNEL and
+//! POSTCOPY_INITRD (`scripts/test` sets them), and takes POSTCOPY_ACCELERATOR (`tcg` if not set) and
+//! POSTCOPY_TRANSPORTS (`tcp` if not set).
+#![allow(clippy::unwrap_used)] // helpers of tests, where a panic is the report
+
+use std::io::{BufRead, BufReader, Read};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use postcopy_e2e::cutter::cut_after;
+use postcopy_e2e::stock::{Machine, StockGuest};
+use postcopy_e2e::{Scratch, assert_refused, free_port, pcvm, program, run, wait_until};
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::json;
+
+/// Messages before the one that hands the guest over; its state is in one or more pieces.
+const BEFORE_STATE: i64 = 4;
+
+fn address() -> String {
+    std::env::var("LAB_RDMA_ADDR").unwrap_or_else(|_| "127.0.0.1".into())
+}
+
+/// Moves a guest to a new place, there and back.
+fn moves(name: &str, transport: &str, count: usize) {
+    let scratch = Scratch::new(name);
+    let machine = Machine::linux("pcguest.mb=64 pcguest.access=write");
+    let mut guest = StockGuest::start(&scratch, "q0", &machine);
+    guest.wait_for("stall_us", 2);
+    for at in 1..=count {
+        let (next, port) = StockGuest::receive(&scratch, &format!("q{at}"), &machine, &address());
+        let report = guest.migrate(&format!("{}:{port}", address()), &["--transport", transport]);
+        assert_eq!(report["transport"], transport);
+        let pages = &report["pager"]["pages"];
+        assert!(pages["network_faults"].as_u64().unwrap() > 0, "{report}");
+        let crossed = pages["fault_pages"].as_u64().unwrap() + pages["drain_pages"].as_u64().unwrap();
+        assert!(crossed > 0 && report["state_bytes"].as_u64().unwrap() < 4 << 20, "{report}");
+        println!(
+            "{transport} move {at}: downtime {} µs, resident {} µs, {} faults",
+            report["downtime_us"], report["resident_us"], pages["network_faults"]
+        );
+        next.wait_for("stall_us", 1);
+        next.verify();
+        assert!(!next.console().contains("\"monotonic_ok\":false"), "{}", next.console());
+        guest = next;
+    }
+}
+
+#[test]
+#[ignore = "needs a Linux kernel: run by scripts/test"]
+fn a_stock_guest_moves_from_qemu_to_qemu_and_on() {
+    let transports = std::env::var("POSTCOPY_TRANSPORTS").unwrap_or_else(|_| "tcp".into());
+    let count = std::env::var("POSTCOPY_MOVES").map_or(4, |count| count.parse().unwrap());
+    for transport in transports.split(',') {
+        moves(&format!("stock-{transport}"), transport, count);
+    }
+}
+
+/// Starts a migration whose source stands still as soon as the guest runs at the destination: most
+/// of its memory never comes.
+fn stranded(scratch: &Scratch) -> (StockGuest, StockGuest, std::process::Child) {
+    let machine = Machine::linux("pcguest.mb=160 pcguest.access=write");
+    let source = StockGuest::start(scratch, "a", &machine);
+    source.wait_for("stall_us", 2);
+    let (destination, port) = StockGuest::receive(scratch, "b", &machine, "127.0.0.1");
+    let monitor = source.monitor();
+    let to = format!("127.0.0.1:{port}");
+    let mut moving = Command::new(program("pcvm"))
+        .args(["migrate", "--transport", "tcp", "--qmp", monitor.to_str().unwrap(), "--to", &to])
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let lines = BufReader::new(moving.stderr.take().unwrap()).lines().map_while(Result::ok);
+    let mut said = lines.skip_while(|line| !line.contains("runs at the destination"));
+    assert!(said.next().is_some(), "{}", destination.log());
+    kill_process(Pid::from_child(&moving), Signal::STOP).unwrap();
+    (source, destination, moving)
+}
+
+#[test]
+#[ignore = "needs a Linux kernel: run by scripts/test"]
+fn a_dead_pager_never_shows_a_stock_guest_zeros() {
+    let scratch = Scratch::new("dead-pager");
+    let (_source, destination, mut moving) = stranded(&scratch);
+    let qemu = Orphan(child_of(destination.pcvm().pid()));
+    let arrival = || destination.pcvm().status()["arrival"].clone();
+    wait_until("the pager has told of its pages", || arrival()["total_pages"].as_u64().unwrap() > 0);
+    assert!(arrival()["outstanding_pages"].as_u64().unwrap() > 0, "all of it came: {}", arrival());
+    kill_process(Pid::from_raw(destination.pcvm().pid() as i32).unwrap(), Signal::KILL).unwrap();
+    std::thread::sleep(Duration::from_secs(3));
+    let printed = destination.console();
+    assert!(!printed.contains("BAD") && !printed.contains("panic"), "{printed}");
+    std::thread::sleep(Duration::from_secs(2));
+    let lives = std::path::Path::new(&format!("/proc/{}", qemu.0)).exists();
+    assert!(lives, "QEMU waits: {}", destination.log());
+    assert_eq!(destination.console(), printed, "the guest waits");
+    kill_process(Pid::from_child(&moving), Signal::KILL).unwrap();
+    moving.wait().unwrap();
+}
+
+/// A process without a parent. Ended when dropped.
+struct Orphan(i32);
+
+impl Drop for Orphan {
+    fn drop(&mut self) {
+        let _ = kill_process(Pid::from_raw(self.0).unwrap(), Signal::KILL);
+    }
+}
+
+fn child_of(process: u32) -> i32 {
+    let children = std::fs::read_to_string(format!("/proc/{process}/task/{process}/children")).unwrap();
+    let threads = std::fs::read_dir(format!("/proc/{process}/task")).unwrap().flatten();
+    let of_threads =
+        threads.map(|thread| std::fs::read_to_string(thread.path().join("children")).unwrap_or_default());
+    let all = of_threads.fold(children, |all, more| all + " " + &more);
+    all.split_whitespace().next().unwrap().parse().unwrap()
+}
+
+#[test]
+fn a_connection_cut_before_the_handover_leaves_the_guest_running() {
+    let scratch = Scratch::new("stock-cut");
+    let machine = Machine::firmware();
+    let source = StockGuest::start(&scratch, "a", &machine);
+    for messages in [0, 1, BEFORE_STATE - 1, BEFORE_STATE] {
+        let (destination, port) =
+            StockGuest::receive(&scratch, &format!("b{messages}"), &machine, "127.0.0.1");
+        let to = format!("127.0.0.1:{}", cut_after(messages, port));
+        assert_refused(&source.try_migrate(&to, &["--transport", "tcp"]), &["the guest runs on here"]);
+        assert!(source.runs(), "cut after {messages}");
+        wait_until("the destination has let go", || destination.log().contains("no guest was taken in"));
+    }
+    // Unharmed: it can still be moved.
+    let (destination, port) = StockGuest::receive(&scratch, "b", &machine, "127.0.0.1");
+    source.migrate(&format!("127.0.0.1:{port}"), &["--transport", "tcp"]);
+    assert!(destination.runs());
+}
+
+#[test]
+fn a_guest_whose_memory_cannot_be_reached() {
+    let scratch = Scratch::new("stock-ram");
+    for (name, backend, words) in [
+        ("none", None, ["not shared", "memory-backend-file"]),
+        ("private", Some("memory-backend-ram,id=ram0,size=MIBM"), ["not shared", "share=on"]),
+        (
+            "anonymous",
+            Some("memory-backend-ram,id=ram0,size=MIBM,share=on"),
+            ["memory-backend-ram", "share=on"],
+        ),
+    ] {
+        let machine = Machine { backend: backend.map(str::to_owned), ..Machine::firmware() };
+        let source = StockGuest::start(&scratch, name, &machine);
+        let refused = source.try_migrate("127.0.0.1:9", &[]);
+        assert_refused(&refused, &[&["this guest cannot be moved"], &words[..]].concat());
+        assert!(source.runs());
+        let out = receive(&scratch, &machine.arguments(&scratch, &format!("{name}-there")));
+        assert_refused(&out, &[&["this guest cannot be moved"], &words[..]].concat());
+    }
+}
+
+/// Runs a receiver to its end.
+fn receive(scratch: &Scratch, qemu: &[String]) -> std::process::Output {
+    let control = scratch.file("refused.sock");
+    let listen = format!("127.0.0.1:{}", free_port());
+    let mut command = Command::new(program("pcvm"));
+    command.args(["receive", "--vmm", "qemu", "--listen", &listen, "--control", control.to_str().unwrap()]);
+    run(command.args(["--", "qemu-system-x86_64"]).args(qemu))
+}
+
+#[test]
+fn a_memfd_serves_as_well_as_a_file_where_qemu_lets_it() {
+    let scratch = Scratch::new("stock-memfd");
+    let backend = Some("memory-backend-memfd,id=ram0,size=MIBM,share=on".to_owned());
+    let machine = Machine { backend, ..Machine::firmware() };
+    let source = StockGuest::start(&scratch, "a", &machine);
+    let version = source.qmp("query-version", &json!({}))["return"]["qemu"].clone();
+    let part = |name: &str| version[name].as_u64().unwrap();
+    if (part("major"), part("minor")) >= (8, 1) {
+        assert_refused(
+            &source.try_migrate("127.0.0.1:9", &[]),
+            &["a memfd, which QEMU from 8.1 on", "memory-backend-file"],
+        );
+        return;
+    }
+    let (destination, port) = StockGuest::receive(&scratch, "b", &machine, "127.0.0.1");
+    source.migrate(&format!("127.0.0.1:{port}"), &["--transport", "tcp"]);
+    assert!(destination.runs());
+}
+
+#[test]
+fn arguments_that_are_pcvms_own() {
+    let scratch = Scratch::new("stock-arguments");
+    for (more, word) in
+        [("-incoming defer", "-incoming"), ("-daemonize", "-daemonize"), ("-loadvm x", "-loadvm")]
+    {
+        let more = more.split(' ').map(str::to_owned).collect();
+        let machine = Machine { more, ..Machine::firmware() };
+        let out = receive(&scratch, &machine.arguments(&scratch, "b"));
+        assert_refused(&out, &["leave", word, "out of QEMU's arguments"]);
+    }
+    let control = scratch.file("refused.sock");
+    let fixed = ["receive", "--listen", "127.0.0.1:0", "--control", control.to_str().unwrap()];
+    assert_refused(&pcvm(&[&fixed[..], &["--vmm", "qemu"]].concat()), &["QEMU's command line", "--"]);
+    assert_refused(&pcvm(&[&fixed[..], &["--", "qemu"]].concat()), &["--vmm qemu"]);
+    let itself = ["--vmm", "qemu", "--self-service", "on", "--", "qemu"];
+    assert_refused(&pcvm(&[&fixed[..], &itself].concat()), &["cannot serve their own faults"]);
+    let library = ["--vmm", "qemu", "--handover-library", "/nowhere.so", "--", "qemu"];
+    assert_refused(
+        &pcvm(&[&fixed[..], &library].concat()),
+        &["/nowhere.so is missing", "--handover-library"],
+    );
+}
+
+#[test]
+fn machines_that_do_not_fit() {
+    let scratch = Scratch::new("stock-unlike");
+    let here = Machine { kind: "pc-q35-7.2".into(), ..Machine::firmware() };
+    let source = StockGuest::start(&scratch, "a", &here);
+    type Change = fn(&mut Machine);
+    let unlike: [(&str, Change, [&str; 2]); 3] = [
+        ("kind", |there| there.kind = "pc-q35-7.1".into(), ["pc-q35-7.2", "pc-q35-7.1"]),
+        ("cpus", |there| there.cpus = 1, ["2 vCPUs", "-smp 2"]),
+        ("size", |there| there.mib = 128, ["bytes of RAM", "-m 256M"]),
+    ];
+    for (name, change, words) in unlike {
+        let mut there = here.clone();
+        change(&mut there);
+        let (destination, port) = StockGuest::receive(&scratch, name, &there, "127.0.0.1");
+        let out = source.try_migrate(&format!("127.0.0.1:{port}"), &["--transport", "tcp"]);
+        assert_refused(&out, &[&["does not fit this side"], &words[..]].concat());
+        assert!(source.runs());
+        drop(destination);
+    }
+    // An alias of the machine type is that type.
+    let alias = Machine { kind: "q35".into(), ..here };
+    let kind = source.qmp("query-version", &json!({}))["return"]["qemu"]["major"] == 7;
+    if kind {
+        let (destination, port) = StockGuest::receive(&scratch, "alias", &alias, "127.0.0.1");
+        source.migrate(&format!("127.0.0.1:{port}"), &["--transport", "tcp"]);
+        assert!(destination.runs());
+    }
+}
+
+#[test]
+fn a_guest_that_does_not_run_and_a_monitor_that_is_taken() {
+    let scratch = Scratch::new("stock-monitor");
+    let machine = Machine { more: vec!["-S".into()], ..Machine::firmware() };
+    let source = StockGuest::start(&scratch, "a", &machine);
+    assert_refused(&source.try_migrate("127.0.0.1:9", &[]), &["does not run", "cont"]);
+    // Somebody else is at the monitor.
+    let mut other = std::os::unix::net::UnixStream::connect(source.monitor()).unwrap();
+    other.read_exact(&mut [0]).unwrap();
+    assert_refused(&source.try_migrate("127.0.0.1:9", &[]), &["cannot reach QEMU's monitor", "other client"]);
+    let nobody = pcvm(&["migrate", "--qmp", "/nowhere.qmp", "--to", "127.0.0.1:9"]);
+    assert_refused(&nobody, &["cannot reach QEMU's monitor", "-qmp"]);
+}
+
+#[test]
+fn a_guest_of_another_vmm_is_refused() {
+    let scratch = Scratch::new("stock-other");
+    let source = StockGuest::start(&scratch, "a", &Machine::firmware());
+    let port = free_port();
+    let ours = postcopy_e2e::Pcvm::receive(&scratch, "b", port, &[]);
+    let out = source.try_migrate(&format!("127.0.0.1:{port}"), &["--transport", "tcp"]);
+    assert_refused(&out, &["qemu/1", "postcopy-vmm/1", "the guest runs on here"]);
+    assert!(source.runs());
+    drop(ours);
+}
+
+#[test]
+fn the_library_leaves_other_programs_alone_and_refuses_without_a_pager() {
+    let scratch = Scratch::new("stock-library");
+    let library = program("pcvm").with_file_name("libpostcopy_handover.so");
+    assert!(library.exists(), "build it: cargo build -p postcopy-handover");
+    let preloaded = |command: &str| {
+        let mut process = Command::new("sh");
+        process.args(["-c", command]).env("LD_PRELOAD", &library);
+        run(process.env("POSTCOPY_HANDOVER", scratch.file("nobody")))
+    };
+    let other = preloaded("echo as always");
+    assert!(other.status.success() && other.stdout == b"as always\n" && other.stderr.is_empty(), "{other:?}");
+    let private = preloaded("qemu-system-x86_64 --version");
+    assert!(private.status.success() && private.stderr.is_empty(), "{private:?}");
+    let machine = Machine::firmware().arguments(&scratch, "alone");
+    let mut qemu = Command::new("qemu-system-x86_64");
+    qemu.args(machine).env("LD_PRELOAD", &library).env("POSTCOPY_HANDOVER", scratch.file("nobody"));
+    assert_refused(&run(&mut qemu), &["no pager takes this guest's memory", "pcvm receive --vmm qemu"]);
+}
