@@ -199,6 +199,7 @@ impl Program {
 fn params() -> Result<Params, Box<dyn std::error::Error>> {
     if init::is_init() {
         init::set_up()?;
+        init::load_modules()?;
         return Ok(Params::from_cmdline(&std::fs::read_to_string("/proc/cmdline")?)?);
     }
     Ok(Params::from_args(std::env::args().skip(1))?)
