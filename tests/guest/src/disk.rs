@@ -1,12 +1,12 @@
-//! Writes a journal to a raw disk for ever, one block at a time, each acknowledged by the disk
+//! Writes a journal to a raw disk until it is told to end, one block at a time, each acknowledged by the disk
 //! before the next.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustix::fs::OFlags;
@@ -28,13 +28,15 @@ struct Refused {
     error: String,
 }
 
-/// A journal and its writer. The writer is a thread that never ends.
+/// A journal and its writer.
 #[derive(Debug)]
 pub struct Disk {
     file: File,
     slots: u64,
     acknowledged: AtomicU64,
     bad: BadLines,
+    /// Set at the end; held while a block is written.
+    ended: Mutex<bool>,
 }
 
 impl Disk {
@@ -57,18 +59,22 @@ impl Disk {
         let slots = file.seek(SeekFrom::End(0))? / BLOCK_BYTES as u64;
         match slots {
             0 => Err(refused(io::Error::other("no room for a block"))),
-            _ => Ok(Self { file, slots, acknowledged: AtomicU64::new(0), bad: BadLines::default() }),
+            _ => Ok(Self::new(file, slots)),
         }
     }
 
-    /// Starts to write, with a pause after each block.
+    fn new(file: File, slots: u64) -> Self {
+        let (acknowledged, bad) = (AtomicU64::new(0), BadLines::default());
+        Self { file, slots, acknowledged, bad, ended: Mutex::new(false) }
+    }
+
+    /// Starts to write until the end, with a pause after each block.
     pub fn start(self, pace: Duration) -> Arc<Self> {
         let disk = Arc::new(self);
         let writer = disk.clone();
         std::thread::spawn(move || {
-            loop {
-                let pause = if writer.append() { pace } else { RETRY };
-                std::thread::sleep(pause);
+            while let Some(result) = writer.append() {
+                std::thread::sleep(if result { pace } else { RETRY });
             }
         });
         disk
@@ -79,18 +85,25 @@ impl Disk {
         self.acknowledged.load(Ordering::Acquire)
     }
 
-    /// Writes the next block; false if the disk did not take it.
-    fn append(&self) -> bool {
+    /// Ends the writing: on return, no block is on its way.
+    pub fn end(&self) {
+        *self.ended.lock().unwrap_or_else(PoisonError::into_inner) = true;
+    }
+
+    /// Writes the next block, unless this is over; false if the disk did not take it.
+    fn append(&self) -> Option<bool> {
+        let ended = self.ended.lock().unwrap_or_else(PoisonError::into_inner);
+        if *ended {
+            return None;
+        }
         let entry = Entry { sequence: self.acknowledged() + 1, boot_ns: boottime_ns() };
         let at = entry.sequence % self.slots * BLOCK_BYTES as u64;
-        match self.file.write_all_at(&entry.encode().0, at) {
+        let result = self.file.write_all_at(&entry.encode().0, at);
+        match &result {
             Ok(()) => self.acknowledged.store(entry.sequence, Ordering::Release),
-            Err(error) => {
-                self.bad.say(&Refused { disk_sequence: entry.sequence, error: error.to_string() });
-                return false;
-            }
+            Err(error) => self.bad.say(&Refused { disk_sequence: entry.sequence, error: error.to_string() }),
         }
-        true
+        Some(result.is_ok())
     }
 }
 
@@ -106,8 +119,10 @@ mod tests {
         image.set_len(3 * BLOCK_BYTES as u64 + 100).unwrap();
         // Without O_DIRECT, which not every file system has.
         let file = OpenOptions::new().write(true).open(&path).unwrap();
-        let disk = Disk { file, slots: 3, acknowledged: AtomicU64::new(0), bad: BadLines::default() };
-        assert!((0..5).all(|_| disk.append()));
+        let disk = Disk::new(file, 3);
+        assert!((0..5).all(|_| disk.append() == Some(true)));
+        disk.end();
+        assert_eq!(disk.append(), None);
         assert_eq!(disk.acknowledged(), 5);
         let bytes = std::fs::read(&path).unwrap();
         std::fs::remove_file(&path).unwrap();

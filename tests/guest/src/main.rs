@@ -111,6 +111,8 @@ impl Program {
             }
             self.note_gap();
             if !self.obey() || (self.params.passes > 0 && self.walker.pass() >= self.params.passes) {
+                // The last report has all that was written, and the machine's end cuts nothing off.
+                self.disk.iter().for_each(|disk| disk.end());
                 self.report(None);
                 return;
             }
