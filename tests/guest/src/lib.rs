@@ -6,6 +6,7 @@
 //!   a virtual machine or as a plain process: it walks memory that it can verify to the last byte,
 //!   and where it is told to, writes a journal to a disk and answers on the network.
 
+pub mod audit;
 pub mod clocks;
 pub mod console;
 pub mod disk;
