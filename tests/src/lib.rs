@@ -5,14 +5,19 @@
 #![allow(clippy::unwrap_used)] // everything here serves tests, where a panic is the report
 
 pub mod cutter;
+pub mod process;
+pub mod reports;
 
 use std::io::{BufRead, BufReader, Read};
+use std::ops::Deref;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
+
+use process::Process;
 
 /// How long anything may take before a test calls it hung. The lab is slow.
 pub const PATIENCE: Duration = Duration::from_secs(90);
@@ -23,6 +28,11 @@ pub fn program(name: &str) -> PathBuf {
     let path = test.parent().and_then(Path::parent).unwrap().join(name);
     assert!(path.exists(), "{} is not built; run `cargo build -p postcopy-tools` first", path.display());
     path
+}
+
+/// A variable that whoever runs a test of the lab has to set.
+pub fn variable(name: &str) -> String {
+    std::env::var(name).unwrap_or_else(|_| panic!("{name} is not set; see the head of the test's file"))
 }
 
 /// A directory for one test, removed at its end.
@@ -69,10 +79,16 @@ pub fn free_port() -> u16 {
 
 /// A pcvm process that holds a guest or waits for one. Ended when dropped.
 pub struct Pcvm {
-    child: Mutex<Child>,
+    process: Process,
     control: PathBuf,
-    console: PathBuf,
-    log: PathBuf,
+}
+
+impl Deref for Pcvm {
+    type Target = Process;
+
+    fn deref(&self) -> &Process {
+        &self.process
+    }
 }
 
 impl Pcvm {
@@ -83,19 +99,9 @@ impl Pcvm {
             scratch.file(&format!("{name}.console")),
             scratch.file(&format!("{name}.log")),
         );
-        let stderr = std::fs::File::create(&log).unwrap();
         let mut command = Command::new(program("pcvm"));
         command.args(args).arg("--control").arg(&control).arg("--console").arg(&console);
-        let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(stderr).spawn().unwrap();
-        let started = Self { child: Mutex::new(child), control, console, log };
-        let begin = Instant::now();
-        while !started.control.exists() {
-            let ended = started.child().try_wait().unwrap();
-            assert!(ended.is_none(), "{name} ended at its start: {}", started.log());
-            assert!(begin.elapsed() < PATIENCE, "{name} does not start: {}", started.log());
-            std::thread::sleep(Duration::from_millis(10));
-        }
-        started
+        Self { process: Process::start(command, console, log, &control), control }
     }
 
     /// Runs the tiny guest in 8 MiB.
@@ -118,70 +124,9 @@ impl Pcvm {
         &self.control
     }
 
-    /// Process id.
-    pub fn pid(&self) -> u32 {
-        self.child().id()
-    }
-
-    fn child(&self) -> MutexGuard<'_, Child> {
-        self.child.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// All that can be told of it when something has failed: whether it lives, and what it and its
-    /// guest have said. Waits for its end, but not long: it may have been about to say why.
-    pub fn story(&self) -> String {
-        let begin = Instant::now();
-        let mut ended = self.child().try_wait().unwrap();
-        while ended.is_none() && begin.elapsed() < Duration::from_secs(1) {
-            std::thread::sleep(Duration::from_millis(10));
-            ended = self.child().try_wait().unwrap();
-        }
-        let fate = ended.map_or_else(|| "lives".to_owned(), |status| format!("ended: {status}"));
-        format!("{fate}\nconsole:\n{}\nlog:\n{}\n{}", self.console(), self.log(), self.threads())
-    }
-
-    /// What the guest has printed here.
-    pub fn console(&self) -> String {
-        String::from_utf8_lossy(&std::fs::read(&self.console).unwrap_or_default()).into_owned()
-    }
-
-    /// What the process has said on stderr.
-    pub fn log(&self) -> String {
-        std::fs::read_to_string(&self.log).unwrap_or_default()
-    }
-
-    /// What each thread is doing, for the report of something that hangs.
-    fn threads(&self) -> String {
-        let tasks = std::fs::read_dir(format!("/proc/{}/task", self.pid())).into_iter().flatten().flatten();
-        let read = |path: PathBuf| std::fs::read_to_string(path).unwrap_or_default();
-        let line = |task: PathBuf| {
-            let stat = read(task.join("stat"));
-            let fields: Vec<&str> = stat.rsplit(") ").next().unwrap_or_default().split(' ').collect();
-            let (name, place) = (read(task.join("comm")), read(task.join("wchan")));
-            let times = fields.get(11..13).unwrap_or_default().join("+");
-            format!("{} {} in {place}, {times} ticks\n", name.trim(), fields.first().unwrap_or(&"gone"))
-        };
-        tasks.map(|task| line(task.path())).collect()
-    }
-
     /// Waits until `reached` says so.
     pub fn wait_until(&self, what: &str, reached: impl Fn(&Self) -> bool) {
-        let begin = Instant::now();
-        while !reached(self) {
-            assert!(begin.elapsed() < PATIENCE, "not within {PATIENCE:?}: {what}; it {}", self.story());
-            std::thread::sleep(Duration::from_millis(10));
-        }
-    }
-
-    /// Waits until the guest has printed `text` here.
-    pub fn wait_for_console(&self, text: &str) {
-        self.wait_until(text, |this| this.console().contains(text));
-    }
-
-    /// Waits until the guest prints something more.
-    pub fn wait_for_progress(&self) {
-        let lines = self.console().lines().count();
-        self.wait_until("the guest goes on", |this| this.console().lines().count() > lines + 1);
+        self.process.wait_until(what, || reached(self));
     }
 
     /// The process's status.
@@ -212,22 +157,7 @@ impl Pcvm {
 
     /// Waits for the process to end; returns whether it succeeded, and what it said.
     pub fn wait(self) -> (bool, String) {
-        let begin = Instant::now();
-        loop {
-            if let Some(status) = self.child().try_wait().unwrap() {
-                return (status.success(), self.log());
-            }
-            assert!(begin.elapsed() < PATIENCE, "{} does not end:\n{}", self.control.display(), self.log());
-            std::thread::sleep(Duration::from_millis(10));
-        }
-    }
-}
-
-impl Drop for Pcvm {
-    fn drop(&mut self) {
-        let mut child = self.child();
-        let _ = child.kill();
-        let _ = child.wait();
+        self.wait_for_end()
     }
 }
 
