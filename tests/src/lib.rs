@@ -6,6 +6,7 @@
 
 pub mod cutter;
 pub mod process;
+pub mod qemu;
 pub mod reports;
 
 use std::io::{BufRead, BufReader, Read};
