@@ -1,5 +1,5 @@
-//! Writes a journal to a raw disk until it is told to end, one block at a time, each acknowledged by the disk
-//! before the next.
+//! Writes a journal to a raw disk until it is told to end: one block at a time, each acknowledged by
+//! the disk before the next.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
