@@ -19,4 +19,5 @@ cpio|cpio|packing the guest image'
 # shellcheck disable=SC2034
 test_needs='
 unshare|util-linux|tests that hide a device
-setpriv|util-linux|tests that drop privileges'
+setpriv|util-linux|tests that drop privileges
+mkfs.ext4|e2fsprogs|the disks of QEMU guests in the lab'

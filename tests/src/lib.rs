@@ -5,15 +5,21 @@
 #![allow(clippy::unwrap_used)] // everything here serves tests, where a panic is the report
 
 pub mod cutter;
+pub mod process;
+pub mod qemu;
+pub mod reports;
 pub mod stock;
 
 use std::io::{BufRead, BufReader, Read};
+use std::ops::Deref;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
+
+use process::Process;
 
 /// How long anything may take before a test calls it hung. The lab is slow.
 pub const PATIENCE: Duration = Duration::from_secs(90);
@@ -24,6 +30,11 @@ pub fn program(name: &str) -> PathBuf {
     let path = test.parent().and_then(Path::parent).unwrap().join(name);
     assert!(path.exists(), "{} is not built; run `cargo build -p postcopy-tools` first", path.display());
     path
+}
+
+/// A variable that whoever runs a test of the lab has to set.
+pub fn variable(name: &str) -> String {
+    std::env::var(name).unwrap_or_else(|_| panic!("{name} is not set; see the head of the test's file"))
 }
 
 /// A directory for one test, removed at its end.
@@ -70,12 +81,18 @@ pub fn free_port() -> u16 {
 
 /// A pcvm process that holds a guest or waits for one. Ended when dropped.
 pub struct Pcvm {
-    child: Mutex<Child>,
+    process: Process,
     control: PathBuf,
-    console: PathBuf,
-    log: PathBuf,
-    /// Whether it is to end what it has started.
+    /// Whether it is asked to end, since it has a process of its own, before it is ended.
     kindly: bool,
+}
+
+impl Deref for Pcvm {
+    type Target = Process;
+
+    fn deref(&self) -> &Process {
+        &self.process
+    }
 }
 
 impl Pcvm {
@@ -84,29 +101,19 @@ impl Pcvm {
         Self::start_with(scratch, name, args, &[])
     }
 
-    /// As [`Pcvm::start`], with a command after `--` if it is not empty, and ended kindly by the drop:
-    /// it has a process of its own.
-    pub fn start_with(scratch: &Scratch, name: &str, args: &[&str], then: &[String]) -> Self {
+    /// As [`Pcvm::start`], with the command of a QEMU after `--` if there is one. The console is then
+    /// QEMU's.
+    pub fn start_with(scratch: &Scratch, name: &str, args: &[&str], qemu: &[String]) -> Self {
         let [control, console, log] =
-            ["sock", "pcvm-console", "log"].map(|suffix| scratch.file(&format!("{name}.{suffix}")));
-        let console = if then.is_empty() { scratch.file(&format!("{name}.console")) } else { console };
-        let stderr = std::fs::File::create(&log).unwrap();
+            ["sock", "console", "log"].map(|suffix| scratch.file(&format!("{name}.{suffix}")));
         let mut command = Command::new(program("pcvm"));
-        command.args(args).arg("--control").arg(&control).arg("--console").arg(&console);
-        if !then.is_empty() {
-            command.args(["--", "qemu-system-x86_64"]).args(then);
-        }
-        let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(stderr).spawn().unwrap();
-        let kindly = !then.is_empty();
-        let started = Self { child: Mutex::new(child), control, console, log, kindly };
-        let begin = Instant::now();
-        while !started.control.exists() {
-            let ended = started.child().try_wait().unwrap();
-            assert!(ended.is_none(), "{name} ended at its start: {}", started.log());
-            assert!(begin.elapsed() < PATIENCE, "{name} does not start: {}", started.log());
-            std::thread::sleep(Duration::from_millis(10));
-        }
-        started
+        command.args(args).arg("--control").arg(&control);
+        match qemu {
+            [] => command.arg("--console").arg(&console),
+            qemu => command.args(["--", "qemu-system-x86_64"]).args(qemu),
+        };
+        let process = Process::start(command, console, log, &control);
+        Self { process, control, kindly: !qemu.is_empty() }
     }
 
     /// Runs the tiny guest in 8 MiB.
@@ -129,70 +136,9 @@ impl Pcvm {
         &self.control
     }
 
-    /// Process id.
-    pub fn pid(&self) -> u32 {
-        self.child().id()
-    }
-
-    fn child(&self) -> MutexGuard<'_, Child> {
-        self.child.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// All that can be told of it when something has failed: whether it lives, and what it and its
-    /// guest have said. Waits for its end, but not long: it may have been about to say why.
-    pub fn story(&self) -> String {
-        let begin = Instant::now();
-        let mut ended = self.child().try_wait().unwrap();
-        while ended.is_none() && begin.elapsed() < Duration::from_secs(1) {
-            std::thread::sleep(Duration::from_millis(10));
-            ended = self.child().try_wait().unwrap();
-        }
-        let fate = ended.map_or_else(|| "lives".to_owned(), |status| format!("ended: {status}"));
-        format!("{fate}\nconsole:\n{}\nlog:\n{}\n{}", self.console(), self.log(), self.threads())
-    }
-
-    /// What the guest has printed here.
-    pub fn console(&self) -> String {
-        String::from_utf8_lossy(&std::fs::read(&self.console).unwrap_or_default()).into_owned()
-    }
-
-    /// What the process has said on stderr.
-    pub fn log(&self) -> String {
-        std::fs::read_to_string(&self.log).unwrap_or_default()
-    }
-
-    /// What each thread is doing, for the report of something that hangs.
-    fn threads(&self) -> String {
-        let tasks = std::fs::read_dir(format!("/proc/{}/task", self.pid())).into_iter().flatten().flatten();
-        let read = |path: PathBuf| std::fs::read_to_string(path).unwrap_or_default();
-        let line = |task: PathBuf| {
-            let stat = read(task.join("stat"));
-            let fields: Vec<&str> = stat.rsplit(") ").next().unwrap_or_default().split(' ').collect();
-            let (name, place) = (read(task.join("comm")), read(task.join("wchan")));
-            let times = fields.get(11..13).unwrap_or_default().join("+");
-            format!("{} {} in {place}, {times} ticks\n", name.trim(), fields.first().unwrap_or(&"gone"))
-        };
-        tasks.map(|task| line(task.path())).collect()
-    }
-
     /// Waits until `reached` says so.
     pub fn wait_until(&self, what: &str, reached: impl Fn(&Self) -> bool) {
-        let begin = Instant::now();
-        while !reached(self) {
-            assert!(begin.elapsed() < PATIENCE, "not within {PATIENCE:?}: {what}; it {}", self.story());
-            std::thread::sleep(Duration::from_millis(10));
-        }
-    }
-
-    /// Waits until the guest has printed `text` here.
-    pub fn wait_for_console(&self, text: &str) {
-        self.wait_until(text, |this| this.console().contains(text));
-    }
-
-    /// Waits until the guest prints something more.
-    pub fn wait_for_progress(&self) {
-        let lines = self.console().lines().count();
-        self.wait_until("the guest goes on", |this| this.console().lines().count() > lines + 1);
+        self.process.wait_until(what, || reached(self));
     }
 
     /// The process's status.
@@ -223,29 +169,19 @@ impl Pcvm {
 
     /// Waits for the process to end; returns whether it succeeded, and what it said.
     pub fn wait(self) -> (bool, String) {
-        let begin = Instant::now();
-        loop {
-            if let Some(status) = self.child().try_wait().unwrap() {
-                return (status.success(), self.log());
-            }
-            assert!(begin.elapsed() < PATIENCE, "{} does not end:\n{}", self.control.display(), self.log());
-            std::thread::sleep(Duration::from_millis(10));
-        }
+        self.wait_for_end()
     }
 }
 
 impl Drop for Pcvm {
     fn drop(&mut self) {
-        if self.kindly && matches!(self.child().try_wait(), Ok(None)) {
+        if self.kindly && self.lives() {
             let _ = pcvm(&["quit", "--control", self.control.to_str().unwrap()]);
             let begin = Instant::now();
-            while matches!(self.child().try_wait(), Ok(None)) && begin.elapsed() < Duration::from_secs(15) {
+            while self.lives() && begin.elapsed() < Duration::from_secs(15) {
                 std::thread::sleep(Duration::from_millis(10));
             }
         }
-        let mut child = self.child();
-        let _ = child.kill();
-        let _ = child.wait();
     }
 }
 

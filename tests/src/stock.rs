@@ -12,7 +12,7 @@ use std::time::Instant;
 
 use serde_json::{Value, json};
 
-use crate::{PATIENCE, Pcvm, Scratch, free_port, pcvm, stderr, wait_until};
+use crate::{PATIENCE, Pcvm, Scratch, free_port, pcvm, stderr, variable, wait_until};
 
 /// RAM of a guest, in MiB.
 pub const RAM_MIB: u64 = 256;

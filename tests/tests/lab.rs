@@ -9,27 +9,15 @@ use std::io::{BufRead, BufReader, Read};
 use std::os::unix::fs::FileExt;
 use std::process::{Child, Command, Stdio};
 
-use postcopy_e2e::{Pcvm, Scratch, assert_refused, free_port, free_ports, pcbench, program, run, stderr};
+use postcopy_e2e::reports::{assert_well, verdicts, walks};
+use postcopy_e2e::{
+    Pcvm, Scratch, assert_refused, free_port, free_ports, pcbench, program, run, stderr, variable,
+};
 use serde_json::Value;
 
 /// Moves in a row over each transport.
 const MOVES: usize = 20;
 const PAGE: usize = 4096;
-
-fn variable(name: &str) -> String {
-    std::env::var(name).unwrap_or_else(|_| panic!("{name} is not set; see the head of this file"))
-}
-
-/// The guest's reports in what it has printed, whole lines only.
-fn reports(console: &str) -> Vec<Value> {
-    let report = |line: &str| serde_json::from_str(line.trim_end().strip_prefix("pcguest: ")?).ok();
-    console.split_inclusive('\n').filter(|line| line.ends_with('\n')).filter_map(report).collect()
-}
-
-/// Reports of a walk under way (others tell of the start).
-fn walks(console: &str) -> Vec<Value> {
-    reports(console).into_iter().filter(|report| report.get("stall_us").is_some()).collect()
-}
 
 /// Two processes that hand one Linux guest back and forth.
 struct Lab {
@@ -86,12 +74,7 @@ impl Lab {
 
     /// No bad page so far, clocks that only go forward, and a guest that is alive.
     fn check(&mut self) {
-        let console = self.here().console();
-        assert!(!console.contains("BAD"), "{console}");
-        for walk in walks(&console) {
-            assert_eq!((&walk["bad"], &walk["monotonic_ok"]), (&0.into(), &true.into()), "{walk}");
-        }
-        let uptime = walks(&console).last().unwrap()["uptime_s"].as_f64().unwrap();
+        let uptime = assert_well(&self.here().console())["uptime_s"].as_f64().unwrap();
         assert!(uptime > self.uptime, "uptime went from {} to {uptime}", self.uptime);
         self.uptime = uptime;
     }
@@ -99,14 +82,10 @@ impl Lab {
     /// Has the guest verify all of its memory once more.
     fn verify(&self) {
         self.here().type_line("verify");
-        let verdict = |here: &Pcvm| {
-            let console = here.console();
-            let mut whole =
-                console.split_inclusive('\n').filter(|line| line.ends_with('\n')).map(str::trim_end);
-            whole.find(|line| line.contains("verified")).map(str::to_owned)
-        };
-        self.here().wait_until("the guest has verified its memory", |here| verdict(here).is_some());
-        let verdict = verdict(self.here()).unwrap();
+        let answered = |here: &Pcvm| !verdicts(&here.console()).is_empty();
+        self.here().wait_until("the guest has verified its memory", answered);
+        let console = self.here().console();
+        let verdict = verdicts(&console)[0];
         assert!(verdict.ends_with(" bad 0"), "{verdict}");
     }
 }

@@ -2,10 +2,14 @@
 
 use std::fs::File;
 use std::io;
+use std::path::Path;
 
 use rustix::mount::{MountFlags, mount};
-use rustix::system::{RebootCommand, reboot};
+use rustix::system::{RebootCommand, finit_module, reboot};
 use rustix::termios::{LocalModes, OptionalActions, OutputModes, tcgetattr, tcsetattr};
+
+/// Where `scripts/guest-image --modules` puts kernel modules, and their list in loading order.
+const MODULES: &str = "/modules";
 
 /// True if this process is the machine's first.
 pub fn is_init() -> bool {
@@ -29,6 +33,20 @@ pub fn set_up() -> io::Result<()> {
     rustix::stdio::dup2_stdout(&serial)?;
     rustix::stdio::dup2_stderr(&serial)?;
     set_line_mode(&serial)
+}
+
+/// Loads the kernel modules of the image, if it has some.
+///
+/// Errors: one of them is missing, or the kernel refuses it.
+pub fn load_modules() -> io::Result<()> {
+    let folder = Path::new(MODULES);
+    let Ok(order) = std::fs::read_to_string(folder.join("order")) else { return Ok(()) };
+    for name in order.lines() {
+        let refused = |error: io::Error| io::Error::new(error.kind(), format!("module {name}: {error}"));
+        let file = File::open(folder.join(name)).map_err(refused)?;
+        finit_module(&file, c"", 0).map_err(|errno| refused(errno.into()))?;
+    }
+    Ok(())
 }
 
 /// Whole lines in, no echo of them among the reports, no carriage returns out.

@@ -2,9 +2,10 @@
 //!
 //! It walks memory whose every byte it can predict, measures how long each first access takes,
 //! and prints a line of JSON a second. It takes commands, one a line: `report`, `reset`,
-//! `verify`, `poweroff`. See `params` for what it can be told at the start.
+//! `verify`, `poweroff`. Beside that it can keep a disk and a network busy. See `params` for what
+//! it can be told at the start.
 
-use std::io::{BufRead, Write};
+use std::io::{self, BufRead};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -12,28 +13,15 @@ use std::sync::mpsc::{Receiver, TryRecvError, channel};
 use std::time::{Duration, Instant};
 
 use postcopy_guest::clocks::{ClockWatch, boottime_ns, monotonic_ns};
+use postcopy_guest::console::{BadLines, MAX_BAD_PRINTED, json, say};
+use postcopy_guest::disk::Disk;
 use postcopy_guest::init;
+use postcopy_guest::network;
 use postcopy_guest::params::Params;
-use postcopy_guest::pattern::Mismatch;
 use postcopy_guest::stats::{Percentiles, Report, round};
 use postcopy_guest::walker::Walker;
-use serde::Serialize;
-
-/// Most bad pages that are printed; all are counted.
-const MAX_BAD_PRINTED: u64 = 32;
 
 const TICK: Duration = Duration::from_millis(100);
-
-/// Prints a line, whole.
-fn say(line: &str) {
-    let mut out = std::io::stdout().lock();
-    let _ = out.write_all(format!("pcguest: {line}\n").as_bytes());
-    let _ = out.flush();
-}
-
-fn json(value: &impl Serialize) -> String {
-    serde_json::to_string(value).unwrap_or_else(|error| format!("{{\"error\":\"{error}\"}}"))
-}
 
 /// What other threads keep up.
 #[derive(Default)]
@@ -64,12 +52,28 @@ fn start_commands() -> Receiver<String> {
     receiver
 }
 
+/// Starts what keeps disk and network busy, if it is asked for; gives the disk.
+fn start_devices(params: &Params) -> io::Result<Option<Arc<Disk>>> {
+    match params.net {
+        Some(net) if init::is_init() => say(&format!("network on {}", network::set_up(net)?)),
+        Some(_) => return Err(io::Error::other("net is for virtual machines: it changes the machine")),
+        None => {}
+    }
+    if let Some(port) = params.echo {
+        network::start_echo(port)?;
+    }
+    let Some(path) = &params.disk else { return Ok(None) };
+    Ok(Some(Disk::open(path)?.start(Duration::from_micros(params.disk_pace_us))))
+}
+
 /// The loop and what it has to remember.
 struct Program {
     params: Params,
     walker: Walker,
     background: Arc<Background>,
     commands: Receiver<String>,
+    disk: Option<Arc<Disk>>,
+    bad_lines: BadLines,
     longest_gap_ns: u64,
     last_turn_ns: u64,
     last_report: Instant,
@@ -77,7 +81,8 @@ struct Program {
 }
 
 impl Program {
-    fn new(params: Params) -> std::io::Result<Self> {
+    fn new(params: Params) -> io::Result<Self> {
+        let disk = start_devices(&params)?;
         let start = Instant::now();
         let walker = Walker::new(&params)?;
         let (pages, fill_ms) = (walker.pages(), start.elapsed().as_millis());
@@ -89,6 +94,8 @@ impl Program {
             walker,
             background,
             commands: start_commands(),
+            disk,
+            bad_lines: BadLines::default(),
             longest_gap_ns: 0,
             last_turn_ns: monotonic_ns(),
             last_report: Instant::now(),
@@ -100,10 +107,12 @@ impl Program {
     fn run(&mut self) {
         loop {
             if let Err(mismatch) = self.walker.step() {
-                self.say_bad(&mismatch);
+                self.bad_lines.say(&mismatch);
             }
             self.note_gap();
             if !self.obey() || (self.params.passes > 0 && self.walker.pass() >= self.params.passes) {
+                // The last report has all that was written, and the machine's end cuts nothing off.
+                self.disk.iter().for_each(|disk| disk.end());
                 self.report(None);
                 return;
             }
@@ -124,12 +133,6 @@ impl Program {
         let now = monotonic_ns();
         self.longest_gap_ns = self.longest_gap_ns.max(now.saturating_sub(self.last_turn_ns));
         self.last_turn_ns = now;
-    }
-
-    fn say_bad(&self, mismatch: &Mismatch) {
-        if self.walker.bad <= MAX_BAD_PRINTED {
-            say(&format!("BAD {}", json(mismatch)));
-        }
     }
 
     /// Does what was asked; false at the end.
@@ -189,6 +192,7 @@ impl Program {
             since_command_us,
             longest_pause_ms: round(self.longest_gap_ns as f64 / 1e6),
             rate_pages_s: round(rate),
+            disk_blocks: self.disk.as_ref().map(|disk| disk.acknowledged()),
         }));
         self.pages_at_report = pages;
         self.last_report = Instant::now();
@@ -199,6 +203,7 @@ impl Program {
 fn params() -> Result<Params, Box<dyn std::error::Error>> {
     if init::is_init() {
         init::set_up()?;
+        init::load_modules()?;
         return Ok(Params::from_cmdline(&std::fs::read_to_string("/proc/cmdline")?)?);
     }
     Ok(Params::from_args(std::env::args().skip(1))?)

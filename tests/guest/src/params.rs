@@ -1,6 +1,9 @@
 //! What the guest program is told to do, by the kernel command line or by its own arguments.
 
 use std::fmt;
+use std::path::PathBuf;
+
+use crate::network::Ipv4Net;
 
 /// Which page comes after which.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,6 +48,14 @@ pub struct Params {
     pub populate: bool,
     /// `passes` after which to end, 0 for never.
     pub passes: u64,
+    /// `disk`: a device or file to write a journal to, from its first byte to its last.
+    pub disk: Option<PathBuf>,
+    /// `disk_pace_us`: pause between the journal's blocks.
+    pub disk_pace_us: u64,
+    /// `net`: `ADDRESS/PREFIX` for the first network interface. Only of a virtual machine.
+    pub net: Option<Ipv4Net>,
+    /// `echo`: a TCP port that sends back what it is sent.
+    pub echo: Option<u16>,
 }
 
 impl Default for Params {
@@ -60,6 +71,10 @@ impl Default for Params {
             thp: false,
             populate: false,
             passes: 0,
+            disk: None,
+            disk_pace_us: 2000,
+            net: None,
+            echo: None,
         }
     }
 }
@@ -136,6 +151,10 @@ impl Params {
             "thp" => self.thp = choice(&SWITCH, value)?,
             "populate" => self.populate = choice(&SWITCH, value)?,
             "passes" => self.passes = value.parse().ok()?,
+            "disk" => self.disk = Some((!value.is_empty()).then(|| value.into())?),
+            "disk_pace_us" => self.disk_pace_us = value.parse().ok()?,
+            "net" => self.net = Some(Ipv4Net::parse(value)?),
+            "echo" => self.echo = Some(value.parse().ok().filter(|port| *port > 0)?),
             _ => return None,
         }
         Some(())
@@ -157,9 +176,20 @@ mod tests {
     }
 
     #[test]
+    fn a_disk_and_a_network_are_told_of() {
+        let line = "pcguest.disk=/dev/vda pcguest.disk_pace_us=50 pcguest.net=10.77.0.2/24 pcguest.echo=7";
+        let params = Params::from_cmdline(line).unwrap();
+        assert_eq!(params.disk, Some("/dev/vda".into()));
+        assert_eq!((params.disk_pace_us, params.echo), (50, Some(7)));
+        assert_eq!(params.net, Ipv4Net::parse("10.77.0.2/24"));
+        assert_eq!(Params::default().disk_pace_us, 2000);
+    }
+
+    #[test]
     fn what_is_not_understood_is_refused() {
-        for bad in ["pcguest.mb=x", "pcguest.mb=0", "pcguest.nonsense=1", "pcguest.stride=0", "pcguest.mb"] {
-            assert!(Params::from_cmdline(bad).is_err(), "{bad}");
+        let bad = "mb=x mb=0 nonsense=1 stride=0 mb disk disk= disk_pace_us=x net=10.0.0.1 net=x/8 net echo=0 echo=65536";
+        for bad in bad.split(' ') {
+            assert!(Params::from_cmdline(&format!("pcguest.{bad}")).is_err(), "{bad}");
         }
     }
 }

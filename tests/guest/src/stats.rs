@@ -87,4 +87,7 @@ pub struct Report {
     pub longest_pause_ms: f64,
     /// Pages verified a second since the last report.
     pub rate_pages_s: f64,
+    /// The last block of the journal that the disk has acknowledged; only where there is a disk.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub disk_blocks: Option<u64>,
 }

@@ -1,0 +1,263 @@
+//! A stock QEMU guest with two vCPUs, a disk and a network, for tests that move it between
+//! processes: the machine, the processes that it runs in, and speaking to both.
+//!
+//! Needs root, KVM, a bzImage in `LAB_KERNEL`, and what `scripts/guest-image --modules` printed in
+//! `POSTCOPY_INITRD`.
+
+mod network;
+mod storage;
+
+use std::io::{BufRead, BufReader, Write};
+use std::net::SocketAddr;
+use std::ops::Deref;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+pub use network::{Chatter, Connection, Network};
+pub use storage::Storage;
+
+use crate::process::Process;
+use crate::{PATIENCE, Scratch, reports, variable};
+
+/// The guest's memory.
+pub const MEMORY_BYTES: u64 = 256 << 20;
+
+/// The program.
+const QEMU: &str = "qemu-system-x86_64";
+/// The port of the guest's echo.
+const ECHO_PORT: u16 = 7777;
+const MAC: &str = "52:54:00:77:00:02";
+
+/// Loads a module of the kernel that runs here: in the lab from the lab's own kernel package.
+fn load_module(name: &str, parameters: &[&str]) {
+    let mut command = Command::new("modprobe");
+    if let Some(root) = std::env::var_os("LAB_KERNEL_ROOT") {
+        command.arg("-d").arg(root);
+    }
+    succeed(command.arg(name).args(parameters));
+}
+
+/// Runs a program that must succeed.
+fn succeed(command: &mut Command) {
+    let out = crate::run(command);
+    assert!(out.status.success(), "{command:?}: {}", crate::stderr(&out));
+}
+
+/// What is the same of the guest wherever it runs.
+pub struct Machine {
+    load: String,
+    image: PathBuf,
+    /// Whether the host's kernel serves the network (vhost-net), instead of QEMU.
+    pub vhost: bool,
+}
+
+/// One process's share: files and an interface that no two processes may have in common.
+pub struct Place {
+    /// The file that is the guest's memory here. Removed when dropped.
+    pub ram: PathBuf,
+    /// The QMP socket. It serves one client at a time.
+    pub qmp: PathBuf,
+    name: String,
+    tap: String,
+    console: PathBuf,
+    tty: PathBuf,
+    log: PathBuf,
+}
+
+impl Place {
+    /// Files named after `name`, and the tap of a [`Network`].
+    pub fn new(scratch: &Scratch, name: &str, tap: &str) -> Self {
+        let file = |kind: &str| scratch.file(&format!("{name}.{kind}"));
+        Self {
+            ram: format!("/dev/shm/postcopy-{}-{name}", std::process::id()).into(),
+            qmp: file("qmp"),
+            name: name.to_owned(),
+            tap: tap.to_owned(),
+            console: file("console"),
+            tty: file("tty"),
+            log: file("log"),
+        }
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.ram);
+    }
+}
+
+impl Machine {
+    /// A machine with a journal on the disk `image`, an echo at [`Machine::echo`], and `load`, more
+    /// of the guest program's parameters as on the kernel command line.
+    pub fn new(image: PathBuf, load: &str) -> Self {
+        Self { load: load.to_owned(), image, vhost: false }
+    }
+
+    /// Where the guest's echo listens, once it is up.
+    pub fn echo() -> SocketAddr {
+        (network::GUEST, ECHO_PORT).into()
+    }
+
+    fn cmdline(&self) -> String {
+        let net = format!("pcguest.net={}/{} pcguest.echo={ECHO_PORT}", network::GUEST, network::PREFIX);
+        let quiet = "console=ttyS0 quiet panic=-1 no_timer_check";
+        format!("{quiet} pcguest.disk=/dev/vda {net} {}", self.load)
+    }
+
+    /// QEMU's arguments for this machine at `place`, and then `extra`.
+    pub fn args(&self, place: &Place, extra: &[&str]) -> Vec<String> {
+        let (ram, console, tty) = (place.ram.display(), place.console.display(), place.tty.display());
+        let (image, qmp, tap) = (self.image.display(), place.qmp.display(), &place.tap);
+        let vhost = if self.vhost { ",vhost=on" } else { "" };
+        let pairs = [
+            ("-name", place.name.clone()),
+            ("-machine", "q35,accel=kvm,memory-backend=ram0".to_owned()),
+            ("-cpu", "host".to_owned()),
+            ("-smp", "2".to_owned()),
+            ("-m", format!("{}M", MEMORY_BYTES >> 20)),
+            ("-object", format!("memory-backend-file,id=ram0,size={MEMORY_BYTES},mem-path={ram},share=on")),
+            ("-display", "none".to_owned()),
+            ("-kernel", variable("LAB_KERNEL")),
+            ("-initrd", variable("POSTCOPY_INITRD")),
+            ("-append", self.cmdline()),
+            ("-chardev", format!("socket,id=tty,path={tty},server=on,wait=off,logfile={console}")),
+            ("-serial", "chardev:tty".to_owned()),
+            ("-qmp", format!("unix:{qmp},server=on,wait=off")),
+            ("-drive", format!("file={image},if=virtio,cache=none,format=raw")),
+            ("-netdev", format!("tap,id=net0,ifname={tap},script=no,downscript=no{vhost}")),
+            ("-device", format!("virtio-net-pci,netdev=net0,mac={MAC}")),
+        ];
+        let bare = ["-nodefaults", "-no-user-config", "-no-reboot"].map(str::to_owned);
+        let pairs = pairs.into_iter().flat_map(|(name, value)| [name.to_owned(), value]);
+        bare.into_iter().chain(pairs).chain(extra.iter().map(|extra| (*extra).to_owned())).collect()
+    }
+}
+
+/// A QEMU process that holds the guest or waits for it. Ended when dropped.
+pub struct QemuGuest {
+    process: Process,
+    tty: UnixStream,
+    place: Place,
+}
+
+impl Deref for QemuGuest {
+    type Target = Process;
+
+    fn deref(&self) -> &Process {
+        &self.process
+    }
+}
+
+impl QemuGuest {
+    /// Starts QEMU with the machine's arguments and `extra`, as `-incoming`.
+    pub fn start(machine: &Machine, place: Place, extra: &[&str]) -> Self {
+        let mut command = Command::new(QEMU);
+        command.args(machine.args(&place, extra));
+        Self::start_by(command, place)
+    }
+
+    /// Runs a whole command that ends in QEMU with [`Machine::args`] of `place`.
+    pub fn start_by(command: Command, place: Place) -> Self {
+        let process = Process::start(command, place.console.clone(), place.log.clone(), &place.qmp);
+        let tty = UnixStream::connect(&place.tty).unwrap_or_else(|e| panic!("{e}; it {}", process.story()));
+        let mut unread = tty.try_clone().unwrap();
+        // The console is read from its log; what also comes here must not pile up.
+        std::thread::spawn(move || std::io::copy(&mut unread, &mut std::io::sink()));
+        let guest = Self { process, tty, place };
+        // QEMU answers once it is all set up: one that waits for a guest listens by then.
+        guest.status();
+        guest
+    }
+
+    /// This process's files.
+    pub fn place(&self) -> &Place {
+        &self.place
+    }
+
+    /// Has QEMU do something; gives its answer, or its refusal.
+    pub fn try_qmp(&self, command: &str, arguments: Value) -> Result<Value, String> {
+        let broken = |error: std::io::Error| format!("QMP: {command}: {error}");
+        let mut stream = UnixStream::connect(&self.place.qmp).map_err(broken)?;
+        stream.set_read_timeout(Some(PATIENCE)).map_err(broken)?;
+        let mut lines = BufReader::new(stream.try_clone().map_err(broken)?).lines();
+        let mut answer = Value::Null;
+        let capabilities = json!({ "execute": "qmp_capabilities" });
+        for request in [capabilities, json!({ "execute": command, "arguments": arguments })] {
+            stream.write_all(format!("{request}\n").as_bytes()).map_err(broken)?;
+            // Events come in between, and the greeting first.
+            answer = loop {
+                let line = lines.next().ok_or_else(|| format!("QMP ended before it answered {command}"))?;
+                let answer: Value =
+                    serde_json::from_str(&line.map_err(broken)?).map_err(|error| error.to_string())?;
+                if answer.get("return").is_some() || answer.get("error").is_some() {
+                    break answer;
+                }
+            };
+        }
+        match answer.get("return") {
+            Some(value) => Ok(value.clone()),
+            None => Err(format!("{command}: {}", answer["error"]["desc"])),
+        }
+    }
+
+    /// Has QEMU do something that must succeed; gives its answer.
+    pub fn qmp(&self, command: &str, arguments: Value) -> Value {
+        self.try_qmp(command, arguments).unwrap_or_else(|error| panic!("{error}; it {}", self.story()))
+    }
+
+    /// Whether the guest runs here, as QEMU says: `running`, `inmigrate`, `postmigrate`, …
+    pub fn status(&self) -> String {
+        self.qmp("query-status", json!({}))["status"].as_str().unwrap_or_default().to_owned()
+    }
+
+    /// Types a line at the guest's console.
+    pub fn type_line(&self, text: &str) {
+        (&self.tty).write_all(format!("{text}\n").as_bytes()).unwrap();
+    }
+
+    /// The guest's reports here, once there are `more` of them than now, all of them well.
+    pub fn wait_for_reports(&self, more: usize) -> Value {
+        let wanted = reports::walks(&self.console()).len() + more;
+        self.wait_until("the guest reports", || reports::walks(&self.console()).len() >= wanted);
+        reports::assert_well(&self.console())
+    }
+
+    /// Has the guest verify all of its memory.
+    pub fn verify(&self) {
+        let before = reports::verdicts(&self.console()).len();
+        self.type_line("verify");
+        let answered = || reports::verdicts(&self.console()).len() > before;
+        self.wait_until("the guest has verified its memory", answered);
+        let console = self.console();
+        let verdict = reports::verdicts(&console).pop().unwrap_or_default();
+        assert!(verdict.ends_with(" bad 0"), "{verdict}: {console}");
+    }
+
+    /// Has the guest report for the last time and end; gives that report.
+    pub fn power_off(&self) -> Value {
+        self.type_line("poweroff");
+        let (succeeded, said) = self.wait_for_end();
+        assert!(succeeded, "{said}");
+        reports::assert_well(&self.console())
+    }
+
+    /// Moves the guest to a process that waits for it at `uri`, by QEMU's own pre-copy, and waits
+    /// until that is done. Gives QEMU's account of it.
+    pub fn migrate(&self, uri: &str) -> Value {
+        self.qmp("migrate-set-parameters", json!({ "max-bandwidth": 10u64 << 30 }));
+        self.qmp("migrate", json!({ "uri": uri }));
+        let account = || self.qmp("query-migrate", json!({}));
+        let is_over = || ["completed", "failed"].map(Value::from).contains(&account()["status"]);
+        self.wait_until("QEMU has moved the guest", || {
+            std::thread::sleep(Duration::from_millis(90));
+            is_over()
+        });
+        let account = account();
+        assert_eq!(account["status"], "completed", "{account}; it {}", self.story());
+        account
+    }
+}
