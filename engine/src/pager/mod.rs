@@ -10,6 +10,7 @@ mod rest;
 mod server;
 mod shard;
 mod sigbus;
+mod timing;
 mod trap;
 
 use std::sync::Arc;

@@ -20,12 +20,13 @@ use userfaultfd::EventBuffer;
 use super::claims::Claim;
 use super::map_reader::{Landed, MAP_TOKEN, MapReader};
 use super::rest::Rest;
-use super::server::{Note, Shared, Stamps};
+use super::server::{Note, Shared};
+use super::timing::Timing;
 use super::trap::TrapEvent;
 use super::{PagerConfig, PagerError, PagerState, PagerStatus, SourceMemory};
 use crate::memory::{PAGE_SIZE, PageIndex};
 use crate::planner::{Action, LaneId, Nanos, Planner, Run, Why};
-use crate::stats::{PagerReport, StageReport, Stages};
+use crate::stats::{PagerReport, StageReport};
 
 /// Fault events taken in one turn.
 const FAULT_BATCH: usize = 64;
@@ -37,13 +38,6 @@ const MAP_PATIENCE: Duration = Duration::from_micros(500);
 const NOTES_PATIENCE: Duration = Duration::from_millis(10);
 /// A token is the first page and, in its upper bits below [`MAP_TOKEN`], the count.
 const COUNT_SHIFT: u32 = 48;
-
-/// A fault that went to the wire, and when.
-struct Fault {
-    page: PageIndex,
-    seen: Instant,
-    posted: Option<Instant>,
-}
 
 /// Everything that one pager thread owns.
 pub(super) struct Shard {
@@ -61,8 +55,7 @@ pub(super) struct Shard {
     lanes: [AnyLane; 2],
     /// Reads that their lane had no room for yet, by lane.
     waiting: [Vec<Read>; 2],
-    faults: Vec<Fault>,
-    stages: Stages,
+    timing: Timing,
     /// The planner's time counts from here.
     start: Instant,
     bytes: [u64; 2],
@@ -93,7 +86,7 @@ pub(super) fn supervise(mut shard: Shard, status: &watch::Sender<PagerStatus>) {
         }
     };
     let mut report = shard.report();
-    report.stages = StageReport::from(&shard.stages);
+    report.stages = StageReport::from(&shard.timing.stages);
     // The lanes close before anybody learns of the end, so the source may go when they do.
     drop(shard);
     status.send_replace(PagerStatus { state, report });
@@ -120,8 +113,7 @@ impl Shard {
             map_due: Instant::now(),
             lanes,
             waiting: [Vec::new(), Vec::new()],
-            faults: Vec::new(),
-            stages: Stages::default(),
+            timing: Timing::default(),
             start: Instant::now(),
             bytes: [0; 2],
             self_served: 0,
@@ -184,7 +176,7 @@ impl Shard {
                 return Err(PagerError::StrayFault(page));
             }
             if self.actions.last() == Some(&Action::Read(Why::Fault, Run::one(page))) {
-                self.faults.push(Fault { page, seen: now, posted: None });
+                self.timing.seen(page, now);
             }
         }
         let any = !seen.is_empty();
@@ -218,7 +210,7 @@ impl Shard {
                     }
                 }
                 Note::Served(page, stamps) => {
-                    record(&mut self.stages, stamps);
+                    self.timing.served(stamps);
                     self.self_served += 1;
                     if let Some(lane) = self.elsewhere.remove(&page) {
                         self.bytes[LaneId::Urgent as usize] += PAGE_SIZE;
@@ -242,7 +234,8 @@ impl Shard {
         self.completions = completions;
         if let Some(completed) = completed {
             self.carry_out()?;
-            self.time_faults(completed);
+            let planner = &self.planner;
+            self.timing.published(completed, |page| planner.is_resident(page));
         }
         Ok(completed.is_some())
     }
@@ -373,27 +366,9 @@ impl Shard {
         let posted = posted.map_err(|error| self.lane_failed(lane, error))?;
         self.waiting[lane].drain(..posted);
         if lane == LaneId::Urgent as usize && posted > 0 {
-            let now = Instant::now();
-            let waiting = self.waiting[lane].len();
-            let of_wire = self.faults.len().saturating_sub(waiting);
-            for fault in self.faults[..of_wire].iter_mut().filter(|fault| fault.posted.is_none()) {
-                fault.posted = Some(now);
-            }
+            self.timing.posted(self.waiting[lane].len());
         }
         Ok(())
-    }
-
-    /// Records the stages of faults whose page has just been published.
-    fn time_faults(&mut self, completed: Instant) {
-        let published = Instant::now();
-        let (stages, planner) = (&mut self.stages, &self.planner);
-        self.faults.retain(|fault| {
-            let resident = planner.is_resident(fault.page);
-            if let (true, Some(posted)) = (resident, fault.posted) {
-                record(stages, Stamps { seen: fault.seen, posted, completed, published });
-            }
-            !resident
-        });
     }
 
     fn idle(&mut self, now: Instant) -> Result<(), PagerError> {
@@ -433,14 +408,6 @@ impl Shard {
             stages: StageReport::default(),
         }
     }
-}
-
-fn record(stages: &mut Stages, stamps: Stamps) {
-    let ns = |from: Instant, to: Instant| to.saturating_duration_since(from).as_nanos() as u64;
-    stages.post.saturating_record(ns(stamps.seen, stamps.posted));
-    stages.read.saturating_record(ns(stamps.posted, stamps.completed));
-    stages.install.saturating_record(ns(stamps.completed, stamps.published));
-    stages.total.saturating_record(ns(stamps.seen, stamps.published));
 }
 
 fn run_of(token: Token) -> Run {
