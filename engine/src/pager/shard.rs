@@ -157,6 +157,8 @@ impl Shard {
                 self.idle(now)?;
             }
         }
+        // What was served before is counted.
+        self.take_notes()?;
         Ok(PagerState::Stopped)
     }
 
