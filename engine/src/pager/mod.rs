@@ -120,7 +120,7 @@ pub enum PagerState {
 pub struct PagerStatus {
     /// Where it stands.
     pub state: PagerState,
-    /// What it has done. Stage percentiles are filled in at the end.
+    /// What it has done, up to a tenth of a second ago. Stage percentiles are filled in at the end.
     pub report: PagerReport,
 }
 

@@ -71,6 +71,8 @@ pub(super) struct Shard {
     pieces: Vec<Run>,
     taken: Vec<PageIndex>,
     done: bool,
+    /// Something has happened since progress was published.
+    unreported: bool,
 }
 
 /// Runs the loop and tells how it ended, also when it panicked.
@@ -127,6 +129,7 @@ impl Shard {
             pieces: Vec::new(),
             taken: Vec::new(),
             done: false,
+            unreported: true,
         })
     }
 
@@ -147,8 +150,9 @@ impl Shard {
                 self.shared.trap.release()?;
                 return Ok(PagerState::Resident);
             }
-            if now.duration_since(reported) >= PROGRESS {
-                reported = now;
+            self.unreported |= busy;
+            if self.unreported && now.duration_since(reported) >= PROGRESS {
+                (reported, self.unreported) = (now, false);
                 status.send_replace(PagerStatus { state: PagerState::Running, report: self.report() });
             }
             if busy {
@@ -377,7 +381,8 @@ impl Shard {
         let map_pending = !self.map.finished() && self.lanes[LaneId::Bulk as usize].in_flight() == 0;
         let limit = match map_pending {
             true => Some(MAP_PATIENCE),
-            false => self.shared.trap.is_for_self_service().then_some(NOTES_PATIENCE),
+            false if self.shared.trap.is_for_self_service() => Some(NOTES_PATIENCE),
+            false => self.unreported.then_some(PROGRESS),
         };
         let others = [self.shared.trap.as_fd(), self.shared.stop.wake.as_fd()];
         let rested = self.rest.idle(now, &mut self.lanes, others, limit);
@@ -408,6 +413,7 @@ impl Shard {
             map_bytes: self.map.bytes,
             self_served_faults: self.self_served,
             stages: StageReport::default(),
+            latencies: self.timing.latencies,
         }
     }
 }

@@ -2,9 +2,11 @@
 
 use std::time::Instant;
 
+use hdrhistogram::Histogram;
+
 use super::server::Stamps;
 use crate::memory::PageIndex;
-use crate::stats::Stages;
+use crate::stats::{Distribution, Latencies, Stages};
 
 /// A fault that went to the wire, and when.
 struct Fault {
@@ -18,6 +20,7 @@ struct Fault {
 pub(super) struct Timing {
     faults: Vec<Fault>,
     pub(super) stages: Stages,
+    pub(super) latencies: Latencies,
 }
 
 impl Timing {
@@ -38,11 +41,11 @@ impl Timing {
     /// Pages that had completed are published.
     pub(super) fn published(&mut self, completed: Instant, resident: impl Fn(PageIndex) -> bool) {
         let published = Instant::now();
-        let stages = &mut self.stages;
-        self.faults.retain(|fault| {
+        let Self { faults, stages, latencies } = self;
+        faults.retain(|fault| {
             let resident = resident(fault.page);
             if let (true, Some(posted)) = (resident, fault.posted) {
-                record(stages, Stamps { seen: fault.seen, posted, completed, published });
+                record(stages, latencies, Stamps { seen: fault.seen, posted, completed, published });
             }
             !resident
         });
@@ -50,14 +53,20 @@ impl Timing {
 
     /// A thread has served a fault of its own.
     pub(super) fn served(&mut self, stamps: Stamps) {
-        record(&mut self.stages, stamps);
+        record(&mut self.stages, &mut self.latencies, stamps);
     }
 }
 
-fn record(stages: &mut Stages, stamps: Stamps) {
-    let ns = |from: Instant, to: Instant| to.saturating_duration_since(from).as_nanos() as u64;
-    stages.post.saturating_record(ns(stamps.seen, stamps.posted));
-    stages.read.saturating_record(ns(stamps.posted, stamps.completed));
-    stages.install.saturating_record(ns(stamps.completed, stamps.published));
-    stages.total.saturating_record(ns(stamps.seen, stamps.published));
+/// Neither locks nor allocates: faults wait behind it.
+fn record(stages: &mut Stages, latencies: &mut Latencies, stamps: Stamps) {
+    let Stamps { seen, posted, completed, published } = stamps;
+    let add = |stage: &mut Histogram<u64>, latency: &mut Distribution, from: Instant, to: Instant| {
+        let ns = to.saturating_duration_since(from).as_nanos() as u64;
+        stage.saturating_record(ns);
+        latency.record(ns);
+    };
+    add(&mut stages.post, &mut latencies.post, seen, posted);
+    add(&mut stages.read, &mut latencies.read, posted, completed);
+    add(&mut stages.install, &mut latencies.install, completed, published);
+    add(&mut stages.total, &mut latencies.total, seen, published);
 }

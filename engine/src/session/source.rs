@@ -11,6 +11,7 @@ use tokio::sync::watch;
 use super::channel::{Channel, unexpected};
 use super::message::{GuestDescription, Message, STATE_PIECE};
 use super::preamble::{self, Preamble, Purpose, SessionId};
+use super::query_migrate::QueryMigrate;
 use super::report::{ArrivalReport, MigrationReport, Phase, Progress, REPORT_VERSION};
 use super::{GuestError, STEP_PATIENCE, SessionError, WORK_PATIENCE, blocking};
 use crate::export::{Export, LANES, MAX_LANES};
@@ -133,8 +134,14 @@ impl<'a> Source<'a> {
     }
 
     fn enter(&self, phase: Phase) {
-        tracing::info!(?phase, "migration");
-        self.progress.send_modify(|progress| progress.phase = phase);
+        let elapsed_us = micros(self.begun.elapsed());
+        tracing::info!(?phase, elapsed_us, "migration");
+        self.progress.send_modify(|progress| {
+            progress.phase = phase;
+            progress.setup_us = self.report.setup_us;
+            progress.downtime_us = self.report.downtime_us;
+            progress.total_us = elapsed_us;
+        });
     }
 
     /// Everything that can be done while the guest runs.
@@ -288,7 +295,10 @@ impl<'a> Source<'a> {
     async fn serve(&mut self, channel: &mut Channel) -> Result<ArrivalReport, SessionError> {
         loop {
             match channel.receive("progress of the drain", WORK_PATIENCE).await? {
-                Message::Progress(pager) => self.progress.send_modify(|progress| progress.pager = pager),
+                Message::Progress(pager) => self.progress.send_modify(|progress| {
+                    progress.pager = pager;
+                    progress.total_us = micros(self.begun.elapsed());
+                }),
                 Message::Resident(arrival) => return Ok(arrival),
                 other => return Err(unexpected(&other, "Progress or Resident")),
             }
@@ -299,7 +309,10 @@ impl<'a> Source<'a> {
         self.report.resident_us = arrival.resident_us;
         self.report.pager = arrival.pager;
         self.report.total_us = micros(self.begun.elapsed());
-        self.progress.send_replace(Progress { phase: Phase::Resident, pager: arrival.pager });
+        self.progress.send_modify(|progress| progress.pager = arrival.pager);
+        self.enter(Phase::Resident);
+        self.report.query_migrate = QueryMigrate::from(&*self.progress.borrow());
+        tracing::info!(phase = "Released", elapsed_us = micros(self.begun.elapsed()), "migration");
         self.report
     }
 }
