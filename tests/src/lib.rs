@@ -78,6 +78,15 @@ pub struct Pcvm {
 impl Pcvm {
     /// Starts `pcvm ARGS --control … --console …` with files named after `name`.
     pub fn start(scratch: &Scratch, name: &str, args: &[&str]) -> Self {
+        Self::launch(scratch, name, args, None)
+    }
+
+    /// As [`Pcvm::start`], logging what `filter` says.
+    pub fn start_logging(scratch: &Scratch, name: &str, args: &[&str], filter: &str) -> Self {
+        Self::launch(scratch, name, args, Some(filter))
+    }
+
+    fn launch(scratch: &Scratch, name: &str, args: &[&str], filter: Option<&str>) -> Self {
         let (control, console, log) = (
             scratch.file(&format!("{name}.sock")),
             scratch.file(&format!("{name}.console")),
@@ -86,6 +95,7 @@ impl Pcvm {
         let stderr = std::fs::File::create(&log).unwrap();
         let mut command = Command::new(program("pcvm"));
         command.args(args).arg("--control").arg(&control).arg("--console").arg(&console);
+        filter.map(|filter| command.env("RUST_LOG", filter));
         let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(stderr).spawn().unwrap();
         let started = Self { child: Mutex::new(child), control, console, log };
         let begin = Instant::now();

@@ -128,6 +128,10 @@ pub(crate) struct HostArgs {
     /// The guest's serial console: a file to append to, `stdio`, or `none`.
     #[arg(long, default_value = "stdio", value_name = "FILE|stdio|none")]
     pub(crate) console: String,
+    /// Where to serve metrics for Prometheus (GET /metrics), to anybody who reaches it; see
+    /// docs/control.md.
+    #[arg(long, value_name = "HOST:PORT")]
+    pub(crate) metrics: Option<String>,
     /// Wait for another guest, instead of exiting, when this one has moved away.
     #[arg(long)]
     pub(crate) again: bool,

@@ -29,7 +29,7 @@ use tokio::sync::watch;
 use crate::args::{HostArgs, ReceiveArgs, RunArgs, SelfService, Vmm, resolve};
 use crate::control::Status;
 use crate::held::{End, HeldGuest, OwnRoom, QemuRoom, Room, handover_library};
-use crate::server;
+use crate::{metrics, server};
 
 /// How often a host looks whether its guest has ended.
 const GUEST_CHECK: Duration = Duration::from_millis(50);
@@ -314,6 +314,7 @@ async fn hold<R: Room>(
     mut guest: Option<Arc<dyn HeldGuest>>,
 ) -> anyhow::Result<()> {
     let host = Host::new();
+    metrics::serve(args.metrics.as_deref(), &host).await?;
     let server = tokio::spawn(server::serve(control, host.clone()));
     let room = Arc::new(room);
     let outcome = loop {
