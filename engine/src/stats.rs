@@ -6,6 +6,7 @@ pub use distribution::{BUCKETS, Distribution};
 use hdrhistogram::Histogram;
 use serde::{Deserialize, Serialize};
 
+use crate::pager::Collapsed;
 use crate::planner::PageCounts;
 
 /// Longest time that a stage histogram tells apart: one minute, in nanoseconds.
@@ -128,4 +129,7 @@ pub struct PagerReport {
     /// The same, at any time.
     #[serde(default)]
     pub latencies: Latencies,
+    /// What was put together to huge pages, after everything was here.
+    #[serde(default)]
+    pub huge_pages: Collapsed,
 }

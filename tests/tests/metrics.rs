@@ -86,6 +86,29 @@ fn a_guest_that_moves_is_seen_from_both_sides() {
     phases_follow_each_other(&destination, &arrival);
 }
 
+#[test]
+fn memory_that_moved_is_in_huge_pages_again_and_is_so_at_the_next_host_too() {
+    let scratch = Scratch::new("huge-pages");
+    let [port_b, port_c, seen_b, seen_c] = free_ports();
+    let [at_b, at_c] = [port_b, port_c].map(|port| format!("127.0.0.1:{port}"));
+    let [metrics_b, metrics_c] = [seen_b, seen_c].map(|port| format!("127.0.0.1:{port}"));
+    let a = Pcvm::run_tiny(&scratch, "a");
+    let b = Pcvm::receive(&scratch, "b", port_b, &["--metrics", &metrics_b, "--huge-pages", "on"]);
+    let c = Pcvm::receive(&scratch, "c", port_c, &["--metrics", &metrics_c]);
+    let huge = |seen: u16| value(&scrape(seen), "pcvm_huge_page_bytes{direction=\"in\"}");
+    let refused = |seen: u16| value(&scrape(seen), "pcvm_huge_page_refused_bytes{direction=\"in\"}");
+    for (from, to, at, seen) in [(&a, &b, &at_b, seen_b), (&b, &c, &at_c, seen_c)] {
+        from.migrate(at, &[]);
+        to.wait_until("memory is put together", |_| huge(seen) + refused(seen) >= 2_097_152.0);
+        to.wait_for_progress();
+        if refused(seen) > 0.0 {
+            eprintln!("skipped: this kernel has no huge pages for the guest; {}", to.log());
+            return;
+        }
+    }
+    assert!(![a, b, c].iter().any(|process| process.console().contains("BAD")));
+}
+
 /// The phases are in the log, in this order, and their times ascend.
 fn phases_follow_each_other(process: &Pcvm, phases: &[&str]) {
     // The log may be coloured.

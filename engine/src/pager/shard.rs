@@ -412,8 +412,8 @@ impl Shard {
             bulk_bytes: self.bytes[LaneId::Bulk as usize],
             map_bytes: self.map.bytes,
             self_served_faults: self.self_served,
-            stages: StageReport::default(),
             latencies: self.timing.latencies,
+            ..PagerReport::default()
         }
     }
 }

@@ -181,6 +181,7 @@ impl<H: DestinationHost> Destination<'_, H> {
         let (description, offered) = offered(channel.receive("Offer", STEP_PATIENCE).await?)?;
         passed("Offer", self.begun);
         self.check_size(&description)?;
+        self.options.pager.huge_pages = self.options.pager.huge_pages.resolved(description.huge_pages);
         let threads = self.host.serving_threads(&description).min(MAX_LANES - LANES);
         let (guest, memory, trap) = self.prepare(description, threads > 0).await?;
         let (transport, import) = self.import(&offered, &memory).await?;
@@ -419,6 +420,7 @@ impl Drain {
             tracing::warn!(%error, "the source did not confirm; every page is here all the same");
         }
         passed("Released", self.begun);
+        self.pager.collapse();
         arrival
     }
 

@@ -16,6 +16,7 @@ use super::report::{ArrivalReport, MigrationReport, Phase, Progress, REPORT_VERS
 use super::{GuestError, STEP_PATIENCE, SessionError, WORK_PATIENCE, blocking};
 use crate::export::{Export, LANES, MAX_LANES};
 use crate::memory::GuestMemory;
+use crate::pager::is_huge;
 
 /// A running guest that can be moved away. Called from a blocking thread.
 pub trait SourceGuest: Send + Sync + 'static {
@@ -147,7 +148,12 @@ impl<'a> Source<'a> {
     /// Everything that can be done while the guest runs.
     async fn prepare(&mut self) -> Result<(Channel, Export), SessionError> {
         self.enter(Phase::Setup);
-        let offer = self.offer()?;
+        let memory = self.guest.memory();
+        let huge_pages = blocking(move || is_huge(memory.guest())).await.unwrap_or_else(|error| {
+            tracing::debug!(%error, "what backs the guest's memory is not known");
+            false
+        });
+        let offer = self.offer(huge_pages)?;
         let session = random_id()?;
         let stream = self.dial(session, Purpose::Control).await?;
         self.options.endpoint.local = stream.local_addr().ok().map(|address| address.ip());
@@ -163,14 +169,15 @@ impl<'a> Source<'a> {
         }
     }
 
-    fn offer(&self) -> Result<Message, SessionError> {
+    fn offer(&self, huge_pages: bool) -> Result<Message, SessionError> {
         let (vmm, config) = self
             .guest
             .describe()
             .map_err(|source| SessionError::Guest { operation: "describing the guest", source })?;
         let layout = self.guest.memory().layout().clone();
         let transports = self.transports()?.iter().map(|transport| transport.name().to_owned()).collect();
-        Ok(Message::Offer { guest: GuestDescription { vmm, layout, config }, transports })
+        let guest = GuestDescription { vmm, layout, config, huge_pages };
+        Ok(Message::Offer { guest, transports })
     }
 
     /// What to offer: what was asked for, if this machine has it, else all that it has.

@@ -146,7 +146,7 @@ impl FaultArgs {
         let bulk_wait_ns = u64::from(self.bulk_wait) * 1000;
         let planner = PlannerConfig { policy: case.policy.unwrap_or_default(), bulk_wait_ns };
         let spin = self.spin.map_or(PagerConfig::default().spin, Duration::from_micros);
-        PagerConfig { spin, planner }
+        PagerConfig { spin, planner, ..PagerConfig::default() }
     }
 
     /// Every case once. Without a drain there is no order to it.

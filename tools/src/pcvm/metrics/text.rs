@@ -39,6 +39,15 @@ const COUNTERS: [Figure<PagerReport>; 12] = [
     ("pcvm_prepage_hits_total", "Minor faults on a page that was prepaged.", "", |p| p.pages.prepage_hits),
 ];
 
+/// What a pager says of now.
+const GAUGES: [Figure<PagerReport>; 3] = [
+    ("pcvm_outstanding_pages", "Pages still to come.", "", |p| p.outstanding_pages),
+    ("pcvm_huge_page_bytes", "Bytes put together to huge pages after they came.", "", |p| p.huge_pages.bytes),
+    ("pcvm_huge_page_refused_bytes", "Bytes that the kernel refused to put together.", "", |p| {
+        p.huge_pages.refused_bytes
+    }),
+];
+
 /// QEMU's figures of guest memory.
 const RAM: [Figure<QueryMigrate>; 10] = [
     ("pcvm_ram_total", "Guest memory in bytes.", "", |q| q.ram.total),
@@ -79,9 +88,7 @@ pub(super) fn render(status: &Status, out: &Progress) -> String {
     pagers.extend(status.arrival.as_ref().map(|pager| ("direction=\"in\"", pager)));
     pagers.extend(away.map(|out| ("direction=\"out\"", &out.pager)));
     figures(&mut text, "counter", &COUNTERS, &pagers);
-    let outstanding: [Figure<PagerReport>; 1] =
-        [("pcvm_outstanding_pages", "Pages still to come.", "", |pager| pager.outstanding_pages)];
-    figures(&mut text, "gauge", &outstanding, &pagers);
+    figures(&mut text, "gauge", &GAUGES, &pagers);
     let queried: Vec<(&str, QueryMigrate)> =
         pagers.iter().map(|(direction, pager)| (*direction, QueryMigrate::from(*pager))).collect();
     let queried: Vec<_> = queried.iter().map(|(direction, figures)| (*direction, figures)).collect();
