@@ -1,8 +1,12 @@
 //! What a migration cost, measured in stages.
 
+mod distribution;
+
+pub use distribution::{BUCKETS, Distribution};
 use hdrhistogram::Histogram;
 use serde::{Deserialize, Serialize};
 
+use crate::pager::Collapsed;
 use crate::planner::PageCounts;
 
 /// Longest time that a stage histogram tells apart: one minute, in nanoseconds.
@@ -89,6 +93,19 @@ impl From<&Stages> for StageReport {
     }
 }
 
+/// The stages of a fault as distributions, which are told while they grow.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Latencies {
+    /// See [`Stages::post`].
+    pub post: Distribution,
+    /// See [`Stages::read`].
+    pub read: Distribution,
+    /// See [`Stages::install`].
+    pub install: Distribution,
+    /// See [`Stages::total`].
+    pub total: Distribution,
+}
+
 /// What the destination's pager did, at one moment or at the end.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct PagerReport {
@@ -107,6 +124,12 @@ pub struct PagerReport {
     /// Of the faults that went to the wire, those that the faulting thread served itself.
     #[serde(default)]
     pub self_served_faults: u64,
-    /// The stages of faults that went to the wire.
+    /// The stages of faults that went to the wire. Percentiles are there at the end.
     pub stages: StageReport,
+    /// The same, at any time.
+    #[serde(default)]
+    pub latencies: Latencies,
+    /// What was put together to huge pages, after everything was here.
+    #[serde(default)]
+    pub huge_pages: Collapsed,
 }

@@ -10,7 +10,7 @@ use common::{available, check, content, empty, end_of, filled};
 use postcopy_engine::export::Export;
 use postcopy_engine::import::Import;
 use postcopy_engine::memory::{GuestMemory, PAGE_SIZE};
-use postcopy_engine::pager::{Pager, PagerConfig, PagerError, PagerState, Trap};
+use postcopy_engine::pager::{Pager, PagerConfig, PagerError, PagerState, PagerStatus, Trap};
 use postcopy_transport::{EndpointOptions, Transport};
 
 /// 16 MiB.
@@ -75,6 +75,32 @@ fn without_a_page_map_faults_are_still_served() {
         drop(pager.stop());
         assert_eq!(report.pages.drain_pages + report.pages.prepage_pages, 0, "{transport}");
     }
+}
+
+#[test]
+fn latencies_are_told_while_the_guest_still_faults() {
+    let (mut export, _memory) = source(Transport::Shm);
+    let (memory, pager) = destination(Transport::Shm, &mut export);
+    let status = pager.status();
+    for turn in 1..=3 {
+        for page in [turn, 100 * turn, 1000 * turn] {
+            check(memory.guest(), page);
+        }
+        // The pager sleeps now, as nothing happens any more; what happened is told all the same.
+        let begun = std::time::Instant::now();
+        while status.borrow().report.latencies.total.count() < 3 * turn {
+            assert!(begun.elapsed() < Duration::from_secs(10), "turn {turn}: {:?}", status.borrow());
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+    let PagerStatus { state, report } = status.borrow().clone();
+    assert!(matches!(state, PagerState::Running));
+    let latencies = report.latencies;
+    for stage in [latencies.post, latencies.read, latencies.install, latencies.total] {
+        assert_eq!((stage.count(), report.pages.network_faults), (9, 9), "{stage:?}");
+    }
+    assert!(latencies.total.sum_ns >= latencies.read.sum_ns && latencies.total.mean_ns() > 0);
+    drop(pager.stop());
 }
 
 #[test]

@@ -98,12 +98,20 @@ impl Deref for Pcvm {
 impl Pcvm {
     /// Starts `pcvm ARGS --control … --console …` with files named after `name`.
     pub fn start(scratch: &Scratch, name: &str, args: &[&str]) -> Self {
-        Self::start_with(scratch, name, args, &[])
+        Self::launch(scratch, name, args, &[], None)
     }
 
-    /// As [`Pcvm::start`], with the command of a QEMU after `--` if there is one. The console is then
-    /// QEMU's.
+    /// As [`Pcvm::start`], with the command of a QEMU after `--`. The console is then QEMU's.
     pub fn start_with(scratch: &Scratch, name: &str, args: &[&str], qemu: &[String]) -> Self {
+        Self::launch(scratch, name, args, qemu, None)
+    }
+
+    /// As [`Pcvm::start`], logging what `filter` says.
+    pub fn start_logging(scratch: &Scratch, name: &str, args: &[&str], filter: &str) -> Self {
+        Self::launch(scratch, name, args, &[], Some(filter))
+    }
+
+    fn launch(scratch: &Scratch, name: &str, args: &[&str], qemu: &[String], filter: Option<&str>) -> Self {
         let [control, console, log] =
             ["sock", "console", "log"].map(|suffix| scratch.file(&format!("{name}.{suffix}")));
         let mut command = Command::new(program("pcvm"));
@@ -112,6 +120,7 @@ impl Pcvm {
             [] => command.arg("--console").arg(&console),
             qemu => command.args(["--", "qemu-system-x86_64"]).args(qemu),
         };
+        filter.map(|filter| command.env("RUST_LOG", filter));
         let process = Process::start(command, console, log, &control);
         Self { process, control, kindly: !qemu.is_empty() }
     }

@@ -50,10 +50,8 @@ impl Machine {
 
     /// The same with the test guest, as POSTCOPY_KERNEL and POSTCOPY_INITRD say.
     pub fn linux(load: &str) -> Self {
-        let file =
-            |name: &str| std::env::var(name).unwrap_or_else(|_| panic!("set {name}, as scripts/test does"));
         let line = format!("console=ttyS0 quiet panic=-1 no_timer_check {load}");
-        let kernel = Some((file("POSTCOPY_KERNEL"), file("POSTCOPY_INITRD"), line));
+        let kernel = Some((variable("POSTCOPY_KERNEL"), variable("POSTCOPY_INITRD"), line));
         Self { kernel, ..Self::firmware() }
     }
 

@@ -4,10 +4,11 @@
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::process::Output;
+use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use postcopy_e2e::{Scratch, Served, assert_refused, free_port, pcbench, stderr};
+use postcopy_e2e::{Scratch, Served, assert_refused, free_port, pcbench, program, stderr, wait_until};
+use rustix::process::{Signal, kill_process};
 
 /// The longest that a reader may take to give up, with `--give-up-after 1` and a busy machine.
 const BOUND: Duration = Duration::from_secs(20);
@@ -64,6 +65,8 @@ fn options_that_exclude_each_other() {
     refused(&["--transport", "tcp,tcp"], &["tcp twice"]);
     refused(&["--queue-pairs", "17"], &["--queue-pairs", "1 to 16"]);
     refused(&["fault", "--memory", "5000"], &["--memory", "5000 bytes"]);
+    refused(&["fault", "--transport", "tcp", "--device", "rxe0"], &["--device", "--transport verbs"]);
+    refused(&["fault", "--give-up-after", "0"], &["--give-up-after"]);
     refused(&["--transport", "pigeon"], &["pigeon", "shm, tcp or verbs"]);
     refused(&["--no-such-flag"], &["--no-such-flag"]);
     refused(&["--sizes", "64", "doctor"], &["doctor"]);
@@ -170,14 +173,86 @@ fn strangers_do_not_disturb_a_server() {
     silent[1].write_all(&[0xff; 100_000]).ok();
     silent[2].write_all(b"{\"lane\":{\"name\":\"x\",\"index\":0}}\n").unwrap();
     silent[3]
-        .write_all(b"{\"read\":{\"version\":2,\"transport\":\"tcp\",\"requests\":[],\"mirror\":false}}\n")
+        .write_all(b"{\"read\":{\"version\":3,\"transport\":\"tcp\",\"requests\":[],\"mirror\":false}}\n")
         .unwrap();
     silent[4]
         .write_all(
-            b"{\"read\":{\"version\":2,\"transport\":\"verbs\",\"requests\":[\"zz\"],\"mirror\":true}}\n",
+            b"{\"read\":{\"version\":3,\"transport\":\"verbs\",\"requests\":[\"zz\"],\"mirror\":true}}\n",
         )
         .unwrap();
+    for paging in
+        ["{\"memory\":18446744073709551615}", "{\"memory\":0}", "{\"memory\":4097}", "{\"memory\":-1}"]
+    {
+        let hello = format!(
+            "{{\"read\":{{\"version\":3,\"transport\":\"tcp\",\"requests\":[\"00\"],\"mirror\":false,\"paging\":{paging}}}}}\n"
+        );
+        let mut stream = TcpStream::connect(served.address()).unwrap();
+        stream.write_all(hello.as_bytes()).unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        assert!(answer.contains("refused"), "{paging}: {answer}");
+    }
     reads_well(&served, &["--sizes", "4K", "--iterations", "50", "--verify"]);
+}
+
+#[test]
+fn more_memory_to_fault_in_than_the_server_offers() {
+    let served = Served::start(&["--memory", "1M"]);
+    let out = pcbench(&["fault", served.address(), "--memory", "2M", "--rounds", "1"]);
+    assert_refused(
+        &out,
+        &["2M of memory", "1M that the server offers", "--memory", "pcbench serve --memory"],
+    );
+    let out = pcbench(&["fault", served.address(), "--rounds", "1"]);
+    assert_refused(&out, &["64M of memory", "pcbench serve --memory"]);
+    let out = pcbench(&["fault", served.address(), "--memory", "1M", "--rounds", "1", "--drain", "on"]);
+    assert!(out.status.success(), "{}", stderr(&out));
+}
+
+#[test]
+fn a_server_that_stands_still_while_memory_is_faulted_in() {
+    for signal in [Signal::STOP, Signal::KILL] {
+        let served = Served::start(&["--memory", "16M"]);
+        let mut command = Command::new(program("pcbench"));
+        command.args(["fault", served.address(), "--memory", "16M", "--drain", "off", "--rounds", "100"]);
+        command.args(["--give-up-after", "1"]).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let faulting = command.spawn().unwrap();
+        wait_until("memory is faulted in", || served.log().contains("faults over tcp"));
+        std::thread::sleep(Duration::from_millis(20));
+        kill_process(served.pid(), signal).unwrap();
+        let begin = Instant::now();
+        let out = faulting.wait_with_output().unwrap();
+        assert!(begin.elapsed() < BOUND, "{signal:?}: {}", stderr(&out));
+        // In the middle of the faults, or of the set-up between two cases.
+        assert_refused(&out, &["pcbench: "]);
+        let said = stderr(&out);
+        let why = if signal == Signal::STOP { vec!["1s"] } else { vec!["lane", "reach", "connection"] };
+        assert!(why.iter().any(|word| said.contains(word)) && !said.contains("panicked"), "{said}");
+    }
+}
+
+#[test]
+fn a_server_that_has_other_memory_to_fault_in_than_it_says() {
+    let fault = |serve: Box<dyn Fn(usize, TcpStream) -> bool + Send>| {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        std::thread::spawn(move || {
+            for (index, stream) in listener.incoming().enumerate() {
+                if serve(index, stream.unwrap()) {
+                    return;
+                }
+            }
+        });
+        pcbench(&["fault", &address, "--memory", "1M", "--rounds", "1", "--give-up-after", "1"])
+    };
+    // What a server of an earlier release says to this one's version.
+    let old = "{\"refused\":\"it speaks version 3 of pcbench's protocol, this side 2; use the same release on both sides\"}\n";
+    let out = fault(Box::new(says(old.as_bytes())));
+    assert_refused(&out, &["refused", "version 3", "this side 2", "same release"]);
+    let out = fault(Box::new(says(b"{\"granted\":{\"region\":\"00\",\"grants\":[],\"name\":\"\",\"mirror_requests\":[],\"machine\":{}}}\n")));
+    assert_refused(&out, &["granted another number of lanes"]);
+    let out = fault(Box::new(says(b"")));
+    assert_refused(&out, &["no answer within 1s"]);
 }
 
 /// Reads from a server that does `serve` with each connection, in turn; `true` ends it.

@@ -150,7 +150,9 @@ fn a_peer_of_another_version_or_of_another_kind() {
     newer[..8].copy_from_slice(b"PCOPYMIG");
     newer[8] = 9;
     let out = source.try_migrate(&format!("127.0.0.1:{}", impostor(newer.to_vec())), &[]);
-    assert_refused(&out, &["speaks protocol version 9, this program 2", "same release", "runs on here"]);
+    let versions =
+        format!("speaks protocol version 9, this program {}", postcopy_engine::session::PROTOCOL_VERSION);
+    assert_refused(&out, &[&versions, "same release", "runs on here"]);
     let web = b"HTTP/1.1 400 Bad Request\r\n\r\n and more".to_vec();
     let out = source.try_migrate(&format!("127.0.0.1:{}", impostor(web)), &[]);
     assert_refused(&out, &["does not speak this protocol", "runs on here"]);

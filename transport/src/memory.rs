@@ -4,15 +4,25 @@
 //! a guest can change at any moment, so no Rust reference into it is ever made: only raw pointers
 //! and the volatile accessors here.
 
+mod mapping;
+
+use std::io;
+use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
-use memmap2::{MmapOptions, MmapRaw};
+use mapping::Mapping;
+use rustix::mm::ProtFlags;
+
+/// Bytes of a huge page.
+pub const HUGE_PAGE: usize = 2 << 20;
+/// MADV_COLLAPSE of linux/mman.h (Linux 6.1).
+const COLLAPSE: libc::c_int = 25;
 
 /// A shared mapping of a whole file, and the file. Cloning is cheap and shares both.
 #[derive(Clone)]
 pub struct HostMemory {
-    mapping: Arc<MmapRaw>,
+    mapping: Arc<Mapping>,
     file: Arc<std::fs::File>,
 }
 
@@ -27,7 +37,7 @@ impl HostMemory {
     ///
     /// Errors: what mmap(2) reports.
     pub fn map(file: Arc<std::fs::File>, len: usize) -> std::io::Result<Self> {
-        let mapping = MmapOptions::new().len(len).map_raw(&*file)?;
+        let mapping = Mapping::new(&*file, len, ProtFlags::READ | ProtFlags::WRITE)?;
         Ok(Self { mapping: Arc::new(mapping), file })
     }
 
@@ -40,7 +50,7 @@ impl HostMemory {
         if !sealed || file.metadata()?.len() < len as u64 {
             return Err(std::io::Error::other("the peer's memfd is short or not sealed"));
         }
-        let mapping = MmapOptions::new().len(len).map_raw_read_only(&file)?;
+        let mapping = Mapping::new(&file, len, ProtFlags::READ)?;
         Ok(Self { mapping: Arc::new(mapping), file: Arc::new(file) })
     }
 
@@ -63,12 +73,11 @@ impl HostMemory {
     /// Errors: as there; what to do if there are not enough.
     pub fn huge(name: &str, len: usize) -> std::io::Result<Self> {
         use rustix::fs::{MemfdFlags, SealFlags};
-        const HUGE: usize = 2 << 20;
-        let len = len.next_multiple_of(HUGE);
+        let len = len.next_multiple_of(HUGE_PAGE);
         let flags =
             MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB;
         let none = |error: std::io::Error| {
-            let needed = len / HUGE;
+            let needed = len / HUGE_PAGE;
             let said = format!(
                 "{error}; {needed} huge pages of 2 MiB are needed: reserve them (sysctl vm.nr_hugepages={needed} \
                  or more) or go without"
@@ -90,7 +99,7 @@ impl HostMemory {
 
     /// First address of the mapping in this process.
     pub fn base(&self) -> *mut u8 {
-        self.mapping.as_mut_ptr()
+        self.mapping.base()
     }
 
     /// Length in bytes.
@@ -106,6 +115,40 @@ impl HostMemory {
     /// The file behind the mapping.
     pub fn file(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
+    }
+
+    /// Whether nobody else holds this mapping any more.
+    pub fn is_last(&self) -> bool {
+        Arc::strong_count(&self.mapping) == 1
+    }
+
+    /// The next stretch of the file, from `offset` on, that has content, holes left out; `None` if
+    /// there is none.
+    ///
+    /// Errors: what lseek(2) reports.
+    pub fn next_content(&self, offset: u64) -> io::Result<Option<Range<u64>>> {
+        use rustix::fs::{SeekFrom, seek};
+        let start = match seek(&self.file, SeekFrom::Data(offset)) {
+            Ok(start) => start,
+            Err(rustix::io::Errno::NXIO) => return Ok(None),
+            Err(error) => return Err(error.into()),
+        };
+        Ok(Some(start..seek(&self.file, SeekFrom::Hole(start))?))
+    }
+
+    /// Has the bytes from `offset` on, a multiple of [`HUGE_PAGE`] and as many, backed by one huge page
+    /// from now on, here and wherever else the file is mapped. Their content stays as it is.
+    ///
+    /// Errors: what madvise(2) reports: EINVAL, the kernel has no MADV_COLLAPSE (older than 6.1), or not
+    /// for this memory; ENOMEM, there is no huge page free; EBUSY, EAGAIN: somebody uses the memory.
+    pub fn collapse(&self, offset: u64) -> io::Result<()> {
+        let whole = offset.is_multiple_of(HUGE_PAGE as u64);
+        let at = self.at(offset, HUGE_PAGE).filter(|_| whole).ok_or(io::ErrorKind::InvalidInput)?;
+        // SAFETY: the whole range lies in this mapping, and the advice changes no content.
+        match unsafe { libc::madvise(at.cast(), HUGE_PAGE, COLLAPSE) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
     }
 
     /// Address of `offset`, if `len` bytes from there lie inside the mapping.

@@ -48,6 +48,11 @@ impl RemoteRegion {
         self.len() == 0
     }
 
+    /// The capability to its first `len` bytes alone, or `None` if it has fewer.
+    pub fn first(&self, len: u64) -> Option<Self> {
+        (len <= self.len()).then(|| Self { len: len.into(), ..*self })
+    }
+
     /// `len` bytes from `offset`, or `None` if they do not lie in the region, if `len` is zero or
     /// more than [`MAX_READ`].
     pub fn slice(&self, offset: u64, len: u32) -> Option<RemoteSlice> {
@@ -112,6 +117,9 @@ mod tests {
         for (offset, len) in [(4096, 4097), (8192, 1), (u64::MAX, 1), (0, 0), (0, MAX_READ + 1)] {
             assert_eq!(remote.slice(offset, len), None, "{offset} {len}");
         }
+        let first = remote.first(4096).unwrap();
+        assert!(first.slice(0, 4096).is_some() && first.slice(4096, 1).is_none());
+        assert_eq!(remote.first(8193), None);
         let local = LocalRegion { index: 0, len: 8192 };
         assert!(local.slice(0, 8192).is_some());
         for (offset, len) in [(1, 8192), (u64::MAX, 2), (0, 0)] {

@@ -5,11 +5,13 @@
 //! ends badly, or panics, the trap stays: the guest waits for its pages and never reads zeros.
 
 mod claims;
+mod huge_pages;
 mod map_reader;
 mod rest;
 mod server;
 mod shard;
 mod sigbus;
+mod timing;
 mod trap;
 
 use std::sync::Arc;
@@ -17,6 +19,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+pub(crate) use huge_pages::is_huge;
+pub use huge_pages::{Collapsed, HugePages};
 use postcopy_transport::{AnyLane, HostMemory, LaneError, LocalRegion, ReadError, RemoteRegion};
 use rustix::event::{EventfdFlags, eventfd};
 pub use server::{FaultFailed, FaultServer};
@@ -119,7 +123,7 @@ pub enum PagerState {
 pub struct PagerStatus {
     /// Where it stands.
     pub state: PagerState,
-    /// What it has done. Stage percentiles are filled in at the end.
+    /// What it has done, up to a tenth of a second ago. Stage percentiles are filled in at the end.
     pub report: PagerReport,
 }
 
@@ -131,12 +135,15 @@ pub struct PagerConfig {
     pub spin: Duration,
     /// Which page comes next, and how much may be in flight.
     pub planner: PlannerConfig,
+    /// Whether memory is put together to huge pages when it is here.
+    pub huge_pages: HugePages,
 }
 
 impl Default for PagerConfig {
     /// Spins as [`postcopy_transport::default_spin`] says.
     fn default() -> Self {
-        Self { spin: postcopy_transport::default_spin(), planner: PlannerConfig::default() }
+        let (planner, huge_pages) = (PlannerConfig::default(), HugePages::default());
+        Self { spin: postcopy_transport::default_spin(), planner, huge_pages }
     }
 }
 
@@ -159,7 +166,8 @@ pub struct SourceMemory {
 /// A running pager.
 pub struct Pager {
     status: watch::Receiver<PagerStatus>,
-    thread: Option<JoinHandle<()>>,
+    huge_pages: HugePages,
+    thread: Option<JoinHandle<watch::Sender<PagerStatus>>>,
     shared: Arc<Shared>,
     spin: Duration,
     _signals: Option<sigbus::Registration>,
@@ -213,11 +221,29 @@ impl Pager {
             true => Some(sigbus::register(shared.clone()).map_err(failed("handling SIGBUS"))?),
             false => None,
         };
-        let thread = std::thread::Builder::new()
-            .name("pager".into())
-            .spawn(move || shard::supervise(shard, &sender))
-            .map_err(failed("starting the pager thread"))?;
-        Ok(Self { status, thread: Some(thread), shared, spin: config.spin, _signals: signals })
+        let work = move || {
+            shard::supervise(shard, &sender);
+            sender
+        };
+        let thread = std::thread::Builder::new().name("pager".into()).spawn(work);
+        let thread = Some(thread.map_err(failed("starting the pager thread"))?);
+        let PagerConfig { spin, huge_pages, .. } = config;
+        Ok(Self { status, huge_pages, thread, shared, spin, _signals: signals })
+    }
+
+    /// Begins to put memory together to huge pages, if it is all here and [`HugePages::On`] was
+    /// chosen. Goes on when the pager is dropped; [`PagerReport::huge_pages`] says how far it is. No
+    /// device may have the memory pinned any more.
+    pub fn collapse(&mut self) {
+        let resident = matches!(self.status.borrow().state, PagerState::Resident);
+        if !resident || self.huge_pages != HugePages::On {
+            return;
+        }
+        // Its work is done.
+        let Some(Ok(sender)) = self.thread.take().map(JoinHandle::join) else { return };
+        if let Err(error) = huge_pages::begin(self.shared.trap.guest().clone(), sender) {
+            tracing::warn!(%error, "memory stays in small pages: no thread for the work");
+        }
     }
 
     /// Lets a thread serve its own faults over `lane`, which nobody else uses. The trap must be one

@@ -20,12 +20,13 @@ use userfaultfd::EventBuffer;
 use super::claims::Claim;
 use super::map_reader::{Landed, MAP_TOKEN, MapReader};
 use super::rest::Rest;
-use super::server::{Note, Shared, Stamps};
+use super::server::{Note, Shared};
+use super::timing::Timing;
 use super::trap::TrapEvent;
 use super::{PagerConfig, PagerError, PagerState, PagerStatus, SourceMemory};
 use crate::memory::{PAGE_SIZE, PageIndex};
 use crate::planner::{Action, LaneId, Nanos, Planner, Run, Why};
-use crate::stats::{PagerReport, StageReport, Stages};
+use crate::stats::{PagerReport, StageReport};
 
 /// Fault events taken in one turn.
 const FAULT_BATCH: usize = 64;
@@ -37,13 +38,6 @@ const MAP_PATIENCE: Duration = Duration::from_micros(500);
 const NOTES_PATIENCE: Duration = Duration::from_millis(10);
 /// A token is the first page and, in its upper bits below [`MAP_TOKEN`], the count.
 const COUNT_SHIFT: u32 = 48;
-
-/// A fault that went to the wire, and when.
-struct Fault {
-    page: PageIndex,
-    seen: Instant,
-    posted: Option<Instant>,
-}
 
 /// Everything that one pager thread owns.
 pub(super) struct Shard {
@@ -61,8 +55,7 @@ pub(super) struct Shard {
     lanes: [AnyLane; 2],
     /// Reads that their lane had no room for yet, by lane.
     waiting: [Vec<Read>; 2],
-    faults: Vec<Fault>,
-    stages: Stages,
+    timing: Timing,
     /// The planner's time counts from here.
     start: Instant,
     bytes: [u64; 2],
@@ -78,6 +71,8 @@ pub(super) struct Shard {
     pieces: Vec<Run>,
     taken: Vec<PageIndex>,
     done: bool,
+    /// Something has happened since progress was published.
+    unreported: bool,
 }
 
 /// Runs the loop and tells how it ended, also when it panicked.
@@ -93,7 +88,7 @@ pub(super) fn supervise(mut shard: Shard, status: &watch::Sender<PagerStatus>) {
         }
     };
     let mut report = shard.report();
-    report.stages = StageReport::from(&shard.stages);
+    report.stages = StageReport::from(&shard.timing.stages);
     // The lanes close before anybody learns of the end, so the source may go when they do.
     drop(shard);
     status.send_replace(PagerStatus { state, report });
@@ -120,8 +115,7 @@ impl Shard {
             map_due: Instant::now(),
             lanes,
             waiting: [Vec::new(), Vec::new()],
-            faults: Vec::new(),
-            stages: Stages::default(),
+            timing: Timing::default(),
             start: Instant::now(),
             bytes: [0; 2],
             self_served: 0,
@@ -135,6 +129,7 @@ impl Shard {
             pieces: Vec::new(),
             taken: Vec::new(),
             done: false,
+            unreported: true,
         })
     }
 
@@ -155,8 +150,9 @@ impl Shard {
                 self.shared.trap.release()?;
                 return Ok(PagerState::Resident);
             }
-            if now.duration_since(reported) >= PROGRESS {
-                reported = now;
+            self.unreported |= busy;
+            if self.unreported && now.duration_since(reported) >= PROGRESS {
+                (reported, self.unreported) = (now, false);
                 status.send_replace(PagerStatus { state: PagerState::Running, report: self.report() });
             }
             if busy {
@@ -165,6 +161,8 @@ impl Shard {
                 self.idle(now)?;
             }
         }
+        // What was served before is counted.
+        self.take_notes()?;
         Ok(PagerState::Stopped)
     }
 
@@ -184,7 +182,7 @@ impl Shard {
                 return Err(PagerError::StrayFault(page));
             }
             if self.actions.last() == Some(&Action::Read(Why::Fault, Run::one(page))) {
-                self.faults.push(Fault { page, seen: now, posted: None });
+                self.timing.seen(page, now);
             }
         }
         let any = !seen.is_empty();
@@ -218,7 +216,7 @@ impl Shard {
                     }
                 }
                 Note::Served(page, stamps) => {
-                    record(&mut self.stages, stamps);
+                    self.timing.served(stamps);
                     self.self_served += 1;
                     if let Some(lane) = self.elsewhere.remove(&page) {
                         self.bytes[LaneId::Urgent as usize] += PAGE_SIZE;
@@ -242,7 +240,8 @@ impl Shard {
         self.completions = completions;
         if let Some(completed) = completed {
             self.carry_out()?;
-            self.time_faults(completed);
+            let planner = &self.planner;
+            self.timing.published(completed, |page| planner.is_resident(page));
         }
         Ok(completed.is_some())
     }
@@ -373,34 +372,17 @@ impl Shard {
         let posted = posted.map_err(|error| self.lane_failed(lane, error))?;
         self.waiting[lane].drain(..posted);
         if lane == LaneId::Urgent as usize && posted > 0 {
-            let now = Instant::now();
-            let waiting = self.waiting[lane].len();
-            let of_wire = self.faults.len().saturating_sub(waiting);
-            for fault in self.faults[..of_wire].iter_mut().filter(|fault| fault.posted.is_none()) {
-                fault.posted = Some(now);
-            }
+            self.timing.posted(self.waiting[lane].len());
         }
         Ok(())
-    }
-
-    /// Records the stages of faults whose page has just been published.
-    fn time_faults(&mut self, completed: Instant) {
-        let published = Instant::now();
-        let (stages, planner) = (&mut self.stages, &self.planner);
-        self.faults.retain(|fault| {
-            let resident = planner.is_resident(fault.page);
-            if let (true, Some(posted)) = (resident, fault.posted) {
-                record(stages, Stamps { seen: fault.seen, posted, completed, published });
-            }
-            !resident
-        });
     }
 
     fn idle(&mut self, now: Instant) -> Result<(), PagerError> {
         let map_pending = !self.map.finished() && self.lanes[LaneId::Bulk as usize].in_flight() == 0;
         let limit = match map_pending {
             true => Some(MAP_PATIENCE),
-            false => self.shared.trap.is_for_self_service().then_some(NOTES_PATIENCE),
+            false if self.shared.trap.is_for_self_service() => Some(NOTES_PATIENCE),
+            false => self.unreported.then_some(PROGRESS),
         };
         let others = [self.shared.trap.as_fd(), self.shared.stop.wake.as_fd()];
         let rested = self.rest.idle(now, &mut self.lanes, others, limit);
@@ -430,17 +412,10 @@ impl Shard {
             bulk_bytes: self.bytes[LaneId::Bulk as usize],
             map_bytes: self.map.bytes,
             self_served_faults: self.self_served,
-            stages: StageReport::default(),
+            latencies: self.timing.latencies,
+            ..PagerReport::default()
         }
     }
-}
-
-fn record(stages: &mut Stages, stamps: Stamps) {
-    let ns = |from: Instant, to: Instant| to.saturating_duration_since(from).as_nanos() as u64;
-    stages.post.saturating_record(ns(stamps.seen, stamps.posted));
-    stages.read.saturating_record(ns(stamps.posted, stamps.completed));
-    stages.install.saturating_record(ns(stamps.completed, stamps.published));
-    stages.total.saturating_record(ns(stamps.seen, stamps.published));
 }
 
 fn run_of(token: Token) -> Run {

@@ -85,8 +85,10 @@ impl Trap {
     /// by the userfaultfd `descriptor` that was made there and not set up. Nothing in the file is kept:
     /// what was there is given back first.
     ///
-    /// Errors: `descriptor` is none, or that mapping cannot be registered.
+    /// Errors: `descriptor` is none, that mapping cannot be registered, or its pages are larger than
+    /// the engine's (hugetlbfs).
     pub fn adopt(descriptor: OwnedFd, base: u64, memory: &GuestMemory) -> Result<Self, PagerError> {
+        refuse_hugetlbfs(memory.guest().file())?;
         let empty = |source: io::Error| PagerError::System { operation: "emptying guest memory", source };
         let all = rustix::fs::FallocateFlags::PUNCH_HOLE | rustix::fs::FallocateFlags::KEEP_SIZE;
         let emptied = rustix::fs::fallocate(memory.guest().file(), all, 0, memory.guest().len() as u64);
@@ -278,6 +280,22 @@ struct Api {
     ioctls: u64,
 }
 
+/// Pages of hugetlbfs are 2 MiB or 1 GiB, and can be trapped and published only as such.
+///
+/// Errors: the file is of that kind.
+fn refuse_hugetlbfs(file: BorrowedFd<'_>) -> Result<(), PagerError> {
+    const MAGIC: u64 = 0x9584_58f6;
+    let failed = |source| PagerError::System { operation: "trapping guest memory", source };
+    let found = rustix::fs::fstatfs(file).map_err(|errno| failed(errno.into()))?;
+    if found.f_type as u64 != MAGIC {
+        return Ok(());
+    }
+    Err(failed(io::Error::other(
+        "it is hugetlbfs, and a guest arrives in pages of 4 KiB; give it memory without hugetlb=on or a mem-path \
+         on hugetlbfs",
+    )))
+}
+
 /// Asks for features of a userfaultfd that nobody has asked yet.
 fn set_up(descriptor: &OwnedFd, features: FeatureFlags) -> Result<(), PagerError> {
     let mut api = Api { api: UFFD_API, features: features.bits(), ioctls: 0 };
@@ -319,5 +337,21 @@ fn errno(error: UffdError) -> io::Error {
         }
         UffdError::OpenDevUserfaultfd(source) => source,
         other => io::Error::other(other.to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hugetlbfs_is_refused_with_what_to_do() {
+        use rustix::fs::{MemfdFlags, memfd_create};
+        let plain = memfd_create("plain", MemfdFlags::CLOEXEC).unwrap();
+        refuse_hugetlbfs(plain.as_fd()).unwrap();
+        // It needs no huge pages as long as nobody maps it.
+        let Ok(huge) = memfd_create("huge", MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB) else { return };
+        let said = refuse_hugetlbfs(huge.as_fd()).unwrap_err().to_string();
+        assert!(said.contains("hugetlbfs") && said.contains("without hugetlb=on"), "{said}");
     }
 }

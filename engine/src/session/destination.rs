@@ -115,14 +115,15 @@ pub async fn receive<H: DestinationHost>(
     options: ReceiveOptions,
 ) -> Result<Arrived<H::Guest>, SessionError> {
     let (stream, peer, session) = await_source(listener).await?;
+    let begun = Instant::now();
     tracing::info!(%peer, "a source has connected");
     let local = stream.local_addr().ok().map(|address| address.ip());
     let mut channel = Channel::new(stream)?;
-    let mut destination = Destination { listener, host, options, peer: peer.ip(), session };
+    let mut destination = Destination { listener, host, options, peer: peer.ip(), session, begun };
     destination.options.endpoint.local = local;
     match destination.take_in(&mut channel).await {
         Ok((guest, memory, pager)) => {
-            let drain = Drain { channel, pager, guest: guest.clone(), resumed: Instant::now() };
+            let drain = Drain { channel, pager, guest: guest.clone(), begun, resumed: Instant::now() };
             Ok(Arrived { guest, memory, drain })
         }
         Err(error) => {
@@ -164,6 +165,12 @@ struct Destination<'a, H> {
     options: ReceiveOptions,
     peer: IpAddr,
     session: SessionId,
+    begun: Instant,
+}
+
+/// Tells how far an arrival is, and when it got there.
+fn passed(phase: &'static str, begun: Instant) {
+    tracing::info!(phase, elapsed_us = micros(begun.elapsed()), "arrival");
 }
 
 impl<H: DestinationHost> Destination<'_, H> {
@@ -172,14 +179,20 @@ impl<H: DestinationHost> Destination<'_, H> {
         channel: &mut Channel,
     ) -> Result<(Arc<H::Guest>, GuestMemory, Pager), SessionError> {
         let (description, offered) = offered(channel.receive("Offer", STEP_PATIENCE).await?)?;
+        passed("Offer", self.begun);
         self.check_size(&description)?;
+        self.options.pager.huge_pages = self.options.pager.huge_pages.resolved(description.huge_pages);
         let threads = self.host.serving_threads(&description).min(MAX_LANES - LANES);
         let (guest, memory, trap) = self.prepare(description, threads > 0).await?;
         let (transport, import) = self.import(&offered, &memory).await?;
+        passed("Prepared", self.begun);
         let (pager, servers) = self.connect(channel, transport, import, trap, threads).await?;
         channel.send(&Message::LanesReady).await?;
+        passed("LanesReady", self.begun);
         self.load(channel, &guest, servers).await?;
+        passed("StateLoaded", self.begun);
         self.resume(channel, &guest).await?;
+        passed("Resumed", self.begun);
         Ok((guest, memory, pager))
     }
 
@@ -359,6 +372,7 @@ pub struct Drain {
     channel: Channel,
     pager: Pager,
     guest: Arc<dyn DestinationGuest>,
+    begun: Instant,
     resumed: Instant,
 }
 
@@ -400,10 +414,13 @@ impl Drain {
     async fn release(mut self, pager: crate::stats::PagerReport) -> ArrivalReport {
         self.guest.memory_arrived();
         let arrival = ArrivalReport { resident_us: micros(self.resumed.elapsed()), pager };
+        passed("Resident", self.begun);
         self.tell(&Message::Resident(arrival)).await;
         if let Err(error) = self.channel.receive("Release", STEP_PATIENCE).await {
             tracing::warn!(%error, "the source did not confirm; every page is here all the same");
         }
+        passed("Released", self.begun);
+        self.pager.collapse();
         arrival
     }
 

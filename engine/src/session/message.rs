@@ -36,6 +36,8 @@ pub struct GuestDescription {
     pub layout: MemoryLayout,
     /// The VMM's own configuration, opaque to the engine. At most 64 KiB.
     pub config: Vec<u8>,
+    /// Its memory is in huge pages at the source.
+    pub huge_pages: bool,
 }
 
 /// Everything that is said on a control connection. S: by the source, D: by the destination.
@@ -161,14 +163,14 @@ mod tests {
 
     fn offer() -> Message {
         let layout = MemoryLayout::pc(4096, 4096).unwrap();
-        let guest = GuestDescription { vmm: "v".into(), layout, config: vec![9] };
+        let guest = GuestDescription { vmm: "v".into(), layout, config: vec![9], huge_pages: true };
         Message::Offer { guest, transports: vec!["tcp".into()] }
     }
 
     #[test]
     fn golden_bytes() {
-        let body = [0, 1, b'v', 1, 0, 0x80, 0x20, 0, 1, 9, 1, 3, b't', b'c', b'p'];
-        let mut golden = vec![15, 0, 0, 0];
+        let body = [0, 1, b'v', 1, 0, 0x80, 0x20, 0, 1, 9, 1, 1, 3, b't', b'c', b'p'];
+        let mut golden = vec![16, 0, 0, 0];
         golden.extend(crc32fast::hash(&body).to_le_bytes());
         golden.extend(body);
         assert_eq!(framed(&offer()), golden);
@@ -218,7 +220,7 @@ mod tests {
         let regions = vec![MemoryRegion { gpa: Gpa(0), len: 4096, offset: 4096 }];
         let mut body = vec![0, 1, b'v'];
         body.extend(postcard::to_stdvec(&regions).unwrap());
-        body.extend([0, 0]);
+        body.extend([0, 0, 0]);
         let mut buffer = BytesMut::new();
         buffer.put_u32_le(body.len() as u32);
         buffer.put_u32_le(crc32fast::hash(&body));

@@ -22,6 +22,7 @@ mod channel;
 mod destination;
 mod message;
 mod preamble;
+mod query_migrate;
 mod report;
 mod source;
 
@@ -35,6 +36,7 @@ pub(crate) use message::fuzz_frame;
 pub use preamble::PROTOCOL_VERSION;
 #[cfg(feature = "fuzz")]
 pub(crate) use preamble::fuzz_preamble;
+pub use query_migrate::{QueryMigrate, QueryRam};
 pub use report::{ArrivalReport, MigrationReport, Phase, Progress, REPORT_VERSION};
 pub use source::{Frozen, MigrateOptions, MigrationError, Owner, SourceGuest, migrate};
 

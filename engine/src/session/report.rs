@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::query_migrate::QueryMigrate;
 use crate::stats::PagerReport;
 
 /// The destination's part, measured there.
@@ -39,6 +40,9 @@ pub struct MigrationReport {
     pub total_us: u64,
     /// What the destination's pager did.
     pub pager: PagerReport,
+    /// What of it QEMU has too, by QEMU's names.
+    #[serde(default)]
+    pub query_migrate: QueryMigrate,
 }
 
 /// Version of [`MigrationReport`].
@@ -69,4 +73,13 @@ pub struct Progress {
     pub phase: Phase,
     /// What has arrived.
     pub pager: PagerReport,
+    /// Microseconds from the first connection to the freeze, once it is frozen.
+    #[serde(default)]
+    pub setup_us: u64,
+    /// Microseconds that the guest stood still, once it is resumed.
+    #[serde(default)]
+    pub downtime_us: u64,
+    /// Microseconds from the first connection until this was said.
+    #[serde(default)]
+    pub total_us: u64,
 }

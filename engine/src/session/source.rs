@@ -11,10 +11,12 @@ use tokio::sync::watch;
 use super::channel::{Channel, unexpected};
 use super::message::{GuestDescription, Message, STATE_PIECE};
 use super::preamble::{self, Preamble, Purpose, SessionId};
+use super::query_migrate::QueryMigrate;
 use super::report::{ArrivalReport, MigrationReport, Phase, Progress, REPORT_VERSION};
 use super::{GuestError, STEP_PATIENCE, SessionError, WORK_PATIENCE, blocking};
 use crate::export::{Export, LANES, MAX_LANES};
 use crate::memory::GuestMemory;
+use crate::pager::is_huge;
 
 /// A running guest that can be moved away. Called from a blocking thread.
 pub trait SourceGuest: Send + Sync + 'static {
@@ -133,14 +135,25 @@ impl<'a> Source<'a> {
     }
 
     fn enter(&self, phase: Phase) {
-        tracing::info!(?phase, "migration");
-        self.progress.send_modify(|progress| progress.phase = phase);
+        let elapsed_us = micros(self.begun.elapsed());
+        tracing::info!(?phase, elapsed_us, "migration");
+        self.progress.send_modify(|progress| {
+            progress.phase = phase;
+            progress.setup_us = self.report.setup_us;
+            progress.downtime_us = self.report.downtime_us;
+            progress.total_us = elapsed_us;
+        });
     }
 
     /// Everything that can be done while the guest runs.
     async fn prepare(&mut self) -> Result<(Channel, Export), SessionError> {
         self.enter(Phase::Setup);
-        let offer = self.offer()?;
+        let memory = self.guest.memory();
+        let huge_pages = blocking(move || is_huge(memory.guest())).await.unwrap_or_else(|error| {
+            tracing::debug!(%error, "what backs the guest's memory is not known");
+            false
+        });
+        let offer = self.offer(huge_pages)?;
         let session = random_id()?;
         let stream = self.dial(session, Purpose::Control).await?;
         self.options.endpoint.local = stream.local_addr().ok().map(|address| address.ip());
@@ -156,14 +169,15 @@ impl<'a> Source<'a> {
         }
     }
 
-    fn offer(&self) -> Result<Message, SessionError> {
+    fn offer(&self, huge_pages: bool) -> Result<Message, SessionError> {
         let (vmm, config) = self
             .guest
             .describe()
             .map_err(|source| SessionError::Guest { operation: "describing the guest", source })?;
         let layout = self.guest.memory().layout().clone();
         let transports = self.transports()?.iter().map(|transport| transport.name().to_owned()).collect();
-        Ok(Message::Offer { guest: GuestDescription { vmm, layout, config }, transports })
+        let guest = GuestDescription { vmm, layout, config, huge_pages };
+        Ok(Message::Offer { guest, transports })
     }
 
     /// What to offer: what was asked for, if this machine has it, else all that it has.
@@ -288,7 +302,10 @@ impl<'a> Source<'a> {
     async fn serve(&mut self, channel: &mut Channel) -> Result<ArrivalReport, SessionError> {
         loop {
             match channel.receive("progress of the drain", WORK_PATIENCE).await? {
-                Message::Progress(pager) => self.progress.send_modify(|progress| progress.pager = pager),
+                Message::Progress(pager) => self.progress.send_modify(|progress| {
+                    progress.pager = pager;
+                    progress.total_us = micros(self.begun.elapsed());
+                }),
                 Message::Resident(arrival) => return Ok(arrival),
                 other => return Err(unexpected(&other, "Progress or Resident")),
             }
@@ -299,7 +316,10 @@ impl<'a> Source<'a> {
         self.report.resident_us = arrival.resident_us;
         self.report.pager = arrival.pager;
         self.report.total_us = micros(self.begun.elapsed());
-        self.progress.send_replace(Progress { phase: Phase::Resident, pager: arrival.pager });
+        self.progress.send_modify(|progress| progress.pager = arrival.pager);
+        self.enter(Phase::Resident);
+        self.report.query_migrate = QueryMigrate::from(&*self.progress.borrow());
+        tracing::info!(phase = "Released", elapsed_us = micros(self.begun.elapsed()), "migration");
         self.report
     }
 }

@@ -19,6 +19,7 @@ Examples:
   pcbench read HOST --sizes 8..8M --json       the whole range, as JSON
   pcbench read HOST --rate 20000 --depth 16    open loop: 20,000 reads a second, whatever happens
   pcbench read HOST --report run.html          one page with plots
+  pcbench fault HOST                           what a fault costs, its memory at that host
   pcbench compare old.json new.json --fail-above 5%
   pcbench doctor                               what is in the way on this machine";
 
@@ -44,7 +45,7 @@ pub(crate) struct Cli {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
-    /// Offer memory for `pcbench read` on another host.
+    /// Offer memory for `pcbench read` and `pcbench fault` on another host.
     Serve(ServeArgs),
     /// Read from a host where `pcbench serve` runs, or over the loopback.
     #[command(after_help = READ_EXAMPLES)]

@@ -3,7 +3,7 @@
 //! Whatever the server does or fails to do, this ends within `patience` a step, with a line that
 //! says what it was.
 
-use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
+use std::net::{IpAddr, SocketAddr, TcpStream, ToSocketAddrs};
 use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
@@ -15,7 +15,8 @@ use postcopy_transport::{
 
 use crate::args::PORT;
 use crate::exchange::{
-    self, Answer, Granted, Hello, LaneHello, MAX_TEXT, Mirrored, Order, ReadHello, VERSION, hex, send, unhex,
+    self, Answer, Granted, Hello, LaneHello, MAX_TEXT, Mirrored, Order, Paging, ReadHello, VERSION, hex,
+    send, unhex,
 };
 use crate::mirror;
 use crate::pattern;
@@ -30,8 +31,12 @@ pub(crate) struct Reader {
     pub(crate) machine: Machine,
     /// Where the server reads from, if it does.
     mirrored: Option<Exporter>,
-    /// The server closes the lanes when this closes.
-    control: TcpStream,
+    control: Control,
+}
+
+/// A connection to a server, by which lanes are asked for. The server closes them when it closes.
+pub(crate) struct Control {
+    stream: TcpStream,
     server: SocketAddr,
     patience: Duration,
 }
@@ -70,30 +75,21 @@ impl Reader {
     ///
     /// Errors: it is not there, refuses, hangs, or speaks another language.
     pub(crate) fn connect(server: SocketAddr, transport: Transport, plan: &Plan) -> anyhow::Result<Self> {
-        let patience = plan.patience;
-        let mut control = dial(server, patience)
-            .with_context(|| format!("cannot reach {server}; is `pcbench serve` running there?"))?;
-        let endpoint = plan.device.endpoint(control.local_addr().ok().map(|address| address.ip()));
+        let mut control = Control::open(server, plan.patience)?;
+        let endpoint = plan.device.endpoint(control.local());
         let landing = pattern::memory("pcbench-landing", landing_bytes(plan), plan.huge_pages)?;
         let importer = Importer::new(transport, std::slice::from_ref(&landing), &endpoint)?;
         let class = if plan.depth > 1 { LaneClass::Bulk } else { LaneClass::Urgent };
         let asked = (0..plan.lanes).map(|_| importer.request(class)).collect::<Result<Vec<_>, _>>()?;
         let (pending, requests): (Vec<LaneRequest>, Vec<Vec<u8>>) = asked.into_iter().unzip();
-        let requests = requests.iter().map(|blob| hex(blob)).collect();
-        let (version, mirror) = (VERSION, plan.bidirectional);
-        let hello = ReadHello { version, transport: transport.name().into(), requests, mirror };
-        send(&mut control, &Hello::Read(hello))?;
-        let Answer::Granted(granted) = answer(&mut control, server, patience)? else {
-            bail!("{server} answered something else than a grant; it is no `pcbench serve` of this release");
-        };
-        ensure!(granted.grants.len() == pending.len(), "{server} granted another number of lanes");
+        let granted = control.ask(transport, &requests, plan.bidirectional, None)?;
         let mut offered = match plan.bidirectional {
             true => Some(Offered::new(transport, &endpoint, &granted)?),
             false => None,
         };
         let own: usize = pending.iter().map(LaneRequest::streams).sum();
         let mirrored = offered.as_ref().map_or(0, |offered| offered.exporter.awaited());
-        let mut streams = dial_lanes(server, &granted, own + mirrored, plan)?.into_iter();
+        let mut streams = control.dial_lanes(&granted, own + mirrored)?.into_iter();
         let mut lanes = Vec::new();
         for (pending, grant) in pending.into_iter().zip(&granted.grants) {
             let paths = streams.by_ref().take(pending.streams()).collect();
@@ -101,18 +97,14 @@ impl Reader {
         }
         if let Some(offered) = &mut offered {
             streams.try_for_each(|stream| offered.exporter.attach(stream))?;
-            send(&mut control, &offered.order)?;
+            control.order(&offered.order)?;
         }
         let mirrored = offered.map(|offered| offered.exporter);
-        let Answer::Ready = answer(&mut control, server, patience)? else {
-            bail!("{server} is not ready, and does not say why");
-        };
-        let region: [u8; 24] =
-            unhex(&granted.region)?.try_into().ok().context("the server's region is malformed")?;
-        let (region, local) = (RemoteRegion::from_bytes(region), importer.regions()[0]);
-        let driver = Driver::new(transport.name(), lanes, region, local, landing, patience)?;
-        let machine = sanitised(granted.machine);
-        Ok(Self { transport, driver, machine, mirrored, control, server, patience })
+        control.ready()?;
+        let (region, local) = (parse_region(&granted.region)?, importer.regions()[0]);
+        let driver = Driver::new(transport.name(), lanes, region, local, landing, plan.patience)?;
+        let machine = granted.machine;
+        Ok(Self { transport, driver, machine, mirrored, control })
     }
 
     /// Whether the server is to read too.
@@ -126,10 +118,10 @@ impl Reader {
     pub(crate) fn start_mirror(&mut self, load: &Load) -> anyhow::Result<()> {
         let Load { bytes, depth, span, completion, .. } = *load;
         let order = Order::Start { bytes, depth, span, completion };
-        send(&mut self.control, &order)?;
-        match answer(&mut self.control, self.server, self.patience)? {
+        self.control.order(&order)?;
+        match self.control.answer()? {
             Answer::Started => Ok(()),
-            _ => bail!("{} answered out of turn", self.server),
+            _ => bail!("{} answered out of turn", self.control.server),
         }
     }
 
@@ -137,12 +129,101 @@ impl Reader {
     ///
     /// Errors: they failed, or the server hangs.
     pub(crate) fn stop_mirror(&mut self) -> anyhow::Result<Mirrored> {
-        send(&mut self.control, &Order::Stop)?;
-        match answer(&mut self.control, self.server, self.patience)? {
+        self.control.order(&Order::Stop)?;
+        match self.control.answer()? {
             Answer::Stopped(mirrored) => Ok(mirrored),
-            _ => bail!("{} answered out of turn", self.server),
+            _ => bail!("{} answered out of turn", self.control.server),
         }
     }
+}
+
+impl Control {
+    /// Connects to `server`.
+    ///
+    /// Errors: it is not there.
+    pub(crate) fn open(server: SocketAddr, patience: Duration) -> anyhow::Result<Self> {
+        let stream = dial(server, patience)
+            .with_context(|| format!("cannot reach {server}; is `pcbench serve` running there?"))?;
+        Ok(Self { stream, server, patience })
+    }
+
+    /// This host's address on the way to the server.
+    pub(crate) fn local(&self) -> Option<IpAddr> {
+        self.stream.local_addr().ok().map(|address| address.ip())
+    }
+
+    /// Asks for lanes: a grant for each of `requests`.
+    ///
+    /// Errors: it refuses, hangs, or speaks another language.
+    pub(crate) fn ask(
+        &mut self,
+        transport: Transport,
+        requests: &[Vec<u8>],
+        mirror: bool,
+        paging: Option<Paging>,
+    ) -> anyhow::Result<Granted> {
+        let server = self.server;
+        let asked = requests.len();
+        let requests = requests.iter().map(|blob| hex(blob)).collect();
+        let transport = transport.name().into();
+        let hello = ReadHello { version: VERSION, transport, requests, mirror, paging };
+        send(&mut self.stream, &Hello::Read(hello))?;
+        let Answer::Granted(granted) = self.answer()? else {
+            bail!("{server} answered something else than a grant; it is no `pcbench serve` of this release");
+        };
+        ensure!(granted.grants.len() == asked, "{server} granted another number of lanes");
+        Ok(Granted { machine: sanitised(granted.machine), ..*granted })
+    }
+
+    /// `count` connections for lanes, and for those of the mirror after them.
+    ///
+    /// Errors: it lets them not in.
+    pub(crate) fn dial_lanes(&self, granted: &Granted, count: usize) -> anyhow::Result<Vec<TcpStream>> {
+        let one = |index| {
+            let mut stream = dial(self.server, self.patience).context("connecting a lane")?;
+            send(&mut stream, &Hello::Lane(LaneHello { name: granted.name.clone(), index }))?;
+            stream.set_write_timeout(None)?;
+            Ok(stream)
+        };
+        (0..count).map(one).collect()
+    }
+
+    /// Waits until the server has every lane.
+    ///
+    /// Errors: it has not.
+    pub(crate) fn ready(&mut self) -> anyhow::Result<()> {
+        match self.answer()? {
+            Answer::Ready => Ok(()),
+            _ => bail!("{} is not ready, and does not say why", self.server),
+        }
+    }
+
+    /// Tells the server to do something.
+    ///
+    /// Errors: it is gone.
+    pub(crate) fn order(&mut self, order: &Order) -> anyhow::Result<()> {
+        send(&mut self.stream, order)
+    }
+
+    /// The server's next message, which may be a refusal.
+    fn answer(&mut self) -> anyhow::Result<Answer> {
+        let answer = exchange::expect(&mut self.stream, self.patience)
+            .with_context(|| format!("{} does not answer as `pcbench serve` does", self.server))?;
+        match answer {
+            Answer::Refused(reason) => {
+                Err(Refused(format!("{} refused: {}", self.server, printable(&reason, MAX_TEXT))).into())
+            }
+            answer => Ok(answer),
+        }
+    }
+}
+
+/// A capability as a server says it.
+///
+/// Errors: it is none.
+pub(crate) fn parse_region(text: &str) -> anyhow::Result<RemoteRegion> {
+    let bytes: [u8; 24] = unhex(text)?.try_into().ok().context("the server's region is malformed")?;
+    Ok(RemoteRegion::from_bytes(bytes))
 }
 
 /// Memory for every read in flight to land in.
@@ -156,34 +237,6 @@ fn dial(server: SocketAddr, patience: Duration) -> anyhow::Result<TcpStream> {
     stream.set_nodelay(true)?;
     stream.set_write_timeout(Some(patience))?;
     Ok(stream)
-}
-
-/// The server's next message, which may be a refusal.
-fn answer(control: &mut TcpStream, server: SocketAddr, patience: Duration) -> anyhow::Result<Answer> {
-    let answer = exchange::expect(control, patience)
-        .with_context(|| format!("{server} does not answer as `pcbench serve` does"))?;
-    match answer {
-        Answer::Refused(reason) => {
-            Err(Refused(format!("{server} refused: {}", printable(&reason, MAX_TEXT))).into())
-        }
-        answer => Ok(answer),
-    }
-}
-
-/// `count` connections for lanes, and for those of the mirror after them.
-fn dial_lanes(
-    server: SocketAddr,
-    granted: &Granted,
-    count: usize,
-    plan: &Plan,
-) -> anyhow::Result<Vec<TcpStream>> {
-    let one = |index| {
-        let mut stream = dial(server, plan.patience).context("connecting a lane")?;
-        send(&mut stream, &Hello::Lane(LaneHello { name: granted.name.clone(), index }))?;
-        stream.set_write_timeout(None)?;
-        Ok(stream)
-    };
-    (0..count).map(one).collect()
 }
 
 /// This side's memory, offered to the server.

@@ -9,6 +9,7 @@
 //!             ◀─── Answer::Ready
 //!  Order::Start / Order::Stop ────────▶            bidirectional: around each measurement
 //!             ◀─── Answer::Started / Stopped
+//!  Order::Describe ───────────────────▶            faults: fill the page map, so that it drains
 //! ```
 //!
 //! Every line has a longest length and a latest time, whatever the peer does. Texts from the peer
@@ -29,8 +30,8 @@ use crate::args::Completion;
 use crate::report::Latency;
 
 /// Version of the messages. Both sides must speak the same one.
-pub(crate) const VERSION: u32 = 2;
-/// Longest line: a grant for each of 64 lanes, twice, and a machine's description.
+pub(crate) const VERSION: u32 = 3;
+/// Longest line: a grant for each of 66 lanes, twice, and a machine's description.
 const MAX_LINE: usize = 64 << 10;
 /// Longest text of a peer that is shown.
 pub(crate) const MAX_TEXT: usize = 300;
@@ -54,6 +55,18 @@ pub(crate) struct ReadHello {
     pub(crate) requests: Vec<String>,
     /// The server shall read from the reader too.
     pub(crate) mirror: bool,
+    /// The memory is to be faulted in: it comes with a page map.
+    #[serde(default)]
+    pub(crate) paging: Option<Paging>,
+}
+
+/// Memory to be faulted in.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub(crate) struct Paging {
+    /// How much, in bytes: whole pages, from the first.
+    pub(crate) memory: u64,
+    /// How long the server's urgent lanes poll before they sleep, in microseconds.
+    pub(crate) spin_us: Option<u32>,
 }
 
 /// Which lane a connection is.
@@ -85,6 +98,9 @@ pub(crate) enum Answer {
 pub(crate) struct Granted {
     /// The capability to the memory, in hexadecimal.
     pub(crate) region: String,
+    /// That to the page map, if there is to be one.
+    #[serde(default)]
+    pub(crate) map: Option<String>,
     /// The transport's grant for each lane, in hexadecimal.
     pub(crate) grants: Vec<String>,
     /// Opens the connections of lanes.
@@ -111,6 +127,8 @@ pub(crate) enum Order {
         completion: Completion,
     },
     Stop,
+    /// Fill the page map.
+    Describe,
 }
 
 /// What the mirror's reads were like.
@@ -224,7 +242,7 @@ mod tests {
         let line = r#"{"read":{"version":1,"transport":"tcp","request":[]}}"#;
         let error = parse_hello(line).unwrap_err().to_string();
         assert!(error.contains("version 1") && error.contains("same release"), "{error}");
-        for bad in ["", "{}", "[]", "GET / HTTP/1.1", r#"{"read":{"version":2}}"#, r#"{"lane":{"name":1}}"#] {
+        for bad in ["", "{}", "[]", "GET / HTTP/1.1", r#"{"read":{"version":3}}"#, r#"{"lane":{"name":1}}"#] {
             assert!(parse_hello(bad).is_err(), "{bad}");
         }
     }

@@ -94,7 +94,7 @@ impl Mirror {
                     let load = Load { bytes, depth, span, completion, limit, rate: None, verify: false };
                     self.read_until_told(stream, &load)?;
                 }
-                Order::Mirror { .. } | Order::Stop => bail!("an order out of turn"),
+                Order::Mirror { .. } | Order::Stop | Order::Describe => bail!("an order out of turn"),
             }
         }
     }

@@ -4,6 +4,8 @@
 use postcopy_transport::HostMemory;
 
 const WORD: u64 = 8;
+/// Bytes checked at a time.
+const CHECKED: u64 = 64 << 10;
 
 fn word(index: u64) -> [u8; 8] {
     let mixed = (index + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
@@ -32,6 +34,21 @@ pub(crate) fn matches(landing: &HostMemory, at: u64, offset: u64, len: u32) -> b
     landing.read(at, &mut bytes) && (offset / WORD..).zip(bytes.chunks(WORD as usize)).all(whole)
 }
 
+/// Checks every byte of `memory`.
+///
+/// Errors: a byte is wrong; where.
+pub(crate) fn check_all(memory: &HostMemory) -> anyhow::Result<()> {
+    let len = memory.len() as u64;
+    for at in (0..len).step_by(CHECKED as usize) {
+        let whole = matches(memory, at, at, CHECKED.min(len - at) as u32);
+        anyhow::ensure!(
+            whole,
+            "memory is not what the source has in the 64 KiB at {at:#x}: a defect, please report it"
+        );
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -43,8 +60,11 @@ mod tests {
         assert!(matches(&memory, 0, 0, 4096));
         assert!(!matches(&memory, 0, 8, 64), "another place has other bytes");
         assert!(matches(&memory, 64, 64, 13), "a size that is no multiple of a word");
+        check_all(&memory).unwrap();
         let mut byte = [0];
         assert!(memory.read(4095, &mut byte) && memory.write(4095, &[byte[0] ^ 1]));
         assert!(!matches(&memory, 0, 0, 4096));
+        let error = check_all(&memory).unwrap_err().to_string();
+        assert!(error.contains("at 0x0"), "{error}");
     }
 }

@@ -155,7 +155,7 @@ fn default_completion() -> Completion {
     }
 }
 
-fn seconds(flag: &str, value: f64) -> anyhow::Result<Duration> {
+pub(crate) fn seconds(flag: &str, value: f64) -> anyhow::Result<Duration> {
     let time = Duration::try_from_secs_f64(value).ok();
     let sane = time.filter(|time| !time.is_zero() && *time <= Duration::from_secs(7 * 24 * 3600));
     sane.ok_or_else(|| anyhow!("{flag} {value} makes no sense; ask for more than 0 s and at most a week"))

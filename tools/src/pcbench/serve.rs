@@ -3,6 +3,8 @@
 //! A reader's lanes live as long as its control connection, which the kernel closes when the
 //! reader is killed and keep-alive closes when its host vanishes.
 
+mod faults;
+
 use std::collections::HashMap;
 use std::io::Write;
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -12,6 +14,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow, bail, ensure};
+use postcopy_engine::export;
+use postcopy_engine::pagemap::PageMap;
 use postcopy_tools::device::DeviceArgs;
 use postcopy_tools::machine::Machine;
 use postcopy_tools::text::{one_line, printable};
@@ -51,6 +55,13 @@ pub(crate) struct Server {
     max_clients: u32,
     /// Say on stderr who comes and goes.
     talks: bool,
+}
+
+/// What is open to one reader. Closed when dropped, the lanes before the map that they read.
+struct Opened {
+    mirror: Option<Mirror>,
+    _exporter: Exporter,
+    map: Option<PageMap>,
 }
 
 /// One of a bounded number; given back when dropped.
@@ -199,33 +210,42 @@ impl Server {
             )
         })?;
         let lanes = hello.requests.len();
-        ensure!((1..=MAX_LANES as usize).contains(&lanes), "{lanes} lanes; ask for 1 to {MAX_LANES}");
+        let most = if hello.paging.is_some() { export::MAX_LANES } else { MAX_LANES as usize };
+        ensure!((1..=most).contains(&lanes), "{lanes} lanes; ask for 1 to {most}");
         let transport: Transport =
             printable(&hello.transport, MAX_TEXT).parse().map_err(|error: String| anyhow!(error))?;
-        let (exporter, mut mirror) = self.open(stream, transport, hello)?;
-        self.say(format_args!("{peer}: reads over {transport}, lanes: {lanes}, readers: {}", self.count()));
-        let ended = match &mut mirror {
-            Some(mirror) => mirror.obey(stream),
-            None => wait_for_the_end(stream),
+        let mut opened = self.open(stream, transport, hello)?;
+        let what = if opened.map.is_some() { "faults" } else { "reads" };
+        self.say(format_args!("{peer}: {what} over {transport}, lanes: {lanes}, readers: {}", self.count()));
+        let ended = match (&mut opened.mirror, &mut opened.map) {
+            (Some(mirror), _) => mirror.obey(stream),
+            (None, Some(map)) => faults::obey(stream, map, &self.memory),
+            (None, None) => wait_for_the_end(stream),
         };
-        drop((mirror, exporter));
+        drop(opened);
         self.say(format_args!("{peer}: gone, its lanes are free"));
         ended
     }
 
-    /// Makes a reader's lanes, and those of the mirror if it wants one.
+    /// Makes a reader's lanes, those of the mirror if it wants one, and a page map if it faults.
     fn open(
         &self,
         stream: &mut TcpStream,
         transport: Transport,
         hello: &ReadHello,
-    ) -> anyhow::Result<(Exporter, Option<Mirror>)> {
+    ) -> anyhow::Result<Opened> {
+        ensure!(!hello.mirror || hello.paging.is_none(), "a mirror of memory that is faulted in");
         let lanes = hello.requests.len();
-        let endpoint = self.device.endpoint(stream.local_addr().ok().map(|address| address.ip()));
-        let mut exporter = Exporter::new(transport, std::slice::from_ref(&self.memory), &endpoint)?;
+        let mut endpoint = self.device.endpoint(stream.local_addr().ok().map(|address| address.ip()));
+        let map = hello.paging.map(|paging| faults::page_map(paging, &self.memory)).transpose()?;
+        endpoint.spin = hello.paging.and_then(faults::spin);
+        let memories: Vec<HostMemory> =
+            [Some(&self.memory), map.as_ref().map(PageMap::memory)].into_iter().flatten().cloned().collect();
+        let mut exporter = Exporter::new(transport, &memories, &endpoint)?;
         let grant = |request: &String| Ok(hex(&exporter.grant(&unhex(request)?)?));
         let grants = hello.requests.iter().map(grant).collect::<anyhow::Result<Vec<String>>>()?;
-        let region = exporter.regions().first().map(|region| hex(&region.to_bytes())).unwrap_or_default();
+        let mut regions = exporter.regions().into_iter().map(|region| hex(&region.to_bytes()));
+        let (region, map_region) = (regions.next().unwrap_or_default(), regions.next());
         let mut mirror = match hello.mirror {
             true => Some(Mirror::new(transport, lanes, &endpoint)?),
             false => None,
@@ -233,7 +253,8 @@ impl Server {
         let mirror_requests = mirror.as_ref().map(Mirror::requests).unwrap_or_default();
         let awaiting = Awaiting::new(&self.awaited)?;
         let (name, machine) = (awaiting.name.clone(), self.machine.clone());
-        send(stream, &Answer::Granted(Box::new(Granted { region, grants, name, mirror_requests, machine })))?;
+        let granted = Granted { region, map: map_region, grants, name, mirror_requests, machine };
+        send(stream, &Answer::Granted(Box::new(granted)))?;
         let own = exporter.awaited();
         let mut streams = awaiting.streams(own + mirror.as_ref().map_or(0, Mirror::streams))?;
         let mirrored = streams.split_off(own);
@@ -246,7 +267,7 @@ impl Server {
             mirror.connect(exchange::expect(stream, PATIENCE)?)?;
         }
         send(stream, &Answer::Ready)?;
-        Ok((exporter, mirror))
+        Ok(Opened { mirror, _exporter: exporter, map })
     }
 
     fn count(&self) -> u32 {

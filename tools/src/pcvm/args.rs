@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use postcopy_engine::pager::PagerConfig;
+use postcopy_engine::pager::{HugePages, PagerConfig};
 use postcopy_engine::planner::{PlannerConfig, Policy};
 use postcopy_tools::device::DeviceArgs;
 use postcopy_tools::size;
@@ -119,6 +119,14 @@ pub(crate) enum SelfService {
     Off,
 }
 
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Huge {
+    #[default]
+    Auto,
+    On,
+    Off,
+}
+
 /// What a process that holds a guest needs.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct HostArgs {
@@ -128,6 +136,15 @@ pub(crate) struct HostArgs {
     /// The guest's serial console: a file to append to, `stdio`, or `none`.
     #[arg(long, default_value = "stdio", value_name = "FILE|stdio|none")]
     pub(crate) console: String,
+    /// Where to serve metrics for Prometheus (GET /metrics), to anybody who reaches it; see
+    /// docs/control.md.
+    #[arg(long, value_name = "HOST:PORT")]
+    pub(crate) metrics: Option<String>,
+    /// Whether memory of a guest that has arrived is put together to huge pages of 2 MiB, in the
+    /// background. It costs one copy of the memory, and huge pages that are free. `auto`: if most of it
+    /// was on huge pages at the source.
+    #[arg(long, value_enum, default_value_t = Huge::Auto)]
+    pub(crate) huge_pages: Huge,
     /// Wait for another guest, instead of exiting, when this one has moved away.
     #[arg(long)]
     pub(crate) again: bool,
@@ -151,7 +168,13 @@ pub(crate) struct HostArgs {
 impl HostArgs {
     pub(crate) fn pager(&self) -> PagerConfig {
         let bulk_wait_ns = u64::from(self.bulk_wait) * 1000;
-        PagerConfig { planner: PlannerConfig { policy: self.policy, bulk_wait_ns }, ..PagerConfig::default() }
+        let planner = PlannerConfig { policy: self.policy, bulk_wait_ns };
+        let huge_pages = match self.huge_pages {
+            Huge::Auto => HugePages::Auto,
+            Huge::On => HugePages::On,
+            Huge::Off => HugePages::Off,
+        };
+        PagerConfig { planner, huge_pages, ..PagerConfig::default() }
     }
 }
 

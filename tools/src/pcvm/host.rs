@@ -20,7 +20,6 @@ use anyhow::Context;
 use postcopy_engine::export::Export;
 use postcopy_engine::pager::{Pager, PagerStatus, Trap};
 use postcopy_engine::session::{self, Arrived, Progress, ReceiveOptions, SessionError};
-use postcopy_engine::stats::PagerReport;
 use postcopy_vmm::qemu::QemuCommand;
 use postcopy_vmm::{BootSource, Console, DEFAULT_CMDLINE, MovableVm, VmConfig, VmHost};
 use tokio::net::TcpListener;
@@ -29,7 +28,7 @@ use tokio::sync::watch;
 use crate::args::{HostArgs, ReceiveArgs, RunArgs, SelfService, Vmm, resolve};
 use crate::control::Status;
 use crate::held::{End, HeldGuest, OwnRoom, QemuRoom, Room, handover_library};
-use crate::server;
+use crate::{metrics, server};
 
 /// How often a host looks whether its guest has ended.
 const GUEST_CHECK: Duration = Duration::from_millis(50);
@@ -57,7 +56,7 @@ enum Arrival {
     None,
     Draining(watch::Receiver<PagerStatus>),
     /// All of it is here.
-    Resident(Box<PagerReport>),
+    Resident(watch::Receiver<PagerStatus>),
     /// The pager failed; it stays, so that the guest waits instead of reading zeros.
     Stranded {
         reason: String,
@@ -155,8 +154,7 @@ impl Host {
     pub(crate) fn status(&self) -> Status {
         let (arrival, stranded) = match &*lock(&self.arrival) {
             Arrival::None => (None, None),
-            Arrival::Draining(status) => (Some(status.borrow().report), None),
-            Arrival::Resident(report) => (Some(**report), None),
+            Arrival::Draining(status) | Arrival::Resident(status) => (Some(status.borrow().report), None),
             Arrival::Stranded { reason, pager } => {
                 (Some(pager.status().borrow().report), Some(reason.clone()))
             }
@@ -314,6 +312,7 @@ async fn hold<R: Room>(
     mut guest: Option<Arc<dyn HeldGuest>>,
 ) -> anyhow::Result<()> {
     let host = Host::new();
+    metrics::serve(args.metrics.as_deref(), &host).await?;
     let server = tokio::spawn(server::serve(control, host.clone()));
     let room = Arc::new(room);
     let outcome = loop {
@@ -372,12 +371,13 @@ async fn await_guest<R: Room>(
 async fn take_in<G: HeldGuest>(host: &Arc<Host>, arrived: Arrived<G>) -> Next {
     let Arrived { guest, drain, .. } = arrived;
     let guest: Arc<dyn HeldGuest> = guest;
-    host.set_arrival(Arrival::Draining(drain.status()));
+    let status = drain.status();
+    host.set_arrival(Arrival::Draining(status.clone()));
     host.set(State::Running(guest.clone()));
     let watched = host.clone();
     tokio::spawn(async move {
         match drain.finish().await {
-            Ok(arrival) => watched.set_arrival(Arrival::Resident(Box::new(arrival.pager))),
+            Ok(_) => watched.set_arrival(Arrival::Resident(status)),
             Err((error, pager)) => {
                 let reason = error.to_string();
                 eprintln!("pcvm: {reason}");

@@ -9,6 +9,7 @@ mod compare;
 mod control;
 mod held;
 mod host;
+mod metrics;
 mod qemu;
 mod report;
 mod server;

@@ -1,26 +1,36 @@
 //! `pcbench fault`: what a thread waits when it touches memory that is still at the source.
 //!
-//! Both ends are in this process: memory filled with a pattern is exported, and threads touch every
-//! page of its copy once, over real userfaultfd, while it is trapped. A *stall* is a touch that took
-//! longer than 1 µs; a touch of a page that was there takes a tenth of that.
+//! Memory filled with a pattern is exported, by this process or by `pcbench serve` on another host,
+//! and threads touch every page of its copy once, over real userfaultfd, while it is trapped. A
+//! *stall* is a touch that took longer than 1 µs; a touch of a page that was there takes a tenth of
+//! that.
 
+mod floor;
 mod run;
+mod source;
+mod table;
+mod touch;
 
 use std::io::IsTerminal;
+use std::net::IpAddr;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use clap::{Args, ValueEnum};
 use postcopy_engine::memory::{GuestMemory, MemoryLayout, PAGE_SIZE};
 use postcopy_engine::pager::PagerConfig;
 use postcopy_engine::planner::{PlannerConfig, Policy};
 use postcopy_engine::stats::{PagerReport, Percentiles};
+use postcopy_tools::device::DeviceArgs;
 use postcopy_tools::{cli, size};
 use postcopy_transport::{EndpointOptions, Transport};
 use serde::Serialize;
 
-use crate::{Ended, Failure};
+use crate::plan::seconds;
+use crate::report::Server;
+use crate::{Ended, Failure, connect, serve};
+use source::Source;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -57,15 +67,21 @@ impl Choice {
     }
 }
 
+/// Memory that is at the source in this process.
+const MEMORY: u64 = 256 << 20;
+
 /// What to measure.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct FaultArgs {
+    /// HOST or HOST:PORT where `pcbench serve` has the memory. Default: this process itself.
+    pub(crate) host: Option<String>,
     /// Transport.
     #[arg(long, default_value = "tcp", value_name = "shm|tcp|verbs")]
     pub(crate) transport: Transport,
-    /// Memory that is at the source.
-    #[arg(long, default_value = "256M", value_name = "SIZE", value_parser = size::parse)]
-    pub(crate) memory: u64,
+    /// Memory that is at the source. Default: 256M; of another host, 64M, which is what `pcbench serve`
+    /// offers if it is not told more.
+    #[arg(long, value_name = "SIZE", value_parser = size::parse)]
+    pub(crate) memory: Option<u64>,
     /// Order of the touches.
     #[arg(long, value_enum, default_value_t = Pattern::Random)]
     pub(crate) pattern: Pattern,
@@ -94,21 +110,43 @@ pub(crate) struct FaultArgs {
     /// Rounds of every case, interleaved; the figures are medians over them.
     #[arg(long, default_value_t = 5, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) rounds: u32,
+    /// Give up when nothing has arrived for so many seconds.
+    #[arg(long, default_value_t = 10.0, value_name = "S")]
+    pub(crate) give_up_after: f64,
     /// Print JSON.
     #[arg(long)]
     pub(crate) json: bool,
+    #[command(flatten, next_help_heading = "RDMA")]
+    pub(crate) device: DeviceArgs,
 }
 
 impl FaultArgs {
-    fn endpoint(&self) -> EndpointOptions {
-        EndpointOptions { spin: self.spin.map(Duration::from_micros), ..EndpointOptions::default() }
+    /// How lanes are made, from this address of this host.
+    fn endpoint(&self, local: Option<IpAddr>) -> EndpointOptions {
+        EndpointOptions { spin: self.spin.map(Duration::from_micros), ..self.device.endpoint(local) }
+    }
+
+    /// How much memory, in bytes.
+    fn bytes(&self) -> u64 {
+        self.memory.unwrap_or(if self.host.is_some() { serve::MEMORY } else { MEMORY })
+    }
+
+    fn check(&self) -> anyhow::Result<()> {
+        let bytes = self.bytes();
+        let whole = bytes.is_multiple_of(PAGE_SIZE) && (1 << 20..=1 << 40).contains(&bytes);
+        ensure!(whole, "--memory takes whole pages of 4K, 1M to 1T, not {bytes} bytes");
+        ensure!(
+            self.transport == Transport::Verbs || !self.device.is_chosen(),
+            "--device and what else tunes RDMA are for verbs; add --transport verbs"
+        );
+        seconds("--give-up-after", self.give_up_after).map(drop)
     }
 
     fn pager(&self, case: Case) -> PagerConfig {
         let bulk_wait_ns = u64::from(self.bulk_wait) * 1000;
         let planner = PlannerConfig { policy: case.policy.unwrap_or_default(), bulk_wait_ns };
         let spin = self.spin.map_or(PagerConfig::default().spin, Duration::from_micros);
-        PagerConfig { spin, planner }
+        PagerConfig { spin, planner, ..PagerConfig::default() }
     }
 
     /// Every case once. Without a drain there is no order to it.
@@ -165,6 +203,8 @@ struct Outcome {
 struct FaultReport {
     version: u32,
     transport: &'static str,
+    /// Where the memory was; absent if here.
+    server: Option<Server>,
     memory_bytes: u64,
     pattern: Pattern,
     access: Access,
@@ -179,15 +219,11 @@ struct FaultReport {
 
 /// Runs `pcbench fault`.
 pub(crate) fn fault(args: &FaultArgs) -> Ended {
-    let whole = args.memory.is_multiple_of(PAGE_SIZE) && (1 << 20..=1 << 40).contains(&args.memory);
-    if !whole {
-        let wrong = anyhow::anyhow!("--memory takes whole pages of 4K, 1M to 1T, not {} bytes", args.memory);
-        return Err(Failure::Usage(wrong));
-    }
+    args.check().map_err(Failure::Usage)?;
     let report = measure(args)?;
     let text = match args.json {
         true => serde_json::to_string_pretty(&report).map_err(anyhow::Error::from)? + "\n",
-        false => table(&report),
+        false => table::table(&report),
     };
     cli::print(&text).map_err(anyhow::Error::from)?;
     Ok(ExitCode::SUCCESS)
@@ -195,22 +231,26 @@ pub(crate) fn fault(args: &FaultArgs) -> Ended {
 
 fn measure(args: &FaultArgs) -> anyhow::Result<FaultReport> {
     args.transport.available()?;
-    let source = guest_memory(args.memory)?;
-    crate::pattern::fill(source.guest());
+    let patience = seconds("--give-up-after", args.give_up_after)?;
+    let source = match &args.host {
+        Some(host) => Source::There { server: connect::resolve(host)?, patience },
+        None => Source::here(args.bytes())?,
+    };
     let cases = args.cases();
     let mut rounds: Vec<Vec<Outcome>> = vec![Vec::new(); cases.len()];
-    let (mut raw, mut bulk) = (Vec::new(), Vec::new());
+    let (mut raw, mut bulk, mut server) = (Vec::new(), Vec::new(), None);
     let shows = std::io::stderr().is_terminal();
     for round in 0..args.rounds {
-        let (read, mb_s) = run::raw_reads(args.transport, &source)?;
-        bulk.push(mb_s);
+        let floor = floor::measure(args, &source, patience)?;
+        bulk.push(floor.bulk_mb_s);
         for (case, outcomes) in cases.iter().zip(&mut rounds) {
             if shows {
                 eprint!("\rpcbench: round {} of {}   ", round + 1, args.rounds);
             }
-            outcomes.push(run::run(args, *case, &source, read.p50_us)?);
+            outcomes.push(run::run(args, *case, &source, floor.read.p50_us, patience)?);
         }
-        raw.push(read);
+        raw.push(floor.read);
+        server = floor.server;
     }
     if shows {
         eprint!("\r                              \r");
@@ -224,7 +264,8 @@ fn measure(args: &FaultArgs) -> anyhow::Result<FaultReport> {
     Ok(FaultReport {
         version: 1,
         transport: args.transport.name(),
-        memory_bytes: args.memory,
+        server,
+        memory_bytes: args.bytes(),
         pattern: args.pattern,
         access: args.access,
         threads: args.threads,
@@ -237,59 +278,4 @@ fn measure(args: &FaultArgs) -> anyhow::Result<FaultReport> {
 
 fn guest_memory(bytes: u64) -> anyhow::Result<GuestMemory> {
     GuestMemory::new(MemoryLayout::pc(bytes, 3 << 30)?).context("making guest memory")
-}
-
-fn table(report: &FaultReport) -> String {
-    use std::fmt::Write as _;
-    let mut out = String::new();
-    let raw = &report.raw_read;
-    let _ = writeln!(
-        out,
-        "{} of {} MiB, {:?} {:?}, {} thread(s), medians of {} rounds\n\
-         raw 4 KiB read: p50 {:.1} µs, p99 {:.1} µs; raw bulk: {:.0} MB/s\n\n\
-         {:<9} {:<22} {:>8} {:>8} {:>6} {:>8} {:>8} {:>8} {:>9} {:>9} {:>8} {:>8} {:>8}",
-        report.transport,
-        report.memory_bytes >> 20,
-        report.pattern,
-        report.access,
-        report.threads,
-        report.rounds,
-        raw.p50_us,
-        raw.p99_us,
-        report.raw_bulk_mb_s,
-        "faults by",
-        "drain",
-        "stalls",
-        "p50 µs",
-        "× raw",
-        "p90",
-        "p99",
-        "p99.9",
-        "max",
-        "resident",
-        "MB/s",
-        "fetched",
-        "prepaged",
-    );
-    for case in &report.cases {
-        let stall = &case.stall;
-        let _ = writeln!(
-            out,
-            "{:<9} {:<22} {:>8} {:>8.1} {:>6.2} {:>8.1} {:>8.1} {:>8.1} {:>9.1} {:>6.0} ms {:>8.0} {:>8} {:>8}",
-            if case.case.self_service { "itself" } else { "handler" },
-            case.case.policy.map_or("off".into(), |policy| policy.to_string()),
-            case.stalled,
-            stall.p50_us,
-            case.times_raw,
-            stall.p90_us,
-            stall.p99_us,
-            stall.p999_us,
-            stall.max_us,
-            case.resident_ms,
-            case.drain_mb_s,
-            case.pager.pages.fault_pages,
-            case.pager.pages.prepage_pages,
-        );
-    }
-    out
 }

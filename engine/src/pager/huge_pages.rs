@@ -1,0 +1,136 @@
+//! Huge pages again, for memory that has arrived in small ones.
+//!
+//! Pages arrive and are published one by one, so whatever backed the guest's memory at the source,
+//! here it is small pages. Once all are here, a thread that gives way asks the kernel to put those
+//! of each huge page together (MADV_COLLAPSE): the guest then misses the TLB less, at the price of
+//! copying its memory once. A huge page with a hole is left alone, as it would take memory that the
+//! guest never had.
+
+use std::fs::File;
+use std::io::{self, BufRead, BufReader};
+
+use postcopy_transport::{GiveWay, HUGE_PAGE, HostMemory};
+use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
+
+use super::PagerStatus;
+
+/// Refusals in a row after which no more are asked for.
+const MAX_REFUSED: u32 = 16;
+
+/// Whether memory that has arrived is put together to huge pages.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum HugePages {
+    /// If it was on huge pages at the source.
+    #[default]
+    Auto,
+    /// Always.
+    On,
+    /// Never.
+    Off,
+}
+
+impl HugePages {
+    /// The choice, knowing how it was at the source.
+    pub fn resolved(self, at_source: bool) -> Self {
+        match self {
+            Self::Auto if at_source => Self::On,
+            Self::Auto => Self::Off,
+            chosen => chosen,
+        }
+    }
+}
+
+/// How much was put together.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Collapsed {
+    /// Bytes that are in huge pages now.
+    pub bytes: u64,
+    /// Bytes of whole huge pages that the kernel refused to put together.
+    pub refused_bytes: u64,
+}
+
+/// Whether most of the memory that is mapped here is in huge pages.
+///
+/// Errors: /proc does not say.
+pub(crate) fn is_huge(memory: &HostMemory) -> io::Result<bool> {
+    let start = format!("{:08x}-", memory.base().addr());
+    let (mut ours, mut resident, mut huge) = (false, 0, 0);
+    // A line at a time: the kernel makes them as they are read, and memory that comes later may be long.
+    for line in BufReader::new(File::open("/proc/self/smaps")?).lines() {
+        let line = line?;
+        let mut words = line.split_ascii_whitespace();
+        let (name, value) = (words.next().unwrap_or_default(), words.next());
+        let kib = || value.and_then(|value| value.parse::<u64>().ok()).unwrap_or_default();
+        match name {
+            "Rss:" if ours => resident = kib(),
+            "ShmemPmdMapped:" | "FilePmdMapped:" if ours => huge += kib(),
+            _ if name.ends_with(':') => {}
+            _ if ours => break,
+            range => ours = range.starts_with(&start),
+        }
+    }
+    Ok(huge > 0 && 2 * huge >= resident)
+}
+
+/// Starts to put `memory` together, which is no longer trapped, and tells in `status` how far it is.
+/// Ends when nobody else holds the memory any more.
+///
+/// Errors: the system refuses a thread.
+pub(super) fn begin(memory: HostMemory, status: watch::Sender<PagerStatus>) -> io::Result<()> {
+    let work = move || {
+        let _way = GiveWay::begin();
+        let tell = |collapsed| status.send_modify(|status| status.report.huge_pages = collapsed);
+        let (collapsed, last) = collapse(&memory, tell);
+        let (mib, refused_mib) = (collapsed.bytes >> 20, collapsed.refused_bytes >> 20);
+        match last {
+            None => tracing::info!(mib, refused_mib, "memory is in huge pages again"),
+            Some(error) if error.raw_os_error() == Some(libc::EINVAL) => {
+                tracing::warn!("memory stays in small pages: this kernel cannot collapse it (Linux 6.1 can)");
+            }
+            Some(error) => tracing::warn!(mib, refused_mib, %error, "not all memory is in huge pages again"),
+        }
+    };
+    std::thread::Builder::new().name("huge-pages".into()).spawn(work).map(drop)
+}
+
+/// Puts every whole huge page of `memory` together: how much, and the last refusal.
+fn collapse(memory: &HostMemory, tell: impl Fn(Collapsed)) -> (Collapsed, Option<io::Error>) {
+    let (mut done, mut last, mut in_a_row) = (Collapsed::default(), None, 0);
+    let mut at = 0;
+    loop {
+        let content = match memory.next_content(at) {
+            Ok(Some(content)) => content,
+            Ok(None) => return (done, last),
+            Err(error) => return (done, Some(error)),
+        };
+        let huge = HUGE_PAGE as u64;
+        let end = content.end.min(memory.len() as u64);
+        for page in (content.start.next_multiple_of(huge)..end).step_by(HUGE_PAGE) {
+            if memory.is_last() || page + huge > end {
+                break;
+            }
+            match memory.collapse(page) {
+                Ok(()) => {
+                    done.bytes += huge;
+                    in_a_row = 0;
+                }
+                Err(error) => {
+                    done.refused_bytes += huge;
+                    in_a_row += 1;
+                    let hopeless = error.raw_os_error() == Some(libc::EINVAL) || in_a_row == MAX_REFUSED;
+                    last = Some(error);
+                    if hopeless {
+                        tell(done);
+                        return (done, last);
+                    }
+                }
+            }
+            tell(done);
+        }
+        if memory.is_last() {
+            return (done, last);
+        }
+        at = content.end;
+    }
+}

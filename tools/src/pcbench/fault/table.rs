@@ -1,0 +1,93 @@
+//! The report of `pcbench fault` for people.
+
+use std::fmt::Write as _;
+
+use postcopy_engine::stats::Percentiles;
+
+use super::{Case, FaultReport};
+
+/// The report as tables: what threads waited and how pages came, and where the time of a fault went.
+pub(super) fn table(report: &FaultReport) -> String {
+    let mut out = String::new();
+    let raw = &report.raw_read;
+    if let Some(server) = &report.server {
+        let _ = writeln!(out, "memory at {}: {}", server.address, server.machine.line());
+    }
+    let _ = writeln!(
+        out,
+        "{} of {} MiB, {:?} {:?}, {} thread(s), medians of {} rounds\n\
+         raw 4 KiB read: p50 {:.1} µs, p99 {:.1} µs; raw bulk: {:.0} MB/s\n",
+        report.transport,
+        report.memory_bytes >> 20,
+        report.pattern,
+        report.access,
+        report.threads,
+        report.rounds,
+        raw.p50_us,
+        raw.p99_us,
+        report.raw_bulk_mb_s,
+    );
+    stalls(&mut out, report);
+    stages(&mut out, report);
+    out
+}
+
+fn head(case: &Case) -> String {
+    let by = if case.self_service { "itself" } else { "handler" };
+    let drain = case.policy.map_or("off".into(), |policy| policy.to_string());
+    format!("{by:<9} {drain:<22}")
+}
+
+fn stalls(out: &mut String, report: &FaultReport) {
+    let _ = writeln!(
+        out,
+        "{:<9} {:<22} {:>8} {:>8} {:>6} {:>8} {:>8} {:>8} {:>9} {:>9} {:>8} {:>8} {:>8} {:>8}",
+        "faults by",
+        "drain",
+        "stalls",
+        "p50 µs",
+        "× raw",
+        "p90",
+        "p99",
+        "p99.9",
+        "max",
+        "resident",
+        "MB/s",
+        "fetched",
+        "prepaged",
+        "hits",
+    );
+    for case in &report.cases {
+        let (stall, pages) = (&case.stall, &case.pager.pages);
+        let _ = writeln!(
+            out,
+            "{} {:>8} {:>8.1} {:>6.2} {:>8.1} {:>8.1} {:>8.1} {:>9.1} {:>6.0} ms {:>8.0} {:>8} {:>8} {:>8}",
+            head(&case.case),
+            case.stalled,
+            stall.p50_us,
+            case.times_raw,
+            stall.p90_us,
+            stall.p99_us,
+            stall.p999_us,
+            stall.max_us,
+            case.resident_ms,
+            case.drain_mb_s,
+            pages.fault_pages,
+            pages.prepage_pages,
+            pages.prepage_hits,
+        );
+    }
+}
+
+/// The stages of the faults that went to the wire, as the thread that served them saw them.
+fn stages(out: &mut String, report: &FaultReport) {
+    let columns = ["post", "read", "install", "total"].map(|name| format!("{name:>16}")).concat();
+    let _ = writeln!(out, "\n{:<32}{columns}   (µs: p50, p99)", "stages of a fault");
+    for case in &report.cases {
+        let stages = &case.pager.stages;
+        let cell =
+            |stage: &Percentiles| format!("{:>16}", format!("{:.1} {:>7.1}", stage.p50_us, stage.p99_us));
+        let cells = [&stages.post, &stages.read, &stages.install, &stages.total].map(cell).concat();
+        let _ = writeln!(out, "{}{cells}", head(&case.case));
+    }
+}

@@ -1,0 +1,106 @@
+//! A shared mapping of a file, where huge pages can be mapped.
+
+use std::io;
+use std::mem::ManuallyDrop;
+use std::os::fd::AsFd;
+use std::ptr::null_mut;
+
+use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
+
+use super::HUGE_PAGE;
+
+/// A shared mapping of the first bytes of a file. One that is as long as a huge page begins at a
+/// multiple of that, so that a huge page of the file is one of the mapping.
+pub(super) struct Mapping {
+    base: *mut u8,
+    len: usize,
+}
+
+// SAFETY: a mapping is an address and a length; what is there is reached by raw pointers only, by
+// whoever has unsafe code of his own.
+unsafe impl Send for Mapping {}
+// SAFETY: as above.
+unsafe impl Sync for Mapping {}
+
+impl Mapping {
+    /// Maps the first `len` bytes of `file`.
+    ///
+    /// Errors: what mmap(2) reports.
+    pub(super) fn new(file: impl AsFd, len: usize, protection: ProtFlags) -> io::Result<Self> {
+        if len < HUGE_PAGE {
+            // SAFETY: the kernel chooses the place, so nothing that is mapped is replaced.
+            let base = unsafe { mmap(null_mut(), len, protection, MapFlags::SHARED, file, 0) }?;
+            return Ok(Self { base: base.cast(), len });
+        }
+        let room = len.checked_add(HUGE_PAGE).ok_or(io::ErrorKind::InvalidInput)?;
+        let none = MapFlags::PRIVATE | MapFlags::NORESERVE;
+        // SAFETY: as above.
+        let room_at = unsafe { mmap_anonymous(null_mut(), room, ProtFlags::empty(), none) }?;
+        // Never unmapped as a whole: where the file cannot be mapped, the kernel may have left a gap in
+        // it, which is somebody else's by then. What stays then are addresses, not memory.
+        let room = ManuallyDrop::new(Self { base: room_at.cast(), len: room });
+        let skipped = room.base.addr().wrapping_neg() % HUGE_PAGE;
+        let base = room.base.wrapping_add(skipped);
+        let fixed = MapFlags::SHARED | MapFlags::FIXED;
+        // SAFETY: the place lies in what was reserved just now, which nobody else knows; its length is
+        // a huge page more, and less than that is skipped.
+        unsafe { mmap(base.cast(), len, protection, fixed, file, 0) }?;
+        // The kernel has mapped whole pages.
+        let end = skipped + len.next_multiple_of(rustix::param::page_size());
+        drop(Self { base: room.base, len: skipped });
+        drop(Self { base: room.base.wrapping_add(end), len: room.len - end });
+        Ok(Self { base, len })
+    }
+
+    pub(super) fn base(&self) -> *mut u8 {
+        self.base
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.len
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        if self.len > 0 {
+            // SAFETY: these pages were mapped by `new` and belong to this value alone.
+            let unmapped = unsafe { munmap(self.base.cast(), self.len) };
+            debug_assert!(unmapped.is_ok(), "{unmapped:?}");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::HostMemory;
+    use super::*;
+
+    /// Mappings of this process that have `name` in their line, as address ranges.
+    fn mapped(name: &str) -> Vec<(usize, usize)> {
+        let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+        let hex = |text: &str| usize::from_str_radix(text, 16).unwrap();
+        let range = |line: &str| {
+            let (from, to) = line.split(' ').next().unwrap().split_once('-').unwrap();
+            (hex(from), hex(to))
+        };
+        maps.lines().filter(|line| line.contains(name)).map(range).collect()
+    }
+
+    #[test]
+    fn long_mappings_begin_at_a_huge_page_and_leave_nothing_behind() {
+        for len in [1, 4096, HUGE_PAGE - 1, HUGE_PAGE, HUGE_PAGE + 1, 3 * HUGE_PAGE + 4096] {
+            let name = format!("mapping-test-{len}-");
+            let memory = HostMemory::anonymous(&name, len).unwrap();
+            let again = memory.map_again().unwrap();
+            for one in [&memory, &again] {
+                assert!(len < HUGE_PAGE || one.base().addr().is_multiple_of(HUGE_PAGE), "{len}");
+                assert!(one.write(len as u64 - 1, &[7]) && !one.write(len as u64, &[7]));
+            }
+            let all = mapped(&name);
+            assert_eq!(all.iter().map(|(from, to)| to - from).sum::<usize>(), 2 * len.next_multiple_of(4096));
+            drop((memory, again));
+            assert!(mapped(&name).is_empty(), "{len}");
+        }
+    }
+}
