@@ -12,10 +12,12 @@ use std::time::Duration;
 use postcopy_e2e::qemu::{Connection, Machine, Network, Place, QemuGuest, Storage};
 use postcopy_e2e::{Scratch, free_port, pcvm, program, stderr, variable};
 use postcopy_guest::audit;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 /// A small disk, so that the journal goes round it several times.
 const DISK_BYTES: u64 = 1 << 20;
+/// A balloon by which the guest is asked for memory.
+const BALLOON: [&str; 2] = ["-device", "virtio-balloon-pci"];
 /// Between two messages, on each of which the guest has to wake up.
 const CHAT_PACE: Duration = Duration::from_millis(5);
 
@@ -66,14 +68,26 @@ fn receiver(scratch: &Scratch, machine: &Machine, place: Place, port: u16) -> Qe
     let listen = format!("{}:{port}", variable("LAB_RDMA_ADDR"));
     let control = scratch.file(&format!("control-{port}"));
     command.args(["receive", "--vmm", "qemu", "--listen", &listen, "--control", control.to_str().unwrap()]);
-    command.args(["--", "qemu-system-x86_64"]).args(machine.args(&place, &[]));
+    command.args(["--", "qemu-system-x86_64"]).args(machine.args(&place, &BALLOON));
     QemuGuest::start_by(command, place)
 }
 
 /// Moves the guest to `next` by pcvm; gives the report.
 fn move_by_pcvm(guest: &QemuGuest, next: &QemuGuest, port: u16, transport: &str) -> Value {
     let (from, to) = (guest.place().qmp.to_str().unwrap(), format!("{}:{port}", variable("LAB_RDMA_ADDR")));
-    let out = pcvm(&["migrate", "--qmp", from, "--to", &to, "--transport", transport, "--json", "--quiet"]);
+    let out = std::thread::scope(|scope| {
+        let inflate = scope.spawn(|| {
+            // As soon as the guest runs there, it is asked for memory, while its own still comes.
+            next.wait_until("the guest runs at the destination", || next.status() == "running");
+            next.qmp("balloon", json!({ "value": 200 << 20 }))
+        });
+        let arguments =
+            ["migrate", "--qmp", from, "--to", &to, "--transport", transport, "--json", "--quiet"];
+        let out = pcvm(&arguments);
+        drop(inflate.join());
+        out
+    });
+    next.qmp("balloon", json!({ "value": 256 << 20 }));
     let stories = || format!("source {}\ndestination {}", guest.story(), next.story());
     assert!(out.status.success(), "{}\n{}", stderr(&out), stories());
     serde_json::from_slice(&out.stdout).unwrap()
@@ -87,7 +101,7 @@ fn moves_by_pcvm(transport: &str) {
     let image = storage.image("disk.img", DISK_BYTES);
     let load = "pcguest.mb=64 pcguest.pattern=random pcguest.access=write pcguest.pace_us=100";
     let machine = Machine::new(image.clone(), load);
-    let mut guest = QemuGuest::start(&machine, Place::new(&scratch, "q0", network.tap(0)), &[]);
+    let mut guest = QemuGuest::start(&machine, Place::new(&scratch, "q0", network.tap(0)), &BALLOON);
     guest.wait_for_reports(1);
     let chatter = Connection::open(Machine::echo()).keep_busy(CHAT_PACE);
     chatter.wait_for(20);
@@ -98,8 +112,11 @@ fn moves_by_pcvm(transport: &str) {
         let report = move_by_pcvm(&guest, &next, port, transport);
         assert_eq!(report["transport"], transport);
         println!(
-            "{transport} move {at}: downtime {} µs, resident {} µs, {} network faults",
-            report["downtime_us"], report["resident_us"], report["pager"]["pages"]["network_faults"]
+            "{transport} move {at}: downtime {} µs, resident {} µs, {} network faults, {} pages given back",
+            report["downtime_us"],
+            report["resident_us"],
+            report["pager"]["pages"]["network_faults"],
+            report["pager"]["pages"]["discarded_pages"]
         );
         next.wait_for_reports(1);
         chatter.wait_for(20);

@@ -30,6 +30,11 @@ pub trait SourceGuest: Send + Sync + 'static {
     /// of both.
     fn freeze(&self) -> Result<Frozen, GuestError>;
 
+    /// Whether it may give pages back while it runs (a balloon).
+    fn may_discard(&self) -> bool {
+        false
+    }
+
     /// Lets it run on after [`SourceGuest::freeze`], also after one that failed.
     fn thaw(&self) -> Result<(), GuestError>;
 }
@@ -258,6 +263,9 @@ impl<'a> Source<'a> {
         self.frozen = since;
         self.report.freeze_us = micros(self.frozen.elapsed());
         self.report.state_bytes = state.len() as u64;
+        if self.guest.may_discard() {
+            export.check_pages()?;
+        }
         export.describe_pages()?;
         for piece in state.chunks(STATE_PIECE) {
             channel.send(&Message::State(piece.to_vec())).await?;

@@ -18,6 +18,8 @@ pub struct Facts {
     pub cpus: u32,
     /// Bytes of RAM, all in one shared backend.
     pub ram_bytes: u64,
+    /// Whether it has a balloon, by which it gives memory back.
+    pub balloon: bool,
 }
 
 impl Facts {
@@ -29,8 +31,9 @@ impl Facts {
         let machine = text(qmp, "/machine", "type")?.trim_end_matches("-machine").to_owned();
         let cpus = qmp.execute("query-cpus-fast", &json!({}))?.as_array().map_or(0, Vec::len) as u32;
         let ram_bytes = ram(qmp, version)?;
-        refuse_what_stays(qmp)?;
-        Ok(Self { version, machine, cpus, ram_bytes })
+        let balloon = devices(qmp)?;
+        refuse_what_is_blocked(qmp)?;
+        Ok(Self { version, machine, cpus, ram_bytes, balloon })
     }
 
     /// Whether a guest of `self` can go on in `there`.
@@ -125,12 +128,14 @@ fn ram(qmp: &mut Qmp, version: [u32; 3]) -> Result<u64, QemuError> {
     }
 }
 
-/// Refuses what binds a guest to its host.
-fn refuse_what_stays(qmp: &mut Qmp) -> Result<(), QemuError> {
+/// Looks at its devices, refuses those that bind a guest to its host, and says whether one is a balloon.
+fn devices(qmp: &mut Qmp) -> Result<bool, QemuError> {
+    let mut balloon = false;
     for path in ["/machine/peripheral", "/machine/peripheral-anon"] {
         let devices = qmp.execute("qom-list", &json!({"path": path}))?;
         for device in devices.as_array().into_iter().flatten() {
             let kind = device["type"].as_str().unwrap_or_default();
+            balloon |= kind.contains("balloon");
             if kind.starts_with("child<vfio-") {
                 let what = kind.trim_start_matches("child<").trim_end_matches('>');
                 let name = device["name"].as_str().unwrap_or_default();
@@ -140,6 +145,11 @@ fn refuse_what_stays(qmp: &mut Qmp) -> Result<(), QemuError> {
             }
         }
     }
+    Ok(balloon)
+}
+
+/// Refuses what QEMU itself would not move, and encrypted memory.
+fn refuse_what_is_blocked(qmp: &mut Qmp) -> Result<(), QemuError> {
     if text(qmp, "/machine", "confidential-guest-support").is_ok_and(|guest| !guest.is_empty()) {
         return Err(QemuError::Unfit("its memory is encrypted, and cannot be read from outside".into()));
     }
@@ -157,7 +167,13 @@ mod tests {
     use super::*;
 
     fn facts() -> Facts {
-        Facts { version: [7, 2, 22], machine: "pc-q35-7.2".into(), cpus: 2, ram_bytes: 256 << 20 }
+        Facts {
+            version: [7, 2, 22],
+            machine: "pc-q35-7.2".into(),
+            cpus: 2,
+            ram_bytes: 256 << 20,
+            balloon: false,
+        }
     }
 
     #[test]

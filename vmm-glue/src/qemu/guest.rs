@@ -172,6 +172,10 @@ impl SourceGuest for QemuGuest {
         Ok((VMM.into(), postcard::to_stdvec(&self.facts)?))
     }
 
+    fn may_discard(&self) -> bool {
+        self.facts.balloon
+    }
+
     fn freeze(&self) -> Result<Frozen, GuestError> {
         self.save().map_err(|error| self.explain(error))
     }
