@@ -8,7 +8,6 @@ pub mod cutter;
 pub mod process;
 pub mod qemu;
 pub mod reports;
-pub mod stock;
 
 use std::io::{BufRead, BufReader, Read};
 use std::ops::Deref;
@@ -83,8 +82,6 @@ pub fn free_port() -> u16 {
 pub struct Pcvm {
     process: Process,
     control: PathBuf,
-    /// Whether it is asked to end, since it has a process of its own, before it is ended.
-    kindly: bool,
 }
 
 impl Deref for Pcvm {
@@ -98,31 +95,21 @@ impl Deref for Pcvm {
 impl Pcvm {
     /// Starts `pcvm ARGS --control … --console …` with files named after `name`.
     pub fn start(scratch: &Scratch, name: &str, args: &[&str]) -> Self {
-        Self::launch(scratch, name, args, &[], None)
-    }
-
-    /// As [`Pcvm::start`], with the command of a QEMU after `--`. The console is then QEMU's.
-    pub fn start_with(scratch: &Scratch, name: &str, args: &[&str], qemu: &[String]) -> Self {
-        Self::launch(scratch, name, args, qemu, None)
+        Self::launch(scratch, name, args, None)
     }
 
     /// As [`Pcvm::start`], logging what `filter` says.
     pub fn start_logging(scratch: &Scratch, name: &str, args: &[&str], filter: &str) -> Self {
-        Self::launch(scratch, name, args, &[], Some(filter))
+        Self::launch(scratch, name, args, Some(filter))
     }
 
-    fn launch(scratch: &Scratch, name: &str, args: &[&str], qemu: &[String], filter: Option<&str>) -> Self {
+    fn launch(scratch: &Scratch, name: &str, args: &[&str], filter: Option<&str>) -> Self {
         let [control, console, log] =
             ["sock", "console", "log"].map(|suffix| scratch.file(&format!("{name}.{suffix}")));
         let mut command = Command::new(program("pcvm"));
-        command.args(args).arg("--control").arg(&control);
-        match qemu {
-            [] => command.arg("--console").arg(&console),
-            qemu => command.args(["--", "qemu-system-x86_64"]).args(qemu),
-        };
+        command.args(args).arg("--control").arg(&control).arg("--console").arg(&console);
         filter.map(|filter| command.env("RUST_LOG", filter));
-        let process = Process::start(command, console, log, &control);
-        Self { process, control, kindly: !qemu.is_empty() }
+        Self { process: Process::start(command, console, log, &control), control }
     }
 
     /// Runs the tiny guest in 8 MiB.
@@ -179,18 +166,6 @@ impl Pcvm {
     /// Waits for the process to end; returns whether it succeeded, and what it said.
     pub fn wait(self) -> (bool, String) {
         self.wait_for_end()
-    }
-}
-
-impl Drop for Pcvm {
-    fn drop(&mut self) {
-        if self.kindly && self.lives() {
-            let _ = pcvm(&["quit", "--control", self.control.to_str().unwrap()]);
-            let begin = Instant::now();
-            while self.lives() && begin.elapsed() < Duration::from_secs(15) {
-                std::thread::sleep(Duration::from_millis(10));
-            }
-        }
     }
 }
 

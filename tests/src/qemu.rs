@@ -1,27 +1,29 @@
-//! A stock QEMU guest with two vCPUs, a disk and a network, for tests that move it between
-//! processes: the machine, the processes that it runs in, and speaking to both.
+//! Stock QEMU guests, for tests that move them between processes: machines, the processes that they
+//! run in, and speaking to both.
 //!
-//! Needs root, KVM, a bzImage in `LAB_KERNEL`, and what `scripts/guest-image --modules` printed in
-//! `POSTCOPY_INITRD`.
+//! [`Machine`] has two vCPUs, a disk and a network, and needs root, KVM, a bzImage in `LAB_KERNEL`,
+//! and what `scripts/guest-image --modules` printed in `POSTCOPY_INITRD`. [`Plain`] runs anywhere.
 
 mod network;
+mod plain;
 mod storage;
 
 use std::io::{BufRead, BufReader, Write};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::ops::Deref;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::process::Command;
-use std::time::Duration;
+use std::process::{Command, Output};
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
 pub use network::{Chatter, Connection, Network};
+pub use plain::Plain;
 pub use storage::Storage;
 
 use crate::process::Process;
-use crate::{PATIENCE, Scratch, reports, variable};
+use crate::{PATIENCE, Scratch, free_port, pcvm, program, reports, stderr, variable};
 
 /// The guest's memory.
 pub const MEMORY_BYTES: u64 = 256 << 20;
@@ -66,21 +68,40 @@ pub struct Place {
     console: PathBuf,
     tty: PathBuf,
     log: PathBuf,
+    control: PathBuf,
 }
 
 impl Place {
     /// Files named after `name`, and the tap of a [`Network`].
     pub fn new(scratch: &Scratch, name: &str, tap: &str) -> Self {
         let file = |kind: &str| scratch.file(&format!("{name}.{kind}"));
+        // Tests run side by side in one process: their scratch directories tell them apart.
+        let test = scratch.file("").file_name().unwrap().to_string_lossy().into_owned();
         Self {
-            ram: format!("/dev/shm/postcopy-{}-{name}", std::process::id()).into(),
+            ram: format!("/dev/shm/{test}-{name}").into(),
             qmp: file("qmp"),
             name: name.to_owned(),
             tap: tap.to_owned(),
             console: file("console"),
             tty: file("tty"),
             log: file("log"),
+            control: file("control"),
         }
+    }
+
+    /// As [`Place::new`], for a machine without a network.
+    pub fn apart(scratch: &Scratch, name: &str) -> Self {
+        Self::new(scratch, name, "")
+    }
+
+    /// QEMU's arguments that make its console and monitor be here, and nothing else.
+    fn args(&self) -> Vec<String> {
+        let (console, tty, qmp) = (self.console.display(), self.tty.display(), self.qmp.display());
+        let chardev = format!("socket,id=tty,path={tty},server=on,wait=off,logfile={console}");
+        let qmp = format!("unix:{qmp},server=on,wait=off");
+        let bare = ["-nodefaults", "-no-user-config", "-display", "none", "-serial", "chardev:tty"];
+        let rest = ["-chardev", &chardev, "-qmp", &qmp];
+        bare.iter().chain(&rest).map(|argument| (*argument).to_owned()).collect()
     }
 }
 
@@ -110,8 +131,7 @@ impl Machine {
 
     /// QEMU's arguments for this machine at `place`, and then `extra`.
     pub fn args(&self, place: &Place, extra: &[&str]) -> Vec<String> {
-        let (ram, console, tty) = (place.ram.display(), place.console.display(), place.tty.display());
-        let (image, qmp, tap) = (self.image.display(), place.qmp.display(), &place.tap);
+        let (ram, image, tap) = (place.ram.display(), self.image.display(), &place.tap);
         let vhost = if self.vhost { ",vhost=on" } else { "" };
         let pairs = [
             ("-name", place.name.clone()),
@@ -120,28 +140,25 @@ impl Machine {
             ("-smp", "2".to_owned()),
             ("-m", format!("{}M", MEMORY_BYTES >> 20)),
             ("-object", format!("memory-backend-file,id=ram0,size={MEMORY_BYTES},mem-path={ram},share=on")),
-            ("-display", "none".to_owned()),
             ("-kernel", variable("LAB_KERNEL")),
             ("-initrd", variable("POSTCOPY_INITRD")),
             ("-append", self.cmdline()),
-            ("-chardev", format!("socket,id=tty,path={tty},server=on,wait=off,logfile={console}")),
-            ("-serial", "chardev:tty".to_owned()),
-            ("-qmp", format!("unix:{qmp},server=on,wait=off")),
             ("-drive", format!("file={image},if=virtio,cache=none,format=raw")),
             ("-netdev", format!("tap,id=net0,ifname={tap},script=no,downscript=no{vhost}")),
             ("-device", format!("virtio-net-pci,netdev=net0,mac={MAC}")),
         ];
-        let bare = ["-nodefaults", "-no-user-config", "-no-reboot"].map(str::to_owned);
         let pairs = pairs.into_iter().flat_map(|(name, value)| [name.to_owned(), value]);
-        bare.into_iter().chain(pairs).chain(extra.iter().map(|extra| (*extra).to_owned())).collect()
+        let here = place.args().into_iter().chain(["-no-reboot".to_owned()]);
+        here.chain(pairs).chain(extra.iter().map(|extra| (*extra).to_owned())).collect()
     }
 }
 
-/// A QEMU process that holds the guest or waits for it. Ended when dropped.
+/// A QEMU process that holds the guest or waits for it, by itself or under pcvm. Ended when dropped.
 pub struct QemuGuest {
     process: Process,
     tty: UnixStream,
     place: Place,
+    under_pcvm: bool,
 }
 
 impl Deref for QemuGuest {
@@ -155,19 +172,34 @@ impl Deref for QemuGuest {
 impl QemuGuest {
     /// Starts QEMU with the machine's arguments and `extra`, as `-incoming`.
     pub fn start(machine: &Machine, place: Place, extra: &[&str]) -> Self {
-        let mut command = Command::new(QEMU);
-        command.args(machine.args(&place, extra));
-        Self::start_by(command, place)
+        let args = machine.args(&place, extra);
+        Self::start_by_itself(place, &args)
     }
 
-    /// Runs a whole command that ends in QEMU with [`Machine::args`] of `place`.
-    pub fn start_by(command: Command, place: Place) -> Self {
+    /// Starts QEMU with these arguments, which are of `place`.
+    pub fn start_by_itself(place: Place, args: &[String]) -> Self {
+        let mut command = Command::new(QEMU);
+        command.args(args);
+        Self::launch(command, place, false)
+    }
+
+    /// Starts `pcvm receive` with such a QEMU, which waits for a guest; says where.
+    pub fn receive(place: Place, args: &[String], address: IpAddr) -> (Self, SocketAddr) {
+        let to = SocketAddr::new(address, free_port());
+        let listen = to.to_string();
+        let mut command = Command::new(program("pcvm"));
+        command.args(["receive", "--vmm", "qemu", "--listen", &listen, "--control"]).arg(&place.control);
+        command.args(["--", QEMU]).args(args);
+        (Self::launch(command, place, true), to)
+    }
+
+    fn launch(command: Command, place: Place, under_pcvm: bool) -> Self {
         let process = Process::start(command, place.console.clone(), place.log.clone(), &place.qmp);
         let tty = UnixStream::connect(&place.tty).unwrap_or_else(|e| panic!("{e}; it {}", process.story()));
         let mut unread = tty.try_clone().unwrap();
         // The console is read from its log; what also comes here must not pile up.
         std::thread::spawn(move || std::io::copy(&mut unread, &mut std::io::sink()));
-        let guest = Self { process, tty, place };
+        let guest = Self { process, tty, place, under_pcvm };
         // QEMU answers once it is all set up: one that waits for a guest listens by then.
         guest.status();
         guest
@@ -234,7 +266,7 @@ impl QemuGuest {
         self.wait_until("the guest has verified its memory", answered);
         let console = self.console();
         let verdict = reports::verdicts(&console).pop().unwrap_or_default();
-        assert!(verdict.ends_with(" bad 0"), "{verdict}: {console}");
+        assert!(verdict.ends_with(" bad 0") && !console.contains("BAD"), "{verdict}: {console}");
     }
 
     /// Has the guest report for the last time and end; gives that report.
@@ -245,9 +277,32 @@ impl QemuGuest {
         reports::assert_well(&self.console())
     }
 
+    /// What pcvm says of a guest that it holds.
+    pub fn status_of_pcvm(&self) -> Value {
+        let out = pcvm(&["status", "--json", "--control", self.place.control.to_str().unwrap()]);
+        assert!(out.status.success(), "{}", stderr(&out));
+        serde_json::from_slice(&out.stdout).unwrap()
+    }
+
+    /// Has pcvm move the guest to where a process waits for it.
+    pub fn try_migrate(&self, to: SocketAddr, transport: &str) -> Output {
+        let (from, to) = (self.place.qmp.to_str().unwrap(), to.to_string());
+        pcvm(&["migrate", "--quiet", "--json", "--qmp", from, "--to", &to, "--transport", transport])
+    }
+
+    /// As [`QemuGuest::try_migrate`], which must succeed, to `next`; gives the report.
+    pub fn migrate(&self, next: &Self, to: SocketAddr, transport: &str) -> Value {
+        let out = self.try_migrate(to, transport);
+        let stories = || format!("source {}\ndestination {}", self.story(), next.story());
+        assert!(out.status.success(), "{}\n{}", stderr(&out), stories());
+        let report: Value = serde_json::from_slice(&out.stdout).unwrap();
+        assert_eq!(report["transport"], transport);
+        report
+    }
+
     /// Moves the guest to a process that waits for it at `uri`, by QEMU's own pre-copy, and waits
     /// until that is done. Gives QEMU's account of it.
-    pub fn migrate(&self, uri: &str) -> Value {
+    pub fn migrate_by_qemu(&self, uri: &str) -> Value {
         self.qmp("migrate-set-parameters", json!({ "max-bandwidth": 10u64 << 30 }));
         self.qmp("migrate", json!({ "uri": uri }));
         let account = || self.qmp("query-migrate", json!({}));
@@ -259,5 +314,18 @@ impl QemuGuest {
         let account = account();
         assert_eq!(account["status"], "completed", "{account}; it {}", self.story());
         account
+    }
+}
+
+impl Drop for QemuGuest {
+    fn drop(&mut self) {
+        // Ended by force, pcvm would leave its QEMU behind.
+        if self.under_pcvm && self.lives() {
+            let _ = pcvm(&["quit", "--control", self.place.control.to_str().unwrap()]);
+            let begin = Instant::now();
+            while self.lives() && begin.elapsed() < Duration::from_secs(15) {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+        }
     }
 }

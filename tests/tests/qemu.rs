@@ -6,11 +6,11 @@
 //! `POSTCOPY_MOVES` says how often pcvm moves the guest over each transport (10).
 #![allow(clippy::unwrap_used)] // helpers of tests, where a panic is the report
 
-use std::process::Command;
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use postcopy_e2e::qemu::{Connection, Machine, Network, Place, QemuGuest, Storage};
-use postcopy_e2e::{Scratch, free_port, pcvm, program, stderr, variable};
+use postcopy_e2e::{Scratch, free_port, variable};
 use postcopy_guest::audit;
 use serde_json::{Value, json};
 
@@ -38,7 +38,7 @@ fn a_stock_guest_with_disk_and_network_moves_by_qemus_own_migration() {
     let uri = format!("tcp:127.0.0.1:{}", free_port());
     let place = Place::new(&scratch, "destination", network.tap(1));
     let destination = QemuGuest::start(&machine, place, &["-incoming", &uri]);
-    let account = source.migrate(&uri);
+    let account = source.migrate_by_qemu(&uri);
     assert_eq!(source.status(), "postmigrate");
     drop(source);
     let after = destination.wait_for_reports(2);
@@ -62,35 +62,19 @@ fn a_stock_guest_with_disk_and_network_moves_by_qemus_own_migration() {
     );
 }
 
-/// Starts a QEMU under pcvm that waits for the guest at `port`.
-fn receiver(scratch: &Scratch, machine: &Machine, place: Place, port: u16) -> QemuGuest {
-    let mut command = Command::new(program("pcvm"));
-    let listen = format!("{}:{port}", variable("LAB_RDMA_ADDR"));
-    let control = scratch.file(&format!("control-{port}"));
-    command.args(["receive", "--vmm", "qemu", "--listen", &listen, "--control", control.to_str().unwrap()]);
-    command.args(["--", "qemu-system-x86_64"]).args(machine.args(&place, &BALLOON));
-    QemuGuest::start_by(command, place)
-}
-
-/// Moves the guest to `next` by pcvm; gives the report.
-fn move_by_pcvm(guest: &QemuGuest, next: &QemuGuest, port: u16, transport: &str) -> Value {
-    let (from, to) = (guest.place().qmp.to_str().unwrap(), format!("{}:{port}", variable("LAB_RDMA_ADDR")));
-    let out = std::thread::scope(|scope| {
+/// Moves the guest to `next` by pcvm, which is asked for memory as soon as the guest runs there, while its
+/// own still comes; gives the report.
+fn move_under_a_balloon(guest: &QemuGuest, next: &QemuGuest, to: SocketAddr, transport: &str) -> Value {
+    let (report, inflated) = std::thread::scope(|scope| {
         let inflate = scope.spawn(|| {
-            // As soon as the guest runs there, it is asked for memory, while its own still comes.
             next.wait_until("the guest runs at the destination", || next.status() == "running");
             next.qmp("balloon", json!({ "value": 200 << 20 }))
         });
-        let arguments =
-            ["migrate", "--qmp", from, "--to", &to, "--transport", transport, "--json", "--quiet"];
-        let out = pcvm(&arguments);
-        drop(inflate.join());
-        out
+        (guest.migrate(next, to, transport), inflate.join())
     });
+    assert!(inflated.is_ok(), "the guest was not asked for memory; see above");
     next.qmp("balloon", json!({ "value": 256 << 20 }));
-    let stories = || format!("source {}\ndestination {}", guest.story(), next.story());
-    assert!(out.status.success(), "{}\n{}", stderr(&out), stories());
-    serde_json::from_slice(&out.stdout).unwrap()
+    report
 }
 
 /// Moves a guest with a disk, a network and a memory writer from process to process.
@@ -101,16 +85,16 @@ fn moves_by_pcvm(transport: &str) {
     let image = storage.image("disk.img", DISK_BYTES);
     let load = "pcguest.mb=64 pcguest.pattern=random pcguest.access=write pcguest.pace_us=100";
     let machine = Machine::new(image.clone(), load);
+    let address = variable("LAB_RDMA_ADDR").parse().unwrap();
     let mut guest = QemuGuest::start(&machine, Place::new(&scratch, "q0", network.tap(0)), &BALLOON);
     guest.wait_for_reports(1);
     let chatter = Connection::open(Machine::echo()).keep_busy(CHAT_PACE);
     chatter.wait_for(20);
     for at in 1..=moves {
-        let port = free_port();
         let place = Place::new(&scratch, &format!("q{at}"), network.tap(at % 2));
-        let next = receiver(&scratch, &machine, place, port);
-        let report = move_by_pcvm(&guest, &next, port, transport);
-        assert_eq!(report["transport"], transport);
+        let args = machine.args(&place, &BALLOON);
+        let (next, to) = QemuGuest::receive(place, &args, address);
+        let report = move_under_a_balloon(&guest, &next, to, transport);
         println!(
             "{transport} move {at}: downtime {} µs, resident {} µs, {} network faults, {} pages given back",
             report["downtime_us"],

@@ -1,0 +1,63 @@
+//! A machine of processors and memory only, which differs from test to test.
+
+use super::Place;
+use crate::variable;
+
+/// See the module.
+#[derive(Clone, Debug)]
+pub struct Plain {
+    /// The machine type.
+    pub kind: String,
+    /// RAM backend, with `FILE` and `MIB` where its file's name and its size go; none: RAM that nobody
+    /// else can map.
+    pub backend: Option<String>,
+    /// MiB of RAM.
+    pub mib: u64,
+    /// Number of vCPUs.
+    pub cpus: u32,
+    /// Kernel, initramfs and command line; none: only the firmware runs.
+    pub kernel: Option<[String; 3]>,
+    /// More arguments.
+    pub more: Vec<String>,
+}
+
+impl Plain {
+    /// Two vCPUs and 256 MiB in a shared file in memory; only firmware.
+    pub fn firmware() -> Self {
+        let backend = "memory-backend-file,id=ram0,size=MIBM,mem-path=FILE,share=on".to_owned();
+        let (kind, backend) = ("q35".into(), Some(backend));
+        Self { kind, backend, mib: 256, cpus: 2, kernel: None, more: Vec::new() }
+    }
+
+    /// The same with the test guest, as POSTCOPY_KERNEL and POSTCOPY_INITRD say.
+    pub fn linux(load: &str) -> Self {
+        let line = format!("console=ttyS0 quiet panic=-1 no_timer_check {load}");
+        let kernel = Some([variable("POSTCOPY_KERNEL"), variable("POSTCOPY_INITRD"), line]);
+        Self { kernel, ..Self::firmware() }
+    }
+
+    /// QEMU's arguments for this machine at `place`.
+    pub fn args(&self, place: &Place) -> Vec<String> {
+        // Emulated unless told otherwise: a KVM that cannot run a stock guest looks like one that can.
+        let accelerator = std::env::var("POSTCOPY_ACCELERATOR").unwrap_or_else(|_| "tcg".into());
+        let processor = if accelerator == "kvm" { "host" } else { "max" };
+        let mut machine = format!("{},accel={accelerator}", self.kind);
+        let mut pairs = Vec::new();
+        if let Some(backend) = &self.backend {
+            machine += ",memory-backend=ram0";
+            let file = place.ram.to_str().unwrap();
+            pairs.push(("-object", backend.replace("FILE", file).replace("MIB", &self.mib.to_string())));
+        }
+        pairs.extend([
+            ("-machine", machine),
+            ("-cpu", processor.to_owned()),
+            ("-m", format!("{}M", self.mib)),
+            ("-smp", self.cpus.to_string()),
+        ]);
+        if let Some(kernel) = &self.kernel {
+            pairs.extend(["-kernel", "-initrd", "-append"].into_iter().zip(kernel.iter().cloned()));
+        }
+        let pairs = pairs.into_iter().flat_map(|(name, value)| [name.to_owned(), value]);
+        place.args().into_iter().chain(pairs).chain(self.more.iter().cloned()).collect()
+    }
+}
