@@ -234,15 +234,7 @@ fn a_server_that_stands_still_while_memory_is_faulted_in() {
 #[test]
 fn a_server_that_has_other_memory_to_fault_in_than_it_says() {
     let fault = |serve: Box<dyn Fn(usize, TcpStream) -> bool + Send>| {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let address = listener.local_addr().unwrap().to_string();
-        std::thread::spawn(move || {
-            for (index, stream) in listener.incoming().enumerate() {
-                if serve(index, stream.unwrap()) {
-                    return;
-                }
-            }
-        });
+        let address = listening(serve);
         pcbench(&["fault", &address, "--memory", "1M", "--rounds", "1", "--give-up-after", "1"])
     };
     // What a server of an earlier release says to this one's version.
@@ -255,8 +247,8 @@ fn a_server_that_has_other_memory_to_fault_in_than_it_says() {
     assert_refused(&out, &["no answer within 1s"]);
 }
 
-/// Reads from a server that does `serve` with each connection, in turn; `true` ends it.
-fn read_from(serve: impl Fn(usize, TcpStream) -> bool + Send + 'static) -> (Output, Duration) {
+/// A server that does `serve` with each connection, in turn, until `true` ends it; says where it is.
+fn listening(serve: impl Fn(usize, TcpStream) -> bool + Send + 'static) -> String {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap().to_string();
     std::thread::spawn(move || {
@@ -266,6 +258,12 @@ fn read_from(serve: impl Fn(usize, TcpStream) -> bool + Send + 'static) -> (Outp
             }
         }
     });
+    address
+}
+
+/// Reads from a server that does `serve` with each connection, in turn; `true` ends it.
+fn read_from(serve: impl Fn(usize, TcpStream) -> bool + Send + 'static) -> (Output, Duration) {
+    let address = listening(serve);
     let begin = Instant::now();
     let args =
         ["--transport", "tcp", "--sizes", "64", "--iterations", "100", "--give-up-after", "1", "--verify"];
