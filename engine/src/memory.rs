@@ -157,8 +157,7 @@ impl GuestMemory {
     pub fn new(layout: MemoryLayout) -> io::Result<Self> {
         let len = usize::try_from(layout.total_bytes()).map_err(io::Error::other)?;
         let guest = HostMemory::anonymous("guest-memory", len)?;
-        let landing = guest.map_again()?;
-        Ok(Self { layout: Arc::new(layout), guest, landing })
+        Self::with(layout, guest)
     }
 
     /// Maps a file that another program has made and uses as a guest's memory, twice. Whoever holds
@@ -172,6 +171,10 @@ impl GuestMemory {
         }
         let len = usize::try_from(len).map_err(io::Error::other)?;
         let guest = HostMemory::map(Arc::new(file), len)?;
+        Self::with(layout, guest)
+    }
+
+    fn with(layout: MemoryLayout, guest: HostMemory) -> io::Result<Self> {
         let landing = guest.map_again()?;
         Ok(Self { layout: Arc::new(layout), guest, landing })
     }
