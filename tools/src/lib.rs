@@ -6,6 +6,7 @@
 
 pub mod cli;
 pub mod device;
+pub mod drain;
 pub mod ink;
 pub mod machine;
 pub mod size;

@@ -6,8 +6,9 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use postcopy_engine::pager::{HugePages, PagerConfig};
-use postcopy_engine::planner::{PlannerConfig, Policy};
+use postcopy_engine::planner::Policy;
 use postcopy_tools::device::DeviceArgs;
+use postcopy_tools::drain::BulkWaitArgs;
 use postcopy_tools::size;
 use postcopy_transport::Transport;
 
@@ -158,17 +159,13 @@ pub(crate) struct HostArgs {
     /// `bubble[:DIRECTION]` or `bubble-multi[:PIVOTS][:DIRECTION]`, with forward, dual or backward.
     #[arg(long, default_value_t = Policy::Adaptive)]
     pub(crate) policy: Policy,
-    /// How long a fault of a guest that arrives may wait for the wire behind bulk reads, in
-    /// microseconds. More drains faster where the link's speed varies.
-    #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
-    #[arg(value_name = "US")]
-    pub(crate) bulk_wait: u32,
+    #[command(flatten)]
+    pub(crate) bulk_wait: BulkWaitArgs,
 }
 
 impl HostArgs {
     pub(crate) fn pager(&self) -> PagerConfig {
-        let bulk_wait_ns = u64::from(self.bulk_wait) * 1000;
-        let planner = PlannerConfig { policy: self.policy, bulk_wait_ns };
+        let planner = self.bulk_wait.planner(self.policy);
         let huge_pages = match self.huge_pages {
             Huge::Auto => HugePages::Auto,
             Huge::On => HugePages::On,

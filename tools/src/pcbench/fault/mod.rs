@@ -20,9 +20,10 @@ use anyhow::{Context, ensure};
 use clap::{Args, ValueEnum};
 use postcopy_engine::memory::{GuestMemory, MemoryLayout, PAGE_SIZE};
 use postcopy_engine::pager::PagerConfig;
-use postcopy_engine::planner::{PlannerConfig, Policy};
+use postcopy_engine::planner::Policy;
 use postcopy_engine::stats::{PagerReport, Percentiles};
 use postcopy_tools::device::DeviceArgs;
+use postcopy_tools::drain::BulkWaitArgs;
 use postcopy_tools::{cli, size};
 use postcopy_transport::{EndpointOptions, Transport};
 use serde::Serialize;
@@ -101,9 +102,8 @@ pub(crate) struct FaultArgs {
     /// `bubble[:DIRECTION]` or `bubble-multi[:PIVOTS][:DIRECTION]`, with forward, dual or backward.
     #[arg(long, value_delimiter = ',', value_name = "POLICY", default_values_t = [Policy::Adaptive])]
     pub(crate) policy: Vec<Policy>,
-    /// How long a fault may wait for the wire behind the drain, in microseconds.
-    #[arg(long, default_value_t = 50, value_name = "US", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
-    pub(crate) bulk_wait: u32,
+    #[command(flatten)]
+    pub(crate) bulk_wait: BulkWaitArgs,
     /// How long threads poll before they sleep. Default: by the number of cores.
     #[arg(long, value_name = "US")]
     pub(crate) spin: Option<u64>,
@@ -143,8 +143,7 @@ impl FaultArgs {
     }
 
     fn pager(&self, case: Case) -> PagerConfig {
-        let bulk_wait_ns = u64::from(self.bulk_wait) * 1000;
-        let planner = PlannerConfig { policy: case.policy.unwrap_or_default(), bulk_wait_ns };
+        let planner = self.bulk_wait.planner(case.policy.unwrap_or_default());
         let spin = self.spin.map_or(PagerConfig::default().spin, Duration::from_micros);
         PagerConfig { spin, planner, ..PagerConfig::default() }
     }
