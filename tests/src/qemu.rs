@@ -200,8 +200,9 @@ impl QemuGuest {
         // The console is read from its log; what also comes here must not pile up.
         std::thread::spawn(move || std::io::copy(&mut unread, &mut std::io::sink()));
         let guest = Self { process, tty, place, under_pcvm };
-        // QEMU answers once it is all set up: one that waits for a guest listens by then.
-        guest.status();
+        // QEMU answers once it is all set up: one that waits for a guest listens by then. The socket is
+        // there a moment before anybody listens.
+        guest.wait_until("QEMU answers", || guest.try_qmp("query-status", json!({})).is_ok());
         guest
     }
 
