@@ -253,7 +253,26 @@ impl Trap {
         // lock of their mapping (Linux 6.7), one may begin to wait in between and sleep for ever;
         // none can after it.
         let woken = self.uffd.wake(base, len);
-        woken.map_err(|error| PagerError::Userfault { operation: "UFFDIO_WAKE", source: errno(error) })
+        woken.map_err(|error| PagerError::Userfault { operation: "UFFDIO_WAKE", source: errno(error) })?;
+        self.hear_the_last()
+    }
+
+    /// Whoever gives pages back waits until that was heard, also if he had begun before the trap was
+    /// lifted: nobody may be left waiting. Nobody begins after it.
+    fn hear_the_last(&self) -> Result<(), PagerError> {
+        if self.whose != Whose::Theirs {
+            return Ok(());
+        }
+        // Publishing is refused for this reason before any other.
+        let changing = || match self.uffd.r#continue(self.address(0), PAGE_SIZE as usize, false) {
+            Ok(_) => false,
+            Err(error) => errno(error).raw_os_error() == Some(libc::EAGAIN),
+        };
+        while changing() {
+            self.let_change()?;
+            std::thread::yield_now();
+        }
+        Ok(())
     }
 
     fn address(&self, offset: u64) -> *mut libc::c_void {
@@ -341,17 +360,4 @@ fn errno(error: UffdError) -> io::Error {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn hugetlbfs_is_refused_with_what_to_do() {
-        use rustix::fs::{MemfdFlags, memfd_create};
-        let plain = memfd_create("plain", MemfdFlags::CLOEXEC).unwrap();
-        refuse_hugetlbfs(plain.as_fd()).unwrap();
-        // It needs no huge pages as long as nobody maps it.
-        let Ok(huge) = memfd_create("huge", MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB) else { return };
-        let said = refuse_hugetlbfs(huge.as_fd()).unwrap_err().to_string();
-        assert!(said.contains("hugetlbfs") && said.contains("without hugetlb=on"), "{said}");
-    }
-}
+mod tests;
