@@ -20,7 +20,6 @@ pub struct Export {
     pub(crate) exporter: Exporter,
     map: PageMap,
     memory: HostMemory,
-    transport: Transport,
 }
 
 impl std::fmt::Debug for Export {
@@ -42,7 +41,7 @@ impl Export {
             .map_err(|source| SetupError::Io { operation: "making the page map", source })?;
         let memory = memory.guest().clone();
         let exporter = Exporter::new(transport, &[memory.clone(), map.memory().clone()], options)?;
-        Ok(Self { exporter, map, memory, transport })
+        Ok(Self { exporter, map, memory })
     }
 
     /// Guest memory and page map, as the destination will read them.
@@ -70,15 +69,15 @@ impl Export {
         self.exporter.attach(stream)
     }
 
-    /// Whether what was registered is still all of the guest's memory. A device keeps the pages that
-    /// it was given: one that the guest has given back since, and used again, is another now. The
-    /// mapping of such a page is gone from this process. The guest must be frozen.
+    /// Whether what was registered is still all of the guest's memory. A device that pins memory keeps
+    /// the pages that it was given: one that the guest has given back since, and used again, is another
+    /// now. The mapping of such a page is gone from this process. The guest must be frozen.
     ///
     /// Errors: how many pages it is about.
     pub fn check_pages(&self) -> Result<(), SetupError> {
         let failed =
             |source| SetupError::Io { operation: "looking for pages that the guest gave back", source };
-        if self.transport != Transport::Verbs {
+        if !self.exporter.pins_memory() {
             return Ok(());
         }
         let gone = unmapped(&self.memory).map_err(failed)?;

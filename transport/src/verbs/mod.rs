@@ -75,6 +75,7 @@ pub(crate) fn fuzz_addresses(bytes: &[u8]) {
 pub struct VerbsExporter {
     connections: Vec<Connection>,
     rails: Vec<Rail>,
+    on_demand: bool,
 }
 
 impl VerbsExporter {
@@ -83,7 +84,12 @@ impl VerbsExporter {
     /// Errors: no device fits `options`, or the registration is refused (locked-memory limit).
     pub fn new(memories: &[HostMemory], options: &EndpointOptions) -> Result<Self, SetupError> {
         let rails = Rail::open_all(memories, options, AccessFlags::RemoteRead)?;
-        Ok(Self { connections: Vec::new(), rails })
+        Ok(Self { connections: Vec::new(), rails, on_demand: options.on_demand })
+    }
+
+    /// True if registration pinned the memory.
+    pub(crate) fn pins_memory(&self) -> bool {
+        !self.on_demand
     }
 
     /// The capabilities to give to the importer, in the order of the memories: those of the first
