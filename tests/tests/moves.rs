@@ -30,6 +30,9 @@ fn moves_over(transport: &str) {
     let kinds = ["fault_pages", "prepage_pages", "drain_pages", "zero_pages"];
     assert_eq!(kinds.map(pages).iter().sum::<u64>(), 2048, "{report}");
     assert!(number(&report, "/downtime_us") > 0 && number(&report, "/state_bytes") > 1000, "{report}");
+    let cores = std::thread::available_parallelism().unwrap().get() as u64;
+    let cpu = number(&report, "/source_cpu_us");
+    assert!(cpu > 0 && cpu <= number(&report, "/total_us") * cores, "{report}");
 
     let at_source = rounds(&source.console());
     let (ended_well, log) = source.wait();

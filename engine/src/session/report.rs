@@ -38,6 +38,11 @@ pub struct MigrationReport {
     pub resident_us: u64,
     /// All of it: from the first connection to the last page.
     pub total_us: u64,
+    /// Processor time, in all its threads, that the source's process has used from the news that the
+    /// guest runs at the destination to the last page. What the kernel does for a device that is made of
+    /// software is in nobody's account.
+    #[serde(default)]
+    pub source_cpu_us: u64,
     /// What the destination's pager did.
     pub pager: PagerReport,
     /// What of it QEMU has too, by QEMU's names.

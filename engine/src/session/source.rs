@@ -123,6 +123,8 @@ struct Source<'a> {
     progress: &'a watch::Sender<Progress>,
     begun: Instant,
     frozen: Instant,
+    /// Processor time that this process had used when the guest ran at the destination.
+    processor: Duration,
     report: MigrationReport,
 }
 
@@ -136,7 +138,7 @@ impl<'a> Source<'a> {
         let begun = Instant::now();
         let memory_bytes = guest.memory().layout().total_bytes();
         let report = MigrationReport { version: REPORT_VERSION, memory_bytes, ..Default::default() };
-        Self { guest, peer, options, progress, begun, frozen: begun, report }
+        Self { guest, peer, options, progress, begun, frozen: begun, processor: Duration::ZERO, report }
     }
 
     fn enter(&self, phase: Phase) {
@@ -299,6 +301,7 @@ impl<'a> Source<'a> {
         match channel.receive("Resumed", STEP_PATIENCE).await? {
             Message::Resumed => {
                 self.report.downtime_us = micros(self.frozen.elapsed());
+                self.processor = processor_time();
                 self.enter(Phase::Draining);
                 Ok(())
             }
@@ -323,6 +326,7 @@ impl<'a> Source<'a> {
     fn finish(mut self, arrival: &ArrivalReport) -> MigrationReport {
         self.report.resident_us = arrival.resident_us;
         self.report.pager = arrival.pager;
+        self.report.source_cpu_us = micros(processor_time().saturating_sub(self.processor));
         self.report.total_us = micros(self.begun.elapsed());
         self.progress.send_modify(|progress| progress.pager = arrival.pager);
         self.enter(Phase::Resident);
@@ -351,6 +355,12 @@ fn random_id() -> Result<SessionId, SessionError> {
     let mut id = SessionId::default();
     getrandom::fill(&mut id).map_err(|error| SessionError::Connection { source: error.into() })?;
     Ok(id)
+}
+
+/// Processor time of this process so far, in all its threads.
+fn processor_time() -> Duration {
+    use rustix::time::{ClockId, clock_gettime};
+    Duration::try_from(clock_gettime(ClockId::ProcessCPUTime)).unwrap_or_default()
 }
 
 pub(super) fn micros(duration: Duration) -> u64 {

@@ -59,6 +59,7 @@ pub(crate) fn table(report: &MigrationReport) -> String {
         "total",
         format!("{:.1} ms (setup {:.1})", milliseconds(report.total_us), milliseconds(report.setup_us)),
     );
+    row("source's CPU, drain", format!("{:.1} ms", milliseconds(report.source_cpu_us)));
     let line = |count: u64, bytes: u64| format!("{count} pages, {:.1} MiB", mebibytes(bytes));
     row("by fault", line(pages.fault_pages, pager.fault_bytes));
     row("by prepaging", line(pages.prepage_pages, pages.prepage_pages * PAGE_SIZE));
