@@ -123,8 +123,6 @@ struct Source<'a> {
     progress: &'a watch::Sender<Progress>,
     begun: Instant,
     frozen: Instant,
-    /// Processor time that this process had used when the guest ran at the destination.
-    processor: Duration,
     report: MigrationReport,
 }
 
@@ -138,7 +136,7 @@ impl<'a> Source<'a> {
         let begun = Instant::now();
         let memory_bytes = guest.memory().layout().total_bytes();
         let report = MigrationReport { version: REPORT_VERSION, memory_bytes, ..Default::default() };
-        Self { guest, peer, options, progress, begun, frozen: begun, processor: Duration::ZERO, report }
+        Self { guest, peer, options, progress, begun, frozen: begun, report }
     }
 
     fn enter(&self, phase: Phase) {
@@ -301,7 +299,6 @@ impl<'a> Source<'a> {
         match channel.receive("Resumed", STEP_PATIENCE).await? {
             Message::Resumed => {
                 self.report.downtime_us = micros(self.frozen.elapsed());
-                self.processor = processor_time();
                 self.enter(Phase::Draining);
                 Ok(())
             }
@@ -311,13 +308,17 @@ impl<'a> Source<'a> {
 
     /// Keeps the memory on offer until the destination has all of it.
     async fn serve(&mut self, channel: &mut Channel) -> Result<ArrivalReport, SessionError> {
+        let before = processor_time();
         loop {
             match channel.receive("progress of the drain", WORK_PATIENCE).await? {
                 Message::Progress(pager) => self.progress.send_modify(|progress| {
                     progress.pager = pager;
                     progress.total_us = micros(self.begun.elapsed());
                 }),
-                Message::Resident(arrival) => return Ok(arrival),
+                Message::Resident(arrival) => {
+                    self.report.source_cpu_us = micros(processor_time().saturating_sub(before));
+                    return Ok(arrival);
+                }
                 other => return Err(unexpected(&other, "Progress or Resident")),
             }
         }
@@ -326,7 +327,6 @@ impl<'a> Source<'a> {
     fn finish(mut self, arrival: &ArrivalReport) -> MigrationReport {
         self.report.resident_us = arrival.resident_us;
         self.report.pager = arrival.pager;
-        self.report.source_cpu_us = micros(processor_time().saturating_sub(self.processor));
         self.report.total_us = micros(self.begun.elapsed());
         self.progress.send_modify(|progress| progress.pager = arrival.pager);
         self.enter(Phase::Resident);
