@@ -20,6 +20,7 @@ pub struct Export {
     pub(crate) exporter: Exporter,
     map: PageMap,
     memory: HostMemory,
+    pinned: bool,
 }
 
 impl std::fmt::Debug for Export {
@@ -41,7 +42,7 @@ impl Export {
             .map_err(|source| SetupError::Io { operation: "making the page map", source })?;
         let memory = memory.guest().clone();
         let exporter = Exporter::new(transport, &[memory.clone(), map.memory().clone()], options)?;
-        Ok(Self { exporter, map, memory })
+        Ok(Self { exporter, map, memory, pinned: options.pins_memory(transport) })
     }
 
     /// Guest memory and page map, as the destination will read them.
@@ -77,7 +78,7 @@ impl Export {
     pub fn check_pages(&self) -> Result<(), SetupError> {
         let failed =
             |source| SetupError::Io { operation: "looking for pages that the guest gave back", source };
-        if !self.exporter.pins_memory() {
+        if !self.pinned {
             return Ok(());
         }
         let gone = unmapped(&self.memory).map_err(failed)?;

@@ -25,6 +25,7 @@ pub struct Import {
     importer: Importer,
     memory: GuestMemory,
     map_memory: HostMemory,
+    pinned: bool,
 }
 
 impl Import {
@@ -41,7 +42,8 @@ impl Import {
         let bytes = bytes.map_err(|error| failed(std::io::Error::other(error)))?;
         let map_memory = HostMemory::anonymous("page-map-landing", bytes).map_err(failed)?;
         let importer = Importer::new(transport, &[memory.landing().clone(), map_memory.clone()], options)?;
-        Ok(Self { importer, memory: memory.clone(), map_memory })
+        let pinned = options.pins_memory(transport);
+        Ok(Self { importer, memory: memory.clone(), map_memory, pinned })
     }
 
     /// Starts the two lanes, and one for each of `servers` threads: what to keep, and what to send
@@ -108,7 +110,7 @@ impl Import {
             landing: local[0],
             map_landing: local[1],
             map_memory: self.map_memory.clone(),
-            populated: self.importer.pins_memory(),
+            populated: self.pinned,
         };
         Pager::start(trap, &self.memory, source, urgent, bulk, config)
     }

@@ -51,15 +51,6 @@ impl Exporter {
         }
     }
 
-    /// Whether every page has its place now, as a device's registration does, and not when it is read.
-    pub fn pins_memory(&self) -> bool {
-        match &self.0 {
-            Kind::Shm(_) | Kind::Tcp(_) => false,
-            #[cfg(feature = "rdma")]
-            Kind::Verbs(exporter) => exporter.pins_memory(),
-        }
-    }
-
     /// Answers an importer's request for a lane. Then [`Exporter::attach`] follows for each stream
     /// that the lane needs: [`Exporter::awaited`].
     ///

@@ -86,15 +86,6 @@ impl Importer {
         self.memories.iter().enumerate().map(region).collect()
     }
 
-    /// True if landing memory was populated and pinned by its registration.
-    pub fn pins_memory(&self) -> bool {
-        match &self.kind {
-            Kind::Shm | Kind::Tcp => false,
-            #[cfg(feature = "rdma")]
-            Kind::Verbs(importer) => importer.pins_memory(),
-        }
-    }
-
     /// Starts a lane: what to keep, and what to send to the exporter.
     ///
     /// Errors: the device refuses.

@@ -116,6 +116,13 @@ pub struct EndpointOptions {
     pub spin: Option<Duration>,
 }
 
+impl EndpointOptions {
+    /// True if registering memory for `transport` populates and pins it.
+    pub fn pins_memory(&self, transport: Transport) -> bool {
+        transport == Transport::Verbs && !self.on_demand
+    }
+}
+
 /// Feeds any bytes to the decoder of requests and grants.
 #[cfg(feature = "fuzz")]
 pub(crate) fn fuzz_envelope(bytes: &[u8]) {

@@ -75,7 +75,6 @@ pub(crate) fn fuzz_addresses(bytes: &[u8]) {
 pub struct VerbsExporter {
     connections: Vec<Connection>,
     rails: Vec<Rail>,
-    on_demand: bool,
 }
 
 impl VerbsExporter {
@@ -84,12 +83,7 @@ impl VerbsExporter {
     /// Errors: no device fits `options`, or the registration is refused (locked-memory limit).
     pub fn new(memories: &[HostMemory], options: &EndpointOptions) -> Result<Self, SetupError> {
         let rails = Rail::open_all(memories, options, AccessFlags::RemoteRead)?;
-        Ok(Self { connections: Vec::new(), rails, on_demand: options.on_demand })
-    }
-
-    /// True if registration pinned the memory.
-    pub(crate) fn pins_memory(&self) -> bool {
-        !self.on_demand
+        Ok(Self { connections: Vec::new(), rails })
     }
 
     /// The capabilities to give to the importer, in the order of the memories: those of the first
@@ -128,7 +122,6 @@ impl VerbsExporter {
 /// Opens lanes to an exporter.
 pub struct VerbsImporter {
     rails: Vec<Rail>,
-    on_demand: bool,
 }
 
 /// A path of a lane that awaits the exporter's grant.
@@ -144,12 +137,7 @@ impl VerbsImporter {
     /// Errors: no device fits `options`, or the registration is refused (locked-memory limit).
     pub fn new(memories: &[HostMemory], options: &EndpointOptions) -> Result<Self, SetupError> {
         let access = AccessFlags::LocalWrite | AccessFlags::RelaxedOrdering;
-        Ok(Self { rails: Rail::open_all(memories, options, access)?, on_demand: options.on_demand })
-    }
-
-    /// True if registration populated and pinned the memory.
-    pub(crate) fn pins_memory(&self) -> bool {
-        !self.on_demand
+        Ok(Self { rails: Rail::open_all(memories, options, access)? })
     }
 
     /// Starts path number `at` of a lane: what to keep, and what to send to the exporter.
