@@ -20,4 +20,5 @@ cpio|cpio|packing the guest image'
 test_needs='
 unshare|util-linux|tests that hide a device
 setpriv|util-linux|tests that drop privileges
-mkfs.ext4|e2fsprogs|the disks of QEMU guests in the lab'
+mkfs.ext4|e2fsprogs|the disks of QEMU guests in the lab
+qemu-storage-daemon|qemu-system-common|a disk of a guest that another process serves'

@@ -3,7 +3,7 @@
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use postcopy_engine::memory::PageIndex;
-use postcopy_engine::planner::{Action, Nanos, Planner, PlannerConfig, Policy};
+use postcopy_engine::planner::{Action, Nanos, News, Planner, PlannerConfig, Policy};
 
 /// Pages of 1 GiB.
 const PAGES: u64 = 262_144;
@@ -12,7 +12,8 @@ const PAGES: u64 = 262_144;
 fn drain(policy: Policy) -> Planner {
     let mut planner = Planner::new(PAGES, PlannerConfig { policy, ..PlannerConfig::default() });
     let (mut actions, mut pending, mut step) = (Vec::new(), Vec::new(), 0u64);
-    planner.map_extended(PAGES, (0..PAGES).step_by(3).map(PageIndex), &mut actions);
+    let zeros = (0..PAGES).step_by(3).map(PageIndex).collect();
+    planner.map_extended(News { known: PAGES, zeros, ..News::default() }, &mut actions);
     while planner.outstanding() > 0 {
         step += 1;
         let now = Nanos(step * 10_000);

@@ -4,8 +4,9 @@ use std::net::TcpStream;
 
 use postcopy_transport::{EndpointOptions, Exporter, HostMemory, RemoteRegion, SetupError, Transport};
 
-use crate::memory::{GuestMemory, PAGE_SIZE};
-use crate::pagemap::PageMap;
+use crate::memory::GuestMemory;
+use crate::pagemap::{Dirty, Of, PageMap};
+use crate::proc_pages::unmapped;
 
 /// Lanes of every migration: urgent and bulk, in this order. Those of threads that serve their own
 /// faults follow.
@@ -91,52 +92,24 @@ impl Export {
         }
     }
 
-    /// Starts to fill the page map. The guest must be frozen, and stay so as long as `self` lives.
+    /// Starts to fill the page map while the guest runs, for a round of pre-copy. What the guest writes
+    /// must be logged already.
     ///
     /// Errors: the system refuses a thread.
-    pub fn describe_pages(&mut self) -> Result<(), SetupError> {
-        let started = self.map.fill(&self.memory);
+    pub fn describe_running(&mut self) -> Result<(), SetupError> {
+        self.describe(Of::Running)
+    }
+
+    /// Starts to fill the page map. The guest must be frozen, and stay so as long as `self` lives. If
+    /// there was a round of pre-copy, `dirty` tells what was written since it began.
+    ///
+    /// Errors: the system refuses a thread.
+    pub fn describe_pages(&mut self, dirty: Option<Dirty>) -> Result<(), SetupError> {
+        self.describe(Of::Frozen(dirty))
+    }
+
+    fn describe(&mut self, of: Of) -> Result<(), SetupError> {
+        let started = self.map.fill(&self.memory, of);
         started.map_err(|source| SetupError::Io { operation: "starting the page map's thread", source })
-    }
-}
-
-/// How many pages of a mapping this process has no mapping for, by /proc/self/pagemap.
-fn unmapped(memory: &HostMemory) -> std::io::Result<u64> {
-    use std::os::unix::fs::FileExt;
-    /// Bytes of an entry, and its bit for a page that is mapped.
-    const ENTRY: u64 = 8;
-    const PRESENT: u64 = 1 << 63;
-    let map = std::fs::File::open("/proc/self/pagemap")?;
-    let (mut at, pages) = (memory.base() as u64 / PAGE_SIZE, memory.len() as u64 / PAGE_SIZE);
-    let (end, mut gone) = (at + pages, 0);
-    let mut entries = vec![0u8; 64 << 10];
-    while at < end {
-        let bytes = entries.len().min(((end - at) * ENTRY) as usize);
-        map.read_exact_at(&mut entries[..bytes], at * ENTRY)?;
-        let present =
-            |entry: &[u8]| entry.try_into().is_ok_and(|entry| u64::from_le_bytes(entry) & PRESENT != 0);
-        gone += entries[..bytes].chunks_exact(ENTRY as usize).filter(|entry| !present(entry)).count() as u64;
-        at += bytes as u64 / ENTRY;
-    }
-    Ok(gone)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_page_that_was_given_back_is_seen_also_when_it_is_used_again() {
-        use rustix::fs::{FallocateFlags, fallocate};
-        let memory = HostMemory::anonymous("given-back", 64 << 12).unwrap();
-        let theirs = memory.map_again().unwrap();
-        for page in 0..64 {
-            assert!(memory.write(page << 12, &[1]));
-        }
-        assert_eq!(unmapped(&memory).unwrap(), 0);
-        let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        fallocate(memory.file(), hole, 5 << 12, 2 << 12).unwrap();
-        assert!(theirs.write(5 << 12, &[2]), "used again by another process");
-        assert_eq!(unmapped(&memory).unwrap(), 2);
     }
 }

@@ -10,7 +10,7 @@ use postcopy_transport::{
 use crate::export::{Export, LANES};
 use crate::memory::GuestMemory;
 use crate::pagemap::map_bytes;
-use crate::pager::{Pager, PagerConfig, PagerError, SourceMemory, Trap};
+use crate::pager::{Pager, PagerConfig, PagerError, Round, RoundWatch, SourceMemory, Trap, read_once};
 
 /// The lanes of a migration.
 pub struct Lanes {
@@ -92,7 +92,40 @@ impl Import {
         self.importer.connect_local(&mut export.exporter, LaneClass::Urgent)
     }
 
-    /// Starts the pager over connected lanes.
+    /// Pages of guest memory.
+    pub fn total_pages(&self) -> u64 {
+        self.memory.layout().total_pages()
+    }
+
+    /// Reads the source's memory once, while its guest runs there. `lanes` are those that the pager will
+    /// have.
+    ///
+    /// Errors: the lane fails, the source's regions do not fit, or `watch` ended the round.
+    pub fn pre_copy(
+        &self,
+        lanes: &mut [AnyLane; LANES],
+        regions: [RemoteRegion; 2],
+        watch: &RoundWatch,
+    ) -> Result<Round, PagerError> {
+        let source = self.source(regions, Round::none());
+        let [_, bulk] = lanes;
+        read_once(&source, self.total_pages(), bulk, watch)
+    }
+
+    fn source(&self, regions: [RemoteRegion; 2], round: Round) -> SourceMemory {
+        let local = self.importer.regions();
+        SourceMemory {
+            memory: regions[0],
+            map: regions[1],
+            landing: local[0],
+            map_landing: local[1],
+            map_memory: self.map_memory.clone(),
+            populated: self.pinned,
+            round,
+        }
+    }
+
+    /// Starts the pager over connected lanes. `round` is what is here already.
     ///
     /// Errors: the source's regions do not fit, or the system refuses a thread.
     pub fn start(
@@ -100,18 +133,10 @@ impl Import {
         trap: Trap,
         lanes: [AnyLane; LANES],
         regions: [RemoteRegion; 2],
+        round: Round,
         config: PagerConfig,
     ) -> Result<Pager, PagerError> {
-        let local = self.importer.regions();
         let [urgent, bulk] = lanes;
-        let source = SourceMemory {
-            memory: regions[0],
-            map: regions[1],
-            landing: local[0],
-            map_landing: local[1],
-            map_memory: self.map_memory.clone(),
-            populated: self.pinned,
-        };
-        Pager::start(trap, &self.memory, source, urgent, bulk, config)
+        Pager::start(trap, &self.memory, self.source(regions, round), urgent, bulk, config)
     }
 }

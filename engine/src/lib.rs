@@ -11,10 +11,13 @@ pub mod export;
 pub mod fuzz;
 pub mod import;
 pub mod memory;
+pub mod page_set;
 pub mod pagemap;
 pub mod pager;
 pub mod planner;
+pub mod proc_pages;
 pub mod session;
 pub mod stats;
+pub mod touched;
 
 pub use postcopy_transport::is_crowded;

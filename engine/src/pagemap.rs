@@ -1,17 +1,21 @@
-//! The page map: which pages of the source are zero, told without sending them.
+//! The page map: what the source says of its pages without sending them.
 //!
 //! The source publishes the map as a memory region of its own and fills it while it serves, in
 //! ascending order; the destination reads it one-sided, like any other memory. The drain follows
-//! the map and so never carries a zero page.
+//! the map and so never carries a zero page, nor one that crossed before and is still the same.
 //!
 //! ```text
 //! 0            8             16                              64
-//! | known: u64 | version u32 |  zeros (reserved)             | bitmap: 1 bit a page, 1 = zero …
+//! | known: u64 | version u32 |  zeros (reserved)             | 2 bits a page: see [`Said`] …
 //! ```
 //!
-//! The bit of a page means something once the page is below `known`. The source writes a part of
-//! the bitmap, and only then raises `known` over it; the destination reads `known`, and only then
-//! the bitmap below it. Little-endian, as x86 and the other fields of this protocol.
+//! The bits of a page mean something once the page is below `known`. The source writes a part of
+//! them, and only then raises `known` over it; the destination reads `known`, and only then the
+//! bits below it. Little-endian, as x86 and the other fields of this protocol.
+//!
+//! In a hybrid migration the map is filled twice: while the guest runs, for the round of pre-copy,
+//! and again when it is frozen. The highest bit of `known` says that the guest is frozen, so that
+//! what was true of a running guest is never taken for the end of it.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -20,40 +24,80 @@ use std::thread::JoinHandle;
 use postcopy_transport::HostMemory;
 
 use crate::memory::{PAGE_SIZE, PageIndex};
+use crate::page_set::PageSet;
 
-/// Offset of the bitmap in the map's memory.
-pub const BITMAP_OFFSET: u64 = 64;
+/// Offset of the pages' bits in the map's memory.
+pub const BITS_OFFSET: u64 = 64;
+/// Pages that a byte of the map tells of.
+pub const PAGES_A_BYTE: u64 = 4;
 /// Version of the layout above.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
+/// Set in `known` when the map is of the frozen guest.
+const FROZEN: u64 = 1 << 63;
 /// Pages that the source looks at before it raises `known`: 8 MiB of guest memory.
 const STEP_PAGES: u64 = 2048;
 /// Bytes of a page compared at once.
 const CHUNK: usize = 256;
 
-const _: () = assert!(STEP_PAGES.is_multiple_of(8) && PAGE_SIZE.is_multiple_of(CHUNK as u64));
+const _: () = assert!(STEP_PAGES.is_multiple_of(PAGES_A_BYTE) && PAGE_SIZE.is_multiple_of(CHUNK as u64));
+
+/// What a map says of a page. It has two bits, as here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Said {
+    /// It is to be read.
+    Content = 0,
+    /// Every byte of it is zero.
+    Zero = 1,
+    /// It has not been written since the round of pre-copy began.
+    Clean = 2,
+}
+
+/// How far a map is filled.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Known {
+    /// Pages below this one are known.
+    pub pages: u64,
+    /// The guest stands still. If not, what is said may no longer be so.
+    pub frozen: bool,
+}
 
 /// Bytes of the map's memory for `pages` pages, in whole pages.
 pub fn map_bytes(pages: u64) -> u64 {
-    (BITMAP_OFFSET + pages.div_ceil(8)).next_multiple_of(PAGE_SIZE)
+    (BITS_OFFSET + pages.div_ceil(PAGES_A_BYTE)).next_multiple_of(PAGE_SIZE)
 }
 
-/// Reads the header: how many pages are known. `None` if it is no header of ours, or knows more
-/// pages than there are.
-pub fn decode_known(header: &[u8; 16], pages: u64) -> Option<u64> {
-    let known = u64::from_le_bytes(header[..8].try_into().ok()?);
+/// Reads the header. `None` if it is no header of ours, or knows more pages than there are.
+pub fn decode_known(header: &[u8; 16], pages: u64) -> Option<Known> {
+    let word = u64::from_le_bytes(header[..8].try_into().ok()?);
     let version = u32::from_le_bytes(header[8..12].try_into().ok()?);
-    (version == VERSION && known <= pages).then_some(known)
+    let known = Known { pages: word & !FROZEN, frozen: word & FROZEN != 0 };
+    (version == VERSION && known.pages <= pages).then_some(known)
 }
 
-/// The zero pages in `bits`, the part of the bitmap that begins with page `first` (a multiple of
-/// 8), below page `end`.
-pub fn zeros_in(bits: &[u8], first: u64, end: u64) -> impl Iterator<Item = PageIndex> {
-    let set = move |(at, byte): (usize, &u8)| {
-        let byte = *byte;
-        let base = first + at as u64 * 8;
-        (0..8).filter(move |bit| byte >> bit & 1 == 1).map(move |bit| base + bit)
+/// The pages of which `bits` says `said`: the part of the map that begins with page `first` (a multiple
+/// of [`PAGES_A_BYTE`]), below page `end`.
+pub fn pages_said(bits: &[u8], first: u64, end: u64, said: Said) -> impl Iterator<Item = PageIndex> {
+    let of = move |(at, byte): (usize, &u8)| {
+        let (byte, base) = (*byte, first + at as u64 * PAGES_A_BYTE);
+        (0..PAGES_A_BYTE).filter(move |at| byte >> (2 * at) & 3 == said as u8).map(move |at| base + at)
     };
-    bits.iter().enumerate().flat_map(set).filter(move |page| *page < end).map(PageIndex)
+    bits.iter().enumerate().flat_map(of).filter(move |page| *page < end).map(PageIndex)
+}
+
+/// What tells which pages a guest has written since the round of pre-copy began.
+pub struct Dirty {
+    /// Called once, in the thread that fills the map. `None` if it cannot be told, and all of them may be.
+    pub tell: Box<dyn FnOnce() -> Option<PageSet> + Send>,
+    /// The guest may have given pages back, so that one that was not written may be zero now.
+    pub discards: bool,
+}
+
+/// Of which guest a map is filled.
+pub enum Of {
+    /// One that runs on: a hint, for the round of pre-copy.
+    Running,
+    /// One that is frozen and stays so. If there was a round, what it has written since that began.
+    Frozen(Option<Dirty>),
 }
 
 /// The source's map, and the thread that fills it.
@@ -88,29 +132,37 @@ impl PageMap {
         self.zeros.load(Ordering::Relaxed)
     }
 
-    /// Starts to fill the map from `memory`, whose guest must be frozen and stay so.
+    /// Starts to fill the map from `memory`, from its beginning.
     ///
     /// Errors: the system refuses a thread.
-    pub fn fill(&mut self, memory: &HostMemory) -> std::io::Result<()> {
+    pub fn fill(&mut self, memory: &HostMemory, of: Of) -> std::io::Result<()> {
+        self.end();
+        publish_known(&self.map, 0);
+        self.stop.store(false, Ordering::Relaxed);
+        self.zeros.store(0, Ordering::Relaxed);
         let (memory, map, pages) = (memory.clone(), self.map.clone(), self.pages);
         let (zeros, stop) = (self.zeros.clone(), self.stop.clone());
         let scan = move || {
+            let (frozen, dirty) = match of {
+                Of::Running => (0, None),
+                Of::Frozen(dirty) => (FROZEN, dirty.map(|dirty| (dirty.discards, dirty.tell))),
+            };
+            let dirty = dirty.and_then(|(discards, tell)| Some((discards, tell()?)));
             for first in (0..pages).step_by(STEP_PAGES as usize) {
                 if stop.load(Ordering::Relaxed) {
                     return;
                 }
                 let end = (first + STEP_PAGES).min(pages);
-                zeros.fetch_add(scan_step(&memory, &map, first, end), Ordering::Relaxed);
-                publish_known(&map, end);
+                zeros.fetch_add(scan_step(&memory, &map, first, end, dirty.as_ref()), Ordering::Relaxed);
+                publish_known(&map, end | frozen);
             }
         };
         self.thread = Some(std::thread::Builder::new().name("page-map".into()).spawn(scan)?);
         Ok(())
     }
-}
 
-impl Drop for PageMap {
-    fn drop(&mut self) {
+    /// Ends the filling, if it is under way.
+    fn end(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
         if let Some(thread) = self.thread.take() {
             drop(thread.join());
@@ -118,19 +170,44 @@ impl Drop for PageMap {
     }
 }
 
-/// Writes the bitmap of pages `first..end` and returns how many of them are zero.
-fn scan_step(memory: &HostMemory, map: &HostMemory, first: u64, end: u64) -> u64 {
-    let mut bits = [0u8; (STEP_PAGES / 8) as usize];
+impl Drop for PageMap {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+/// Writes the bits of pages `first..end` and returns how many of them are zero.
+///
+/// `dirty` has the pages written since the map was filled before, and whether others may have been given
+/// back: if not, a page that was not written is what the map said then, and is not looked at. Zero comes
+/// before clean: a page that was zero in the round did not cross, and need not.
+fn scan_step(
+    memory: &HostMemory,
+    map: &HostMemory,
+    first: u64,
+    end: u64,
+    dirty: Option<&(bool, PageSet)>,
+) -> u64 {
+    let used = (end - first).div_ceil(PAGES_A_BYTE) as usize;
+    let mut bits = [0u8; (STEP_PAGES / PAGES_A_BYTE) as usize];
+    let inside = map.read(BITS_OFFSET + first / PAGES_A_BYTE, &mut bits[..used]);
     let mut zeros = 0;
     for page in first..end {
-        if is_zero(memory, PageIndex(page)) {
-            bits[((page - first) / 8) as usize] |= 1 << (page % 8);
-            zeros += 1;
-        }
+        let (at, shift) = (((page - first) / PAGES_A_BYTE) as usize, 2 * (page % PAGES_A_BYTE));
+        let clean = dirty.is_some_and(|(_, dirty)| !dirty.has(page));
+        let same = clean && dirty.is_some_and(|(discards, _)| !discards);
+        let zero =
+            if same { bits[at] >> shift & 3 == Said::Zero as u8 } else { is_zero(memory, PageIndex(page)) };
+        let said = match zero {
+            true => Said::Zero,
+            false if clean => Said::Clean,
+            false => Said::Content,
+        };
+        bits[at] = bits[at] & !(3 << shift) | (said as u8) << shift;
+        zeros += u64::from(zero);
     }
-    let used = (end - first).div_ceil(8) as usize;
-    let written = map.write(BITMAP_OFFSET + first / 8, &bits[..used]);
-    assert!(written, "map_bytes made room for every page");
+    let written = map.write(BITS_OFFSET + first / PAGES_A_BYTE, &bits[..used]);
+    assert!(inside && written, "map_bytes made room for every page");
     zeros
 }
 
@@ -144,7 +221,7 @@ fn is_zero(memory: &HostMemory, page: PageIndex) -> bool {
     })
 }
 
-/// Raises `known`, after everything that was written to the bitmap.
+/// Sets `known`, after everything that was written to the bits.
 fn publish_known(map: &HostMemory, known: u64) {
     let at = map.at(0, 8).expect("the header lies in the map");
     // SAFETY: the address is inside the mapping, aligned (mappings begin on a page) and lives as
@@ -161,6 +238,18 @@ mod tests {
         map.thread.take().unwrap().join().unwrap();
     }
 
+    fn known(map: &PageMap, pages: u64) -> Option<Known> {
+        let mut header = [0; 16];
+        assert!(map.memory().read(0, &mut header));
+        decode_known(&header, pages)
+    }
+
+    fn said(map: &PageMap, pages: u64, said: Said) -> Vec<u64> {
+        let mut bits = vec![0; pages.div_ceil(PAGES_A_BYTE) as usize];
+        assert!(map.memory().read(BITS_OFFSET, &mut bits));
+        pages_said(&bits, 0, pages, said).map(|page| page.0).collect()
+    }
+
     #[test]
     fn the_map_tells_zero_pages_from_pages_with_one_byte_set() {
         let pages = STEP_PAGES + 13;
@@ -172,18 +261,47 @@ mod tests {
             assert!(memory.write(page * PAGE_SIZE + within, &[1]));
         }
         let mut map = PageMap::new(pages).unwrap();
-        map.fill(&memory).unwrap();
+        map.fill(&memory, Of::Frozen(None)).unwrap();
         finished(&mut map);
         assert_eq!(map.zeros(), pages - written.len() as u64);
-
-        let mut header = [0; 16];
-        assert!(map.memory().read(0, &mut header));
-        assert_eq!(decode_known(&header, pages), Some(pages));
-        let mut bits = vec![0; pages.div_ceil(8) as usize];
-        assert!(map.memory().read(BITMAP_OFFSET, &mut bits));
-        let zeros: Vec<u64> = zeros_in(&bits, 0, pages).map(|page| page.0).collect();
+        assert_eq!(known(&map, pages), Some(Known { pages, frozen: true }));
         let expected: Vec<u64> = (0..pages).filter(|page| !written.contains(page)).collect();
-        assert_eq!(zeros, expected);
+        assert_eq!(said(&map, pages, Said::Zero), expected);
+        assert_eq!(said(&map, pages, Said::Content), written);
+    }
+
+    #[test]
+    fn the_map_of_a_running_guest_is_none_of_a_frozen_one_and_what_it_wrote_is_not_clean() {
+        let pages = 40;
+        let memory = HostMemory::anonymous("guest", (pages * PAGE_SIZE) as usize).unwrap();
+        let touch = |page: u64, byte: u8| assert!(memory.write(page * PAGE_SIZE, &[byte]));
+        (0..10).for_each(|page| touch(page, 1));
+        let mut map = PageMap::new(pages).unwrap();
+        map.fill(&memory, Of::Running).unwrap();
+        finished(&mut map);
+        assert_eq!(known(&map, pages), Some(Known { pages, frozen: false }));
+        assert_eq!(said(&map, pages, Said::Content), (0..10).collect::<Vec<_>>());
+        // One page with content becomes zero, one that was zero gets some, one is written anew.
+        [(3, 0), (20, 1), (5, 2)].into_iter().for_each(|(page, byte)| touch(page, byte));
+        let mut dirty = PageSet::new(pages, false);
+        dirty.add_log(0, &[1 << 3 | 1 << 20 | 1 << 5], pages);
+        let frozen =
+            |told: Option<PageSet>, discards| Of::Frozen(Some(Dirty { tell: Box::new(|| told), discards }));
+        map.fill(&memory, frozen(Some(dirty.clone()), false)).unwrap();
+        finished(&mut map);
+        assert_eq!(known(&map, pages), Some(Known { pages, frozen: true }));
+        assert_eq!(said(&map, pages, Said::Clean), [0, 1, 2, 4, 6, 7, 8, 9]);
+        assert_eq!(said(&map, pages, Said::Content), [5, 20]);
+        assert_eq!(map.zeros(), pages - 10);
+        // A page that was given back was not written, and is zero.
+        touch(6, 0);
+        map.fill(&memory, frozen(Some(dirty), true)).unwrap();
+        finished(&mut map);
+        assert_eq!(said(&map, pages, Said::Clean), [0, 1, 2, 4, 7, 8, 9]);
+        // What cannot be told may have been written.
+        map.fill(&memory, frozen(None, false)).unwrap();
+        finished(&mut map);
+        assert!(said(&map, pages, Said::Clean).is_empty());
     }
 
     #[test]
@@ -194,14 +312,18 @@ mod tests {
             bytes[8..12].copy_from_slice(&version.to_le_bytes());
             bytes
         };
-        assert_eq!(decode_known(&header(10, VERSION), 10), Some(10));
-        assert_eq!(decode_known(&header(11, VERSION), 10), None);
-        assert_eq!(decode_known(&header(u64::MAX, VERSION), 10), None);
-        assert_eq!(decode_known(&header(1, VERSION + 1), 10), None);
+        let known = |known, version| decode_known(&header(known, version), 10);
+        assert_eq!(known(10, VERSION), Some(Known { pages: 10, frozen: false }));
+        assert_eq!(known(10 | FROZEN, VERSION), Some(Known { pages: 10, frozen: true }));
+        assert_eq!(known(11, VERSION), None);
+        assert_eq!(known(u64::MAX, VERSION), None);
+        assert_eq!(known(1, VERSION + 1), None);
     }
 
     #[test]
     fn bits_past_the_end_are_not_pages() {
-        assert_eq!(zeros_in(&[0xff, 0xff], 8, 11).map(|page| page.0).collect::<Vec<_>>(), [8, 9, 10]);
+        let zeros = pages_said(&[0x55, 0x55], 8, 11, Said::Zero);
+        assert_eq!(zeros.map(|page| page.0).collect::<Vec<_>>(), [8, 9, 10]);
+        assert_eq!(pages_said(&[0xff], 0, 4, Said::Clean).count(), 0, "the fourth value means nothing yet");
     }
 }

@@ -121,6 +121,12 @@ pub struct PagerReport {
     pub bulk_bytes: u64,
     /// Bytes of the source's page map read.
     pub map_bytes: u64,
+    /// Pages that were read before the guest was stopped, in the round of pre-copy.
+    #[serde(default)]
+    pub precopy_pages: u64,
+    /// Bytes of that round, of pages and of the page map.
+    #[serde(default)]
+    pub precopy_bytes: u64,
     /// Of the faults that went to the wire, those that the faulting thread served itself.
     #[serde(default)]
     pub self_served_faults: u64,

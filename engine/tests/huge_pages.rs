@@ -9,7 +9,7 @@ use common::{check, empty, end_of, filled};
 use postcopy_engine::export::Export;
 use postcopy_engine::import::Import;
 use postcopy_engine::memory::{GuestMemory, PAGE_SIZE};
-use postcopy_engine::pager::{Collapsed, HugePages, Pager, PagerConfig, PagerState, Trap};
+use postcopy_engine::pager::{Collapsed, HugePages, Pager, PagerConfig, PagerState, Round, Trap};
 use postcopy_transport::{EndpointOptions, HUGE_PAGE, HostMemory, Transport};
 
 /// Pages of a huge page.
@@ -31,13 +31,13 @@ fn huge_kib(memory: &HostMemory) -> u64 {
 fn arrived(source: &GuestMemory, pages: u64, huge_pages: HugePages) -> (GuestMemory, Pager) {
     let options = EndpointOptions::default();
     let mut export = Export::new(Transport::Tcp, source, &options).unwrap();
-    export.describe_pages().unwrap();
+    export.describe_pages(None).unwrap();
     let memory = empty(pages);
     let import = Import::new(Transport::Tcp, &memory, &options).unwrap();
     let trap = Trap::register(&memory).unwrap();
     let lanes = import.connect_local(&mut export).unwrap();
     let config = PagerConfig { huge_pages, ..PagerConfig::default() };
-    let pager = import.start(trap, lanes, export.regions(), config).unwrap();
+    let pager = import.start(trap, lanes, export.regions(), Round::none(), config).unwrap();
     assert!(matches!(end_of(&pager).state, PagerState::Resident));
     (memory, pager)
 }

@@ -10,8 +10,8 @@ use std::time::Duration;
 
 use common::{check, empty, end_of, filled};
 use postcopy_engine::memory::{GuestMemory, PAGE_SIZE};
-use postcopy_engine::pagemap::PageMap;
-use postcopy_engine::pager::{Pager, PagerConfig, PagerState, SourceMemory, Trap};
+use postcopy_engine::pagemap::{Of, PageMap};
+use postcopy_engine::pager::{Pager, PagerConfig, PagerState, Round, SourceMemory, Trap};
 use postcopy_transport::sim::{Countdown, SimLane, SimLink, SimOptions};
 use postcopy_transport::{AnyLane, HostMemory};
 
@@ -32,7 +32,7 @@ type Wrap = fn(SimLane, u64) -> AnyLane;
 fn world(options: SimOptions, urgent: (Wrap, u64), bulk: (Wrap, u64)) -> World {
     let (source, memory) = (filled(PAGES), empty(PAGES));
     let mut map = PageMap::new(PAGES).unwrap();
-    map.fill(source.guest()).unwrap();
+    map.fill(source.guest(), Of::Frozen(None)).unwrap();
     let map_landing = HostMemory::anonymous("map", map.memory().len()).unwrap();
     let link = SimLink::new(options);
     let lane = |(wrap, nth): (Wrap, u64)| {
@@ -49,6 +49,7 @@ fn world(options: SimOptions, urgent: (Wrap, u64), bulk: (Wrap, u64)) -> World {
         map_landing: map_local,
         map_memory: map_landing,
         populated: false,
+        round: Round::none(),
     };
     let trap = Trap::register(&memory).unwrap();
     // Virtual time wakes nobody, so the pager must not sleep.

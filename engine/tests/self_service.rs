@@ -11,7 +11,7 @@ use common::{available, check, content, empty, end_of, filled};
 use postcopy_engine::export::Export;
 use postcopy_engine::import::Import;
 use postcopy_engine::memory::{GuestMemory, PAGE_SIZE};
-use postcopy_engine::pager::{Pager, PagerConfig, PagerError, PagerState, SelfService, Trap};
+use postcopy_engine::pager::{Pager, PagerConfig, PagerError, PagerState, Round, SelfService, Trap};
 use postcopy_transport::{AnyLane, Completion, EndpointOptions, Lane, LaneError, Read, Transport};
 
 /// 16 MiB.
@@ -34,7 +34,7 @@ fn destination(transport: Transport, export: &mut Export, threads: usize) -> Des
     let trap = Trap::register_for_self_service(&memory).unwrap();
     let import = Import::new(transport, &memory, &EndpointOptions::default()).unwrap();
     let lanes = import.connect_local(export).unwrap();
-    let pager = import.start(trap, lanes, export.regions(), PagerConfig::default()).unwrap();
+    let pager = import.start(trap, lanes, export.regions(), Round::none(), PagerConfig::default()).unwrap();
     let lanes = (0..threads).map(|_| import.connect_one_local(export).unwrap()).collect();
     Destination { memory, pager, lanes }
 }
@@ -45,7 +45,7 @@ fn threads_serve_themselves_while_it_drains_and_see_every_byte_right() {
         for round in 0..3u64 {
             let (mut export, _memory) = source(transport);
             let Destination { memory, pager, lanes } = destination(transport, &mut export, 2);
-            export.describe_pages().unwrap();
+            export.describe_pages(None).unwrap();
             std::thread::scope(|scope| {
                 // Two threads with a lane each, and one that the shard serves.
                 let lanes = lanes.into_iter().map(Some).chain([None]);
@@ -82,7 +82,7 @@ fn what_a_serving_thread_wrote_is_never_overwritten() {
     let (mut export, _memory) = source(Transport::Tcp);
     let Destination { memory, pager, mut lanes } = destination(Transport::Tcp, &mut export, 1);
     let service = SelfService::of_this_thread(pager.server(lanes.pop().unwrap()));
-    export.describe_pages().unwrap();
+    export.describe_pages(None).unwrap();
     for page in (0..PAGES).step_by(7) {
         assert!(memory.guest().write(page * PAGE_SIZE + 100, b"written at the destination"));
     }
@@ -169,7 +169,8 @@ fn a_pager_thread_that_panics_lets_no_thread_read_zeros() {
         let import = Import::new(Transport::Tcp, &memory, &EndpointOptions::default()).unwrap();
         let [urgent, bulk] = import.connect_local(&mut export).unwrap();
         let lanes = [AnyLane::Other(Box::new(Panics(urgent))), bulk];
-        let pager = import.start(trap, lanes, export.regions(), PagerConfig::default()).unwrap();
+        let pager =
+            import.start(trap, lanes, export.regions(), Round::none(), PagerConfig::default()).unwrap();
         let PagerState::Failed(error) = end_of(&pager).state else { panic!("its lane panics") };
         assert!(matches!(*error, PagerError::Panicked(_)), "{error}");
         assert!(error.to_string().contains("the guest waits"), "{error}");

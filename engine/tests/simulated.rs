@@ -5,7 +5,7 @@
 #![allow(clippy::unwrap_used)] // helpers of tests, where a panic is the report
 
 use postcopy_engine::memory::{PAGE_SIZE, PageIndex};
-use postcopy_engine::planner::{Action, LaneId, Nanos, Planner, PlannerConfig, Policy, Run};
+use postcopy_engine::planner::{Action, LaneId, Nanos, News, Planner, PlannerConfig, Policy, Run};
 use postcopy_transport::sim::{Countdown, Random, SimLane, SimLink, SimOptions};
 use postcopy_transport::{Completion, HostMemory, Lane, LocalRegion, Read, RemoteRegion, Token};
 
@@ -67,7 +67,7 @@ impl<L: Lane> Engine<L> {
             let now = Nanos(self.link.now());
             // The map grows, and the guest touches something, at times of their own.
             let known = (self.planner.known() + self.random.below(40)).min(PAGES);
-            self.planner.map_extended(known, std::iter::empty(), &mut actions);
+            self.planner.map_extended(News { known, ..News::default() }, &mut actions);
             if self.random.chance(0.3) {
                 let page = PageIndex(self.random.below(PAGES));
                 if self.published[page.0 as usize] == 0 {
@@ -110,6 +110,7 @@ impl<L: Lane> Engine<L> {
                 }
                 Action::Publish(run) => run.pages().for_each(|page| self.publish(page)),
                 Action::PublishZero(page) => panic!("{page:?} is not zero"),
+                Action::PublishKept(run) => panic!("{run:?} was not here before"),
                 Action::Wake(_) => {}
                 Action::Done => self.done = true,
             }

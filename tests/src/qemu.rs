@@ -35,7 +35,7 @@ const ECHO_PORT: u16 = 7777;
 const MAC: &str = "52:54:00:77:00:02";
 
 /// Loads a module of the kernel that runs here: in the lab from the lab's own kernel package.
-fn load_module(name: &str, parameters: &[&str]) {
+pub fn load_module(name: &str, parameters: &[&str]) {
     let mut command = Command::new("modprobe");
     if let Some(root) = std::env::var_os("LAB_KERNEL_ROOT") {
         command.arg("-d").arg(root);
@@ -189,7 +189,8 @@ impl QemuGuest {
         let listen = to.to_string();
         let mut command = Command::new(program("pcvm"));
         command.args(["receive", "--vmm", "qemu", "--listen", &listen, "--control"]).arg(&place.control);
-        command.args(["--", QEMU]).args(args);
+        let qemu = std::env::var("POSTCOPY_QEMU_THERE").unwrap_or_else(|_| QEMU.to_owned());
+        command.args(["--", &qemu]).args(args);
         (Self::launch(command, place, true), to)
     }
 
@@ -287,13 +288,24 @@ impl QemuGuest {
 
     /// Has pcvm move the guest to where a process waits for it.
     pub fn try_migrate(&self, to: SocketAddr, transport: &str) -> Output {
+        self.try_migrate_by(to, transport, "postcopy")
+    }
+
+    /// As [`QemuGuest::try_migrate`], in a mode.
+    pub fn try_migrate_by(&self, to: SocketAddr, transport: &str, mode: &str) -> Output {
         let (from, to) = (self.place.qmp.to_str().unwrap(), to.to_string());
-        pcvm(&["migrate", "--quiet", "--json", "--qmp", from, "--to", &to, "--transport", transport])
+        let how = ["--transport", transport, "--mode", mode];
+        pcvm(&[&["migrate", "--quiet", "--json", "--qmp", from, "--to", &to], &how[..]].concat())
     }
 
     /// As [`QemuGuest::try_migrate`], which must succeed, to `next`; gives the report.
     pub fn migrate(&self, next: &Self, to: SocketAddr, transport: &str) -> Value {
-        let out = self.try_migrate(to, transport);
+        self.migrate_by(next, to, transport, "postcopy")
+    }
+
+    /// As [`QemuGuest::migrate`], in a mode.
+    pub fn migrate_by(&self, next: &Self, to: SocketAddr, transport: &str, mode: &str) -> Value {
+        let out = self.try_migrate_by(to, transport, mode);
         let stories = || format!("source {}\ndestination {}", self.story(), next.story());
         assert!(out.status.success(), "{}\n{}", stderr(&out), stories());
         let report: Value = serde_json::from_slice(&out.stdout).unwrap();

@@ -61,7 +61,7 @@ fn a_guest_that_moves_is_seen_from_both_sides() {
             let comma = if label.is_empty() { "" } else { "," };
             value(&metrics, &format!("{name}{{direction=\"{direction}\"{comma}{label}}}"))
         };
-        let ways = ["fault", "prepaging", "drain", "zero"];
+        let ways = ["fault", "recency", "prepaging", "drain", "zero"];
         let pages: f64 = ways.iter().map(|way| of("pcvm_pages_total", &format!("by=\"{way}\""))).sum();
         assert_eq!((pages, of("pcvm_outstanding_pages", "")), (2048.0, 0.0), "{metrics:#?}");
         assert_eq!((of("pcvm_ram_total", ""), of("pcvm_ram_remaining", "")), (f64::from(8 << 20), 0.0));

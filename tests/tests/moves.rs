@@ -17,18 +17,28 @@ fn rounds(console: &str) -> Vec<u64> {
     rounds
 }
 
-fn moves_over(transport: &str) {
-    let scratch = Scratch::new(&format!("moves-{transport}"));
+fn moves_over(transport: &str, mode: &str) {
+    let scratch = Scratch::new(&format!("moves-{transport}-{mode}"));
     let port = free_port();
     let source = Pcvm::run_tiny(&scratch, "a");
     let destination = Pcvm::receive(&scratch, "b", port, &[]);
-    let report = source.migrate(&format!("127.0.0.1:{port}"), &["--transport", transport]);
-    assert_eq!(report["transport"], transport);
+    let report = source.migrate(&format!("127.0.0.1:{port}"), &["--transport", transport, "--mode", mode]);
+    assert_eq!((&report["transport"], &report["mode"]), (&transport.into(), &mode.into()));
     assert_eq!(number(&report, "/pager/total_pages"), 2048);
     assert_eq!(number(&report, "/pager/outstanding_pages"), 0);
     let pages = |kind: &str| number(&report, &format!("/pager/pages/{kind}"));
-    let kinds = ["fault_pages", "prepage_pages", "drain_pages", "zero_pages"];
+    let kinds = ["fault_pages", "recent_pages", "prepage_pages", "drain_pages", "zero_pages", "kept_pages"];
     assert_eq!(kinds.map(pages).iter().sum::<u64>(), 2048, "{report}");
+    let (kept, read_before) = (pages("kept_pages"), number(&report, "/pager/precopy_pages"));
+    if mode == "hybrid" {
+        // The guest goes round a part of its memory and writes it; what it booted from stays as it was.
+        let after = number(&report, "/pager/fault_bytes") + number(&report, "/pager/bulk_bytes");
+        assert!(0 < kept && kept <= read_before && after > 0, "{report}");
+        assert!(number(&report, "/precopy_us") <= number(&report, "/setup_us"), "{report}");
+        assert_eq!(number(&report, "/pager/precopy_bytes") / 4096, read_before, "{report}");
+    } else {
+        assert_eq!((kept, read_before, number(&report, "/precopy_us")), (0, 0, 0), "{report}");
+    }
     assert!(number(&report, "/downtime_us") > 0 && number(&report, "/state_bytes") > 1000, "{report}");
     let cores = std::thread::available_parallelism().unwrap().get() as u64;
     let cpu = number(&report, "/source_cpu_us");
@@ -48,12 +58,22 @@ fn moves_over(transport: &str) {
 
 #[test]
 fn over_tcp() {
-    moves_over("tcp");
+    moves_over("tcp", "postcopy");
 }
 
 #[test]
 fn over_shared_memory() {
-    moves_over("shm");
+    moves_over("shm", "postcopy");
+}
+
+#[test]
+fn hybrid_over_tcp() {
+    moves_over("tcp", "hybrid");
+}
+
+#[test]
+fn hybrid_over_shared_memory() {
+    moves_over("shm", "hybrid");
 }
 
 #[test]
@@ -69,7 +89,9 @@ fn back_and_forth_between_two_processes() {
     a.wait_for_console("tiny: round 1 ok");
     for turn in 0..10 {
         let (from, to, port) = if turn % 2 == 0 { (&a, &b, port_b) } else { (&b, &a, port_a) };
-        from.migrate(&format!("127.0.0.1:{port}"), &[]);
+        // A guest's memory is watched anew in each process that it comes to.
+        let mode = if turn % 3 == 0 { "postcopy" } else { "hybrid" };
+        from.migrate(&format!("127.0.0.1:{port}"), &["--mode", mode]);
         to.wait_for_progress();
         from.wait_until("it waits again", |from| from.status()["state"] == "waiting");
     }

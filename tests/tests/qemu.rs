@@ -64,27 +64,43 @@ fn a_stock_guest_with_disk_and_network_moves_by_qemus_own_migration() {
 
 /// Moves the guest to `next` by pcvm, which is asked for memory as soon as the guest runs there, while its
 /// own still comes; gives the report.
-fn move_under_a_balloon(guest: &QemuGuest, next: &QemuGuest, to: SocketAddr, transport: &str) -> Value {
+fn move_under_a_balloon(
+    guest: &QemuGuest,
+    next: &QemuGuest,
+    to: SocketAddr,
+    (transport, mode): (&str, &str),
+) -> Value {
     let (report, inflated) = std::thread::scope(|scope| {
         let inflate = scope.spawn(|| {
             next.wait_until("the guest runs at the destination", || next.status() == "running");
             next.qmp("balloon", json!({ "value": 200 << 20 }))
         });
-        (guest.migrate(next, to, transport), inflate.join())
+        (guest.migrate_by(next, to, transport, mode), inflate.join())
     });
     assert!(inflated.is_ok(), "the guest was not asked for memory; see above");
     next.qmp("balloon", json!({ "value": 256 << 20 }));
     report
 }
 
-/// Moves a guest with a disk, a network and a memory writer from process to process.
-fn moves_by_pcvm(transport: &str) {
+/// Whether a thread of this kernel serves a network: it is named so, as a process of its own or (Linux 6.4) one of
+/// QEMU's threads.
+fn kernel_serves() -> bool {
+    let processes = std::fs::read_dir("/proc").unwrap().flatten();
+    let tasks = processes.filter_map(|process| std::fs::read_dir(process.path().join("task")).ok());
+    let names = tasks.flatten().flatten().map(|task| std::fs::read_to_string(task.path().join("comm")));
+    names.flatten().any(|name| name.starts_with("vhost-"))
+}
+
+/// Moves a guest with a disk, a network, which QEMU or (`vhost`) the kernel serves, and a memory writer from
+/// process to process.
+fn moves_by_pcvm(transport: &str, mode: &str, vhost: bool) {
     let moves: usize = std::env::var("POSTCOPY_MOVES").map_or(10, |moves| moves.parse().unwrap());
     let scratch = Scratch::new("qemu-pcvm");
     let (storage, network) = (Storage::new(&scratch), Network::new(2));
     let image = storage.image("disk.img", DISK_BYTES);
     let load = "pcguest.mb=64 pcguest.pattern=random pcguest.access=write pcguest.pace_us=100";
-    let machine = Machine::new(image.clone(), load);
+    let mut machine = Machine::new(image.clone(), load);
+    machine.vhost = vhost;
     let address = variable("LAB_RDMA_ADDR").parse().unwrap();
     let mut guest = QemuGuest::start(&machine, Place::new(&scratch, "q0", network.tap(0)), &BALLOON);
     guest.wait_for_reports(1);
@@ -94,16 +110,19 @@ fn moves_by_pcvm(transport: &str) {
         let place = Place::new(&scratch, &format!("q{at}"), network.tap(at % 2));
         let args = machine.args(&place, &BALLOON);
         let (next, to) = QemuGuest::receive(place, &args, address);
-        let report = move_under_a_balloon(&guest, &next, to, transport);
+        let report = move_under_a_balloon(&guest, &next, to, (transport, mode));
         println!(
-            "{transport} move {at}: downtime {} µs, resident {} µs, {} network faults, {} pages given back",
+            "{transport} {mode} move {at}: downtime {} µs, resident {} µs, {} network faults, {} pages kept, \
+             {} given back",
             report["downtime_us"],
             report["resident_us"],
             report["pager"]["pages"]["network_faults"],
+            report["pager"]["pages"]["kept_pages"],
             report["pager"]["pages"]["discarded_pages"]
         );
         next.wait_for_reports(1);
         chatter.wait_for(20);
+        assert_eq!(kernel_serves(), vhost, "who serves the network");
         next.verify();
         let (ended_well, said) = guest.wait_for_end();
         assert!(ended_well, "what the guest has left: {said}");
@@ -121,11 +140,30 @@ fn moves_by_pcvm(transport: &str) {
 #[test]
 #[ignore = "needs the lab: scripts/test runs it there"]
 fn a_stock_guest_with_disk_and_network_moves_by_pcvm_over_tcp() {
-    moves_by_pcvm("tcp");
+    moves_by_pcvm("tcp", "postcopy", false);
 }
 
 #[test]
 #[ignore = "needs the lab: scripts/test runs it there"]
 fn a_stock_guest_with_disk_and_network_moves_by_pcvm_over_verbs() {
-    moves_by_pcvm("verbs");
+    moves_by_pcvm("verbs", "postcopy", false);
+}
+
+#[test]
+#[ignore = "needs the lab: scripts/test runs it there"]
+fn a_stock_guest_whose_network_the_kernel_serves_moves_by_pcvm() {
+    moves_by_pcvm("tcp", "postcopy", true);
+}
+
+/// What the kernel writes to the guest's memory is noted too.
+#[test]
+#[ignore = "needs the lab: scripts/test runs it there"]
+fn a_stock_guest_with_disk_and_network_moves_in_hybrid_over_tcp() {
+    moves_by_pcvm("tcp", "hybrid", true);
+}
+
+#[test]
+#[ignore = "needs the lab: scripts/test runs it there"]
+fn a_stock_guest_with_disk_and_network_moves_in_hybrid_over_verbs() {
+    moves_by_pcvm("verbs", "hybrid", false);
 }

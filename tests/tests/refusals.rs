@@ -10,9 +10,9 @@ use std::process::Command;
 use postcopy_e2e::cutter::cut_after;
 use postcopy_e2e::{Pcvm, Scratch, assert_refused, free_port, pcvm, program, run, stderr};
 
-/// Messages before the one that hands the guest over: Offer, Accept, Granted, LanesReady, one
-/// piece of state, StateEnd, StateLoaded.
-const BEFORE_COMMIT: i64 = 7;
+/// Messages before the one that hands the guest over: Offer, Accept, Granted, LanesReady, Recent,
+/// one piece of state, StateEnd, StateLoaded.
+const BEFORE_COMMIT: i64 = 8;
 
 fn receive_args(scratch: &Scratch, listen: &str) -> Vec<String> {
     let control = scratch.file("refused.sock");

@@ -2,7 +2,8 @@
 //!
 //! What needs a Linux guest is ignored unless asked for: it needs POSTCOPY_KERNEL and
 //! POSTCOPY_INITRD (`scripts/test` sets them), and takes POSTCOPY_ACCELERATOR (`tcg` if not set) and
-//! POSTCOPY_TRANSPORTS (`tcp` if not set).
+//! POSTCOPY_TRANSPORTS (`tcp` if not set). To move to another version of QEMU: POSTCOPY_QEMU_THERE, the
+//! destinations' program, and POSTCOPY_MACHINE, a machine type that both have (`q35` if not set).
 #![allow(clippy::unwrap_used)] // helpers of tests, where a panic is the report
 
 use std::io::{BufRead, BufReader, Read};
@@ -13,6 +14,7 @@ use std::time::Duration;
 use postcopy_e2e::cutter::cut_after;
 use postcopy_e2e::qemu::{Place, Plain, QemuGuest};
 use postcopy_e2e::{Scratch, assert_refused, free_port, pcvm, program, run, wait_until};
+use postcopy_engine::proc_pages::SoftDirty;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
 
@@ -22,12 +24,6 @@ const BEFORE_STATE: i64 = 4;
 /// Where nobody listens: nothing gets that far.
 const NOBODY: SocketAddr = SocketAddr::new(LOOPBACK, 9);
 const LOOPBACK: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
-
-fn start(scratch: &Scratch, name: &str, machine: &Plain) -> QemuGuest {
-    let place = Place::apart(scratch, name);
-    let args = machine.args(&place);
-    QemuGuest::start_by_itself(place, &args)
-}
 
 fn wait_there(scratch: &Scratch, name: &str, machine: &Plain, address: IpAddr) -> (QemuGuest, SocketAddr) {
     let place = Place::apart(scratch, name);
@@ -44,7 +40,7 @@ fn moves(name: &str, transport: &str, count: usize) {
     let scratch = Scratch::new(name);
     let machine = Plain::linux("pcguest.mb=64 pcguest.access=write");
     let address = std::env::var("LAB_RDMA_ADDR").map_or(LOOPBACK, |address| address.parse().unwrap());
-    let mut guest = start(&scratch, "q0", &machine);
+    let mut guest = machine.start(&scratch, "q0");
     guest.wait_for_reports(2);
     for at in 1..=count {
         let (next, to) = wait_there(&scratch, &format!("q{at}"), &machine, address);
@@ -73,11 +69,32 @@ fn a_stock_guest_moves_from_qemu_to_qemu_and_on() {
     }
 }
 
+/// What a guest writes is told by soft-dirty bits, which not every kernel has; one that has none says so.
+#[test]
+#[ignore = "needs a Linux kernel: run by scripts/test"]
+fn a_stock_guest_moves_in_hybrid_or_is_told_why_it_cannot() {
+    let scratch = Scratch::new("stock-hybrid");
+    let machine = Plain::linux("pcguest.mb=64 pcguest.access=write pcguest.pace_us=100");
+    let guest = machine.start(&scratch, "q0");
+    guest.wait_for_reports(2);
+    let (next, to) = wait_there(&scratch, "q1", &machine, LOOPBACK);
+    if let Err(error) = SoftDirty::check() {
+        let out = guest.try_migrate_by(to, "tcp", "hybrid");
+        assert_refused(&out, &["CONFIG_MEM_SOFT_DIRTY", "--mode postcopy", "the guest runs on here"]);
+        assert!(runs(&guest), "{error}");
+        return;
+    }
+    let report = guest.migrate_by(&next, to, "tcp", "hybrid");
+    assert!(report["pager"]["pages"]["kept_pages"].as_u64().unwrap() > 0, "{report}");
+    next.wait_for_reports(1);
+    next.verify();
+}
+
 /// Starts a migration whose source stands still as soon as the guest runs at the destination: most
 /// of its memory never comes.
 fn stranded(scratch: &Scratch) -> (QemuGuest, QemuGuest, std::process::Child) {
     let machine = Plain::linux("pcguest.mb=160 pcguest.access=write");
-    let source = start(scratch, "a", &machine);
+    let source = machine.start(scratch, "a");
     source.wait_for_reports(2);
     let (destination, to) = wait_there(scratch, "b", &machine, LOOPBACK);
     let monitor = &source.place().qmp;
@@ -136,7 +153,7 @@ fn child_of(process: u32) -> i32 {
 fn a_connection_cut_before_the_handover_leaves_the_guest_running() {
     let scratch = Scratch::new("stock-cut");
     let machine = Plain::firmware();
-    let source = start(&scratch, "a", &machine);
+    let source = machine.start(&scratch, "a");
     for messages in [0, 1, BEFORE_STATE - 1, BEFORE_STATE] {
         let (destination, to) = wait_there(&scratch, &format!("b{messages}"), &machine, LOOPBACK);
         let cut = SocketAddr::new(LOOPBACK, cut_after(messages, to.port()));
@@ -163,22 +180,13 @@ fn a_guest_whose_memory_cannot_be_reached() {
         ),
     ] {
         let machine = Plain { backend: backend.map(str::to_owned), ..Plain::firmware() };
-        let source = start(&scratch, name, &machine);
+        let source = machine.start(&scratch, name);
         let refused = source.try_migrate(NOBODY, "tcp");
         assert_refused(&refused, &[&["this guest cannot be moved"], &words[..]].concat());
         assert!(runs(&source));
-        let out = receive(&scratch, &machine.args(&Place::apart(&scratch, &format!("{name}-there"))));
+        let out = machine.receive_to_the_end(&scratch, &format!("{name}-there"));
         assert_refused(&out, &[&["this guest cannot be moved"], &words[..]].concat());
     }
-}
-
-/// Runs a receiver to its end.
-fn receive(scratch: &Scratch, qemu: &[String]) -> std::process::Output {
-    let control = scratch.file("refused.sock");
-    let listen = format!("127.0.0.1:{}", free_port());
-    let mut command = Command::new(program("pcvm"));
-    command.args(["receive", "--vmm", "qemu", "--listen", &listen, "--control", control.to_str().unwrap()]);
-    run(command.args(["--", "qemu-system-x86_64"]).args(qemu))
 }
 
 #[test]
@@ -186,7 +194,7 @@ fn a_memfd_serves_as_well_as_a_file_where_qemu_lets_it() {
     let scratch = Scratch::new("stock-memfd");
     let backend = Some("memory-backend-memfd,id=ram0,size=MIBM,share=on".to_owned());
     let machine = Plain { backend, ..Plain::firmware() };
-    let source = start(&scratch, "a", &machine);
+    let source = machine.start(&scratch, "a");
     let version = source.qmp("query-version", json!({}))["qemu"].clone();
     let part = |name: &str| version[name].as_u64().unwrap();
     if (part("major"), part("minor")) >= (8, 1) {
@@ -209,7 +217,7 @@ fn arguments_that_are_pcvms_own() {
     {
         let more = more.split(' ').map(str::to_owned).collect();
         let machine = Plain { more, ..Plain::firmware() };
-        let out = receive(&scratch, &machine.args(&Place::apart(&scratch, "b")));
+        let out = machine.receive_to_the_end(&scratch, "b");
         assert_refused(&out, &["leave", word, "out of QEMU's arguments"]);
     }
     let control = scratch.file("refused.sock");
@@ -229,7 +237,7 @@ fn arguments_that_are_pcvms_own() {
 fn machines_that_do_not_fit() {
     let scratch = Scratch::new("stock-unlike");
     let here = Plain { kind: "pc-q35-7.2".into(), ..Plain::firmware() };
-    let source = start(&scratch, "a", &here);
+    let source = here.start(&scratch, "a");
     type Change = fn(&mut Plain);
     let unlike: [(&str, Change, [&str; 2]); 3] = [
         ("kind", |there| there.kind = "pc-q35-7.1".into(), ["pc-q35-7.2", "pc-q35-7.1"]),
@@ -259,7 +267,7 @@ fn machines_that_do_not_fit() {
 fn a_guest_that_does_not_run_and_a_monitor_that_is_taken() {
     let scratch = Scratch::new("stock-monitor");
     let machine = Plain { more: vec!["-S".into()], ..Plain::firmware() };
-    let source = start(&scratch, "a", &machine);
+    let source = machine.start(&scratch, "a");
     assert_refused(&source.try_migrate(NOBODY, "tcp"), &["does not run", "cont"]);
     // Somebody else is at the monitor.
     let mut other = std::os::unix::net::UnixStream::connect(&source.place().qmp).unwrap();
@@ -270,9 +278,20 @@ fn a_guest_that_does_not_run_and_a_monitor_that_is_taken() {
 }
 
 #[test]
+fn a_guest_whose_qemu_is_another_users() {
+    let scratch = Scratch::new("stock-user");
+    let machine = Plain::firmware();
+    let theirs = Plain { more: ["-runas", "nobody"].map(str::to_owned).into(), ..machine.clone() };
+    let source = theirs.start(&scratch, "a");
+    let (destination, to) = wait_there(&scratch, "b", &machine, LOOPBACK);
+    source.migrate(&destination, to, "tcp");
+    assert!(runs(&destination));
+}
+
+#[test]
 fn a_guest_of_another_vmm_is_refused() {
     let scratch = Scratch::new("stock-other");
-    let source = start(&scratch, "a", &Plain::firmware());
+    let source = Plain::firmware().start(&scratch, "a");
     let port = free_port();
     let ours = postcopy_e2e::Pcvm::receive(&scratch, "b", port, &[]);
     let out = source.try_migrate(SocketAddr::new(LOOPBACK, port), "tcp");

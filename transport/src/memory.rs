@@ -151,6 +151,18 @@ impl HostMemory {
         }
     }
 
+    /// Takes all pages out of this mapping. They stay in the file, and are mapped again when they are
+    /// touched, which /proc/self/pagemap shows.
+    ///
+    /// Errors: what madvise(2) reports.
+    pub fn unmap_pages(&self) -> io::Result<()> {
+        // SAFETY: the whole range is this mapping, which is shared: its content is the file's.
+        match unsafe { libc::madvise(self.base().cast(), self.len(), libc::MADV_DONTNEED) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+
     /// Address of `offset`, if `len` bytes from there lie inside the mapping.
     pub fn at(&self, offset: u64, len: usize) -> Option<*mut u8> {
         let end = offset.checked_add(len as u64)?;

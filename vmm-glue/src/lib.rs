@@ -49,7 +49,7 @@ pub use error::{StateError, VmError};
 pub use exit::{ExitEvent, ExitReason};
 pub use migration::{MovableVm, VmHost};
 pub use state::{MAX_STATE_BYTES, STATE_VERSION};
-pub use vm::{PAUSE_TIMEOUT, PreparedVm, Vm};
+pub use vm::{KvmDirtyLog, PAUSE_TIMEOUT, PreparedVm, Vm};
 
 /// Feeds any bytes to the decoder of saved states: an entry point for fuzzing.
 #[cfg(feature = "fuzz")]

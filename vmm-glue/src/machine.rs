@@ -7,6 +7,7 @@ use std::sync::Arc;
 use kvm_bindings::CpuId;
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use postcopy_engine::memory::{Gpa, GuestMemory};
+use postcopy_engine::page_set::PageSet;
 use postcopy_engine::pager::FaultServer;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -21,7 +22,7 @@ use crate::error::{KvmContext, StateError, SystemContext, VmError};
 use crate::exit::{ExitEvent, ExitReason};
 use crate::fault_address::FaultAddresses;
 use crate::gate::{Gate, Order};
-use crate::memory::register_slots;
+use crate::memory::{log_writes, register_slots, written};
 use crate::platform::{self, PlatformState};
 use crate::self_service::VcpuFaults;
 use crate::state::VmState;
@@ -246,6 +247,16 @@ impl Machine {
         self.exit.set(reason);
         self.gate.order(Order::Park);
         self.kick();
+    }
+
+    /// See [`log_writes`].
+    pub(crate) fn log_writes(&self, logging: bool) -> Result<(), VmError> {
+        log_writes(&self.chassis.vm, &self.memory, logging)
+    }
+
+    /// See [`written`].
+    pub(crate) fn written(&self) -> Result<PageSet, VmError> {
+        written(&self.chassis.vm, &self.memory)
     }
 
     /// Makes all vCPUs look at their orders.

@@ -3,9 +3,10 @@
 //! Both views are of the *guest* mapping and made of raw addresses: no reference into guest
 //! memory exists anywhere in this crate.
 
-use kvm_bindings::kvm_userspace_memory_region;
+use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
 use kvm_ioctls::VmFd;
-use postcopy_engine::memory::{GuestMemory, MemoryRegion};
+use postcopy_engine::memory::{GuestMemory, MemoryRegion, PAGE_SIZE};
+use postcopy_engine::page_set::PageSet;
 use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
 
 use crate::error::{KvmContext, VmError};
@@ -21,10 +22,30 @@ fn host_address(memory: &GuestMemory, region: &MemoryRegion) -> Result<*mut u8, 
 ///
 /// The caller keeps `memory` for as long as `vm` exists.
 pub(crate) fn register_slots(vm: &VmFd, memory: &GuestMemory) -> Result<(), VmError> {
+    set_slots(vm, memory, 0)
+}
+
+/// Has KVM note which pages the guest writes (`logging`), from now on, or not any more. The guest may
+/// run; its slots are registered.
+pub(crate) fn log_writes(vm: &VmFd, memory: &GuestMemory, logging: bool) -> Result<(), VmError> {
+    set_slots(vm, memory, if logging { KVM_MEM_LOG_DIRTY_PAGES } else { 0 })
+}
+
+/// The pages that KVM has noted since the last call, or since [`log_writes`].
+pub(crate) fn written(vm: &VmFd, memory: &GuestMemory) -> Result<PageSet, VmError> {
+    let mut pages = PageSet::new(memory.layout().total_pages(), false);
+    for (slot, region) in (0u32..).zip(memory.layout().regions()) {
+        let log = vm.get_dirty_log(slot, region.len as usize).kvm("KVM_GET_DIRTY_LOG")?;
+        pages.add_log(region.offset / PAGE_SIZE, &log, (region.offset + region.len) / PAGE_SIZE);
+    }
+    Ok(pages)
+}
+
+fn set_slots(vm: &VmFd, memory: &GuestMemory, flags: u32) -> Result<(), VmError> {
     for (slot, region) in (0u32..).zip(memory.layout().regions()) {
         let slot = kvm_userspace_memory_region {
             slot,
-            flags: 0,
+            flags,
             guest_phys_addr: region.gpa.0,
             memory_size: region.len,
             userspace_addr: host_address(memory, region)? as u64,

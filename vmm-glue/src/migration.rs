@@ -6,14 +6,15 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use postcopy_engine::memory::GuestMemory;
+use postcopy_engine::page_set::PageSet;
 use postcopy_engine::pager::FaultServer;
 use postcopy_engine::session::{
-    DestinationGuest, DestinationHost, Frozen, GuestDescription, GuestError, SourceGuest,
+    DestinationGuest, DestinationHost, DirtyLog, Frozen, GuestDescription, GuestError, SourceGuest,
 };
 
 use crate::fault_address::FaultAddresses;
 use crate::machine::Idle;
-use crate::{BootSource, Console, ExitReason, PreparedVm, Vm, VmConfig, VmError};
+use crate::{BootSource, Console, ExitReason, KvmDirtyLog, PreparedVm, Vm, VmConfig, VmError};
 
 /// Kind and version of VMM that a guest's state belongs to. Changes with [`crate::STATE_VERSION`].
 const VMM: &str = "postcopy-vmm/1";
@@ -96,8 +97,31 @@ impl SourceGuest for MovableVm {
         Ok(Frozen { state, since })
     }
 
+    fn runs_on_our_mapping(&self) -> bool {
+        true
+    }
+
+    fn log_dirty(&self) -> Result<Box<dyn DirtyLog>, GuestError> {
+        self.with(|vm| Ok(Box::new(vm.log_dirty()?) as Box<dyn DirtyLog>))
+    }
+
     fn thaw(&self) -> Result<(), GuestError> {
         self.with(Vm::start)
+    }
+}
+
+impl DirtyLog for KvmDirtyLog {
+    fn mark(&mut self) -> Result<(), GuestError> {
+        self.written().map(drop).map_err(Into::into)
+    }
+
+    fn since_mark(&mut self) -> Result<PageSet, GuestError> {
+        Ok(self.written()?)
+    }
+
+    fn dirty(mut self: Box<Self>) -> Result<PageSet, GuestError> {
+        self.written()?;
+        Ok(self.all().clone())
     }
 }
 

@@ -12,6 +12,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use postcopy_engine::memory::{Gpa, GuestMemory};
+use postcopy_engine::page_set::PageSet;
 use postcopy_engine::pager::FaultServer;
 
 use crate::config::{BootSource, VmConfig};
@@ -48,6 +49,37 @@ pub struct Vm {
 impl std::fmt::Debug for Vm {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Vm").field("cpus", &self.threads.len()).finish_non_exhaustive()
+    }
+}
+
+/// KVM's dirty log of a guest; see [`Vm::log_dirty`].
+pub struct KvmDirtyLog {
+    machine: Arc<Machine>,
+    all: PageSet,
+}
+
+impl KvmDirtyLog {
+    /// The pages that the guest has written, or KVM for it, since the log began or since the last
+    /// call. Exact if the guest is paused.
+    ///
+    /// Errors: KVM refuses.
+    pub fn written(&mut self) -> Result<PageSet, VmError> {
+        let written = self.machine.written()?;
+        self.all.add(&written);
+        Ok(written)
+    }
+
+    /// All that it has told since it began.
+    pub fn all(&self) -> &PageSet {
+        &self.all
+    }
+}
+
+impl Drop for KvmDirtyLog {
+    fn drop(&mut self) {
+        if let Err(error) = self.machine.log_writes(false) {
+            tracing::debug!(%error, "KVM goes on noting what the guest writes");
+        }
     }
 }
 
@@ -236,6 +268,15 @@ impl Vm {
     pub(crate) fn memory_arrived(&self) {
         self.machine.vcpus.iter().for_each(|vcpu| vcpu.end_service());
         self.machine.kick();
+    }
+
+    /// Has KVM note which pages the guest writes, until the log is dropped. The guest may run, and a
+    /// log may outlive this. There is one log at a time.
+    ///
+    /// Errors: KVM refuses.
+    pub fn log_dirty(&self) -> Result<KvmDirtyLog, VmError> {
+        self.machine.log_writes(true)?;
+        Ok(KvmDirtyLog { machine: self.machine.clone(), all: PageSet::default() })
     }
 
     /// Pages that are touched first when a restored guest starts: the clock page and others that

@@ -1,7 +1,7 @@
 //! A guest that replays its trace, and the planner that brings its memory over a simulated link.
 
 use postcopy_engine::memory::{PAGE_SIZE, PageIndex};
-use postcopy_engine::planner::{Action, LaneId, Nanos, PageCounts, Planner, PlannerConfig, Run, Why};
+use postcopy_engine::planner::{Action, LaneId, Nanos, News, PageCounts, Planner, PlannerConfig, Run, Why};
 use postcopy_transport::sim::{SimLane, SimLink, SimOptions};
 use postcopy_transport::{Completion, Lane, LocalRegion, Read, RemoteRegion, Token};
 use serde::Serialize;
@@ -87,7 +87,7 @@ impl Machine {
             done: false,
             outcome: Outcome::default(),
         };
-        machine.planner.map_extended(pages, std::iter::empty(), &mut machine.actions);
+        machine.planner.map_extended(News { known: pages, ..News::default() }, &mut machine.actions);
         machine.settle();
         machine
     }
@@ -154,7 +154,9 @@ impl Machine {
                     let first = run.first.0 as usize;
                     self.prepaged[first..run.end() as usize].fill(why == Why::Prepage);
                 }
-                Action::Publish(run) => self.published[run.first.0 as usize..run.end() as usize].fill(true),
+                Action::Publish(run) | Action::PublishKept(run) => {
+                    self.published[run.first.0 as usize..run.end() as usize].fill(true)
+                }
                 Action::PublishZero(page) | Action::Wake(page) => self.published[page.0 as usize] = true,
                 Action::Done => self.done = true,
             }

@@ -2,7 +2,8 @@
 //!
 //! ```text
 //!  Missing ──claim──▶ Claimed ──published──▶ Resident
-//!     └──map: zero──▶ Zero ──claim──▶ Claimed
+//!     ├──map: zero──▶ Zero ──claim──▶ Claimed
+//!     └──map: clean─▶ Kept ──claim──▶ Claimed
 //! ```
 //!
 //! A page's landing place is written by whoever claimed it and by nobody else, so nothing is read
@@ -18,6 +19,7 @@ const MISSING: u8 = 0;
 const CLAIMED: u8 = 1;
 const ZERO: u8 = 2;
 const RESIDENT: u8 = 3;
+const KEPT: u8 = 4;
 
 /// What a claim found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,6 +28,8 @@ pub(super) enum Claim {
     Read,
     /// The page is the caller's, and known to be zero.
     Zero,
+    /// The page is the caller's, and here since the round of pre-copy.
+    Kept,
     /// Somebody else brings it.
     Taken,
     /// It is published.
@@ -62,14 +66,19 @@ impl Claims {
     pub(super) fn claim(&self, page: PageIndex) -> Claim {
         match self.swap(page, MISSING, CLAIMED) {
             Ok(_) => Claim::Read,
-            Err(ZERO) if self.swap(page, ZERO, CLAIMED).is_ok() => {
-                // Counted as here when the map said so; published, it is counted again.
-                self.outstanding.fetch_add(1, Ordering::AcqRel);
-                Claim::Zero
-            }
+            Err(ZERO) if self.claim_here(page, ZERO) => Claim::Zero,
+            Err(KEPT) if self.claim_here(page, KEPT) => Claim::Kept,
             Err(RESIDENT) => Claim::Resident,
             Err(_) => Claim::Taken,
         }
+    }
+
+    /// Claims a page that the map was enough for.
+    fn claim_here(&self, page: PageIndex, from: u8) -> bool {
+        let ours = self.swap(page, from, CLAIMED).is_ok();
+        // Counted as here when the map said so; published, it is counted again.
+        self.outstanding.fetch_add(u64::from(ours), Ordering::AcqRel);
+        ours
     }
 
     /// Claims those pages of `run` that are free to read: the pieces, and the pages that others
@@ -89,9 +98,28 @@ impl Claims {
         pieces.extend(piece);
     }
 
+    /// Claims those pages of `run` that are kept: the pieces.
+    pub(super) fn claim_kept(&self, run: Run, pieces: &mut Vec<Run>) {
+        for page in run.pages().filter(|page| self.claim_here(*page, KEPT)) {
+            match pieces.last_mut() {
+                Some(piece) if piece.end() == page.0 => piece.count += 1,
+                _ => pieces.push(Run::one(page)),
+            }
+        }
+    }
+
     /// The source says that the page is zero.
     pub(super) fn zero(&self, page: PageIndex) {
-        if self.swap(page, MISSING, ZERO).is_ok() {
+        self.here(page, ZERO);
+    }
+
+    /// The source says that the page is what it was in the round of pre-copy.
+    pub(super) fn keep(&self, page: PageIndex) {
+        self.here(page, KEPT);
+    }
+
+    fn here(&self, page: PageIndex, how: u8) {
+        if self.swap(page, MISSING, how).is_ok() {
             self.outstanding.fetch_sub(1, Ordering::AcqRel);
         }
     }
@@ -153,8 +181,12 @@ mod tests {
     }
 
     #[test]
-    fn the_last_page_is_told_and_zero_pages_count_as_here() {
-        let claims = Claims::new(4);
+    fn the_last_page_is_told_and_zero_and_kept_pages_count_as_here() {
+        let claims = Claims::new(6);
+        claims.keep(PageIndex(4));
+        claims.keep(PageIndex(5));
+        assert_eq!(claims.claim(PageIndex(5)), Claim::Kept);
+        assert!(!claims.published(Run::one(PageIndex(5))));
         claims.zero(PageIndex(0));
         claims.zero(PageIndex(1));
         assert_eq!(claims.claim(PageIndex(0)), Claim::Zero);

@@ -1,16 +1,22 @@
 //! Reads the source's page map over the bulk lane, a part at a time: header, then new bits.
 
-use postcopy_transport::{HostMemory, LocalRegion, Read, RemoteRegion, Token};
+use std::time::Duration;
 
-use super::PagerError;
-use crate::memory::PageIndex;
-use crate::pagemap::{BITMAP_OFFSET, decode_known, map_bytes, zeros_in};
+use postcopy_transport::{HostMemory, LocalRegion, Read, RemoteRegion};
 
-/// Bytes of bitmap read at once: covers 524,288 pages, 2 GiB of guest memory.
-const PART: u64 = 64 << 10;
+use super::token::MAP_TOKEN;
+use super::{PagerError, SourceMemory};
+use crate::page_set::PageSet;
+use crate::pagemap::{BITS_OFFSET, PAGES_A_BYTE, Said, decode_known, map_bytes, pages_said};
+use crate::planner::News;
 
-/// Tokens with this bit are the map reader's; the others name runs of pages.
-pub(super) const MAP_TOKEN: u64 = 1 << 63;
+/// Bytes of the map read at once: covers 65,536 pages, 256 MiB of guest memory. A fault may wait behind
+/// it.
+const PART: u64 = 16 << 10;
+/// How long to wait for the source's page map to grow: it tells nobody when it does. Doubled each time
+/// that it has not, up to the most.
+pub(super) const MAP_PATIENCE: Duration = Duration::from_micros(500);
+const MOST_PATIENCE: Duration = Duration::from_millis(4);
 
 enum State {
     /// Nothing is posted; the next read is the header.
@@ -27,6 +33,11 @@ enum State {
 pub(super) struct MapReader {
     pages: u64,
     known: u64,
+    /// The guest stands still: what a map of a running one says does not count.
+    frozen: bool,
+    patience: Duration,
+    /// What the round of pre-copy has left here.
+    held: PageSet,
     state: State,
     landing: HostMemory,
     local: LocalRegion,
@@ -36,16 +47,20 @@ pub(super) struct MapReader {
 }
 
 impl MapReader {
-    pub(super) fn new(
-        pages: u64,
-        landing: HostMemory,
-        local: LocalRegion,
-        remote: RemoteRegion,
-    ) -> Result<Self, PagerError> {
+    /// For the map of a frozen guest, of which `held` is here already, as it was.
+    pub(super) fn of_frozen(pages: u64, source: &SourceMemory, held: PageSet) -> Result<Self, PagerError> {
+        let (landing, local, remote) = (source.map_memory.clone(), source.map_landing, source.map);
         if remote.len() != map_bytes(pages) || landing.len() as u64 != map_bytes(pages) {
             return Err(PagerError::Peer("its page map has the wrong size"));
         }
-        Ok(Self { pages, known: 0, state: State::Idle, landing, local, remote, bytes: 0 })
+        let (known, frozen, patience, state) = (0, true, MAP_PATIENCE, State::Idle);
+        Ok(Self { pages, known, frozen, patience, held, state, landing, local, remote, bytes: 0 })
+    }
+
+    /// For the map of a guest that runs.
+    pub(super) fn of_running(pages: u64, source: &SourceMemory) -> Result<Self, PagerError> {
+        let reader = Self::of_frozen(pages, source, PageSet::new(0, false))?;
+        Ok(Self { frozen: false, ..reader })
     }
 
     /// Whether the whole map has been read.
@@ -68,11 +83,15 @@ impl MapReader {
             State::Idle => Err(PagerError::Peer("a map read completed that was not posted")),
             State::Header => self.header(),
             State::Bits { from, to } => {
-                let mut bits = vec![0; (to - from).div_ceil(8) as usize];
-                let inside = self.landing.read(BITMAP_OFFSET + from / 8, &mut bits);
+                let mut bits = vec![0; (to - from).div_ceil(PAGES_A_BYTE) as usize];
+                let inside = self.landing.read(BITS_OFFSET + from / PAGES_A_BYTE, &mut bits);
                 assert!(inside, "the bits were just read there");
-                self.known = to;
-                Ok(Landed::Known { to, zeros: zeros_in(&bits, from, to).collect() })
+                (self.known, self.patience) = (to, MAP_PATIENCE);
+                let said = |said| pages_said(&bits, from, to, said);
+                // A page that is zero now and was not in the round is not zero here: it is read.
+                let zeros = said(Said::Zero).filter(|page| !self.held.has(page.0)).collect();
+                let kept = said(Said::Clean).filter(|page| self.held.has(page.0)).collect();
+                Ok(Landed::Known(News { known: to, zeros, kept }))
             }
         }
     }
@@ -82,22 +101,31 @@ impl MapReader {
         let inside = self.landing.read(0, &mut header);
         assert!(inside, "the header was just read there");
         let known = decode_known(&header, self.pages).ok_or(PagerError::Peer("its page map is malformed"))?;
+        if self.frozen && !known.frozen {
+            return Ok(self.nothing_new());
+        }
         // The next part begins at a whole byte; a known end inside a byte is the end of memory.
-        let to = known.min(self.known + PART * 8);
-        if to <= self.known || (to < self.pages && !to.is_multiple_of(8)) {
-            return Ok(Landed::NothingNew);
+        let to = known.pages.min(self.known + PART * PAGES_A_BYTE);
+        if to <= self.known || (to < self.pages && !to.is_multiple_of(PAGES_A_BYTE)) {
+            return Ok(self.nothing_new());
         }
         let from = self.known;
         self.state = State::Bits { from, to };
-        let len = (to - from).div_ceil(8) as u32;
-        Ok(Landed::Read(self.read(BITMAP_OFFSET + from / 8, len)))
+        let len = (to - from).div_ceil(PAGES_A_BYTE) as u32;
+        Ok(Landed::Read(self.read(BITS_OFFSET + from / PAGES_A_BYTE, len)))
+    }
+
+    fn nothing_new(&mut self) -> Landed {
+        let patience = self.patience;
+        self.patience = (patience * 2).min(MOST_PATIENCE);
+        Landed::NothingNew(patience)
     }
 
     fn read(&mut self, offset: u64, len: u32) -> Read {
         self.bytes += u64::from(len);
         let local = self.local.slice(offset, len).expect("map_bytes made room for header and bits");
         let remote = self.remote.slice(offset, len).expect("new() checked the peer's length");
-        Read::new(Token(MAP_TOKEN), local, remote).expect("both slices have the same length")
+        Read::new(MAP_TOKEN, local, remote).expect("both slices have the same length")
     }
 }
 
@@ -105,8 +133,8 @@ impl MapReader {
 pub(super) enum Landed {
     /// Read this next.
     Read(Read),
-    /// The map covers pages below `to` now, of which `zeros` are new and zero.
-    Known { to: u64, zeros: Vec<PageIndex> },
-    /// The source has not got further.
-    NothingNew,
+    /// The map covers more now.
+    Known(News),
+    /// The source has not got further; ask again after so long.
+    NothingNew(Duration),
 }

@@ -8,10 +8,12 @@ mod claims;
 mod huge_pages;
 mod map_reader;
 mod rest;
+mod round;
 mod server;
 mod shard;
 mod sigbus;
 mod timing;
+mod token;
 mod trap;
 
 use std::sync::Arc;
@@ -21,7 +23,9 @@ use std::time::Duration;
 
 pub(crate) use huge_pages::is_huge;
 pub use huge_pages::{Collapsed, HugePages};
-use postcopy_transport::{AnyLane, HostMemory, LaneError, LocalRegion, ReadError, RemoteRegion};
+use postcopy_transport::{AnyLane, HostMemory, LaneError, LocalRegion, Read, ReadError, RemoteRegion, Token};
+pub(crate) use round::read_once;
+pub use round::{Round, RoundWatch};
 use rustix::event::{EventfdFlags, eventfd};
 pub use server::{FaultFailed, FaultServer};
 pub use sigbus::SelfService;
@@ -29,9 +33,9 @@ use tokio::sync::watch;
 pub use trap::{Trap, TrapEvent};
 
 use self::claims::Claims;
-use self::server::Shared;
-use crate::memory::{GuestMemory, PageIndex};
-use crate::planner::PlannerConfig;
+use self::server::{Note, Shared};
+use crate::memory::{GuestMemory, PAGE_SIZE, PageIndex};
+use crate::planner::{PlannerConfig, Run};
 use crate::stats::PagerReport;
 
 /// Why the pager stopped. The guest waits wherever it touched a page that is not there.
@@ -84,6 +88,9 @@ pub enum PagerError {
     /// The source's memory is not what it said.
     #[error("the source broke the protocol: {0}")]
     Peer(&'static str),
+    /// Nobody waits for the round of pre-copy any more.
+    #[error("the round of pre-copy was ended early")]
+    RoundEnded,
     /// The kernel reported a fault outside guest memory.
     #[error("a fault at {0:?}, outside guest memory")]
     StrayFault(PageIndex),
@@ -161,6 +168,26 @@ pub struct SourceMemory {
     pub map_memory: HostMemory,
     /// Whether landing memory is populated already (pinned by its registration).
     pub populated: bool,
+    /// What of it is here already.
+    pub round: Round,
+}
+
+impl SourceMemory {
+    fn check(&self, pages: u64) -> Result<(), PagerError> {
+        let fits = self.memory.len() == pages * PAGE_SIZE && self.landing.slice(0, 1).is_some();
+        fits.then_some(()).ok_or(PagerError::Peer("its memory region has the wrong size"))
+    }
+
+    /// The read that brings `run`, or `None` if the source's or this side's memory ends before.
+    fn read_of(&self, token: Token, run: Run) -> Option<Read> {
+        read_between(self.landing, self.memory, token, run)
+    }
+}
+
+fn read_between(landing: LocalRegion, memory: RemoteRegion, token: Token, run: Run) -> Option<Read> {
+    let len = run.count * PAGE_SIZE as u32;
+    let local = landing.slice(run.first.offset(), len)?;
+    Read::new(token, local, memory.slice(run.first.offset(), len)?)
 }
 
 /// A running pager.
@@ -250,6 +277,14 @@ impl Pager {
     /// [for self-service](Trap::register_for_self_service).
     pub fn server(&self, lane: AnyLane) -> FaultServer {
         FaultServer::new(self.shared.clone(), lane, self.spin)
+    }
+
+    /// Has these pages read before others, the first first: the guest touched them just before it was
+    /// stopped. They must be pages of the guest.
+    pub fn prefer(&self, runs: Vec<Run>) {
+        // A pager that has ended reads nothing any more.
+        drop(self.shared.notes.send(Note::Prefer(runs)));
+        self.shared.stop.rouse();
     }
 
     /// Progress, and the end.

@@ -13,8 +13,8 @@ use postcopy_transport::{AnyLane, Completion, Lane, LaneError, LocalRegion, Read
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::claims::{Claim, Claims};
-use super::{PagerError, StopSignal, Trap};
-use crate::memory::{PAGE_SIZE, PageIndex};
+use super::{PagerError, StopSignal, Trap, read_between};
+use crate::memory::PageIndex;
 use crate::planner::Run;
 
 /// How long a page that somebody else brings is waited for by giving way, before sleeping between
@@ -23,7 +23,7 @@ const GIVE_WAY: Duration = Duration::from_micros(100);
 /// The sleep between the looks.
 const NAP: Duration = Duration::from_micros(50);
 
-/// What a serving thread tells the shard.
+/// What other threads tell the shard.
 pub(super) enum Note {
     /// It touched this page, and brings it.
     Serving(PageIndex),
@@ -31,6 +31,8 @@ pub(super) enum Note {
     Served(PageIndex, Stamps),
     /// A thread without a lane of its own touched this page, and waits.
     Wanted(PageIndex),
+    /// The source says that the guest touched these pages last.
+    Prefer(Vec<Run>),
     /// Its lane died, or the kernel refused.
     Failed(PagerError),
 }
@@ -61,9 +63,7 @@ pub(super) struct Shared {
 impl Shared {
     /// The read that brings `run`, or `None` if the source's or this side's memory ends before.
     pub(super) fn read_of(&self, token: Token, run: Run) -> Option<Read> {
-        let len = run.count * PAGE_SIZE as u32;
-        let local = self.landing.slice(run.first.offset(), len)?;
-        Read::new(token, local, self.memory.slice(run.first.offset(), len)?)
+        read_between(self.landing, self.memory, token, run)
     }
 
     /// Has the shard bring a page, and waits until it is there.
@@ -130,7 +130,8 @@ impl FaultServer {
         }
         let served = match shared.claims.claim(page) {
             Claim::Read => self.bring(&shared, page, seen),
-            Claim::Zero => publish_zero(&shared, page),
+            Claim::Zero => publish_here(&shared, page, || shared.trap.publish_zero(page, shared.populated)),
+            Claim::Kept => publish_here(&shared, page, || shared.trap.publish(Run::one(page))),
             Claim::Resident => Ok(()),
             Claim::Taken => {
                 shared.claims.leave();
@@ -190,8 +191,13 @@ impl FaultServer {
     }
 }
 
-fn publish_zero(shared: &Shared, page: PageIndex) -> Result<(), PagerError> {
-    shared.trap.publish_zero(page, shared.populated)?;
+/// Publishes a claimed page that the map was enough for.
+fn publish_here(
+    shared: &Shared,
+    page: PageIndex,
+    publish: impl FnOnce() -> Result<(), PagerError>,
+) -> Result<(), PagerError> {
+    publish()?;
     shared.claims.published(Run::one(page));
     drop(shared.notes.send(Note::Serving(page)));
     Ok(())

@@ -12,16 +12,17 @@ use std::sync::atomic::Ordering;
 use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant};
 
-use postcopy_transport::{AnyLane, Completion, GiveWay, Lane, LaneError, Read, Token, is_crowded};
+use postcopy_transport::{AnyLane, Completion, GiveWay, Lane, LaneError, Read, is_crowded};
 use rustix::fd::AsFd;
 use tokio::sync::watch;
 use userfaultfd::EventBuffer;
 
 use super::claims::Claim;
-use super::map_reader::{Landed, MAP_TOKEN, MapReader};
+use super::map_reader::{Landed, MAP_PATIENCE, MapReader};
 use super::rest::Rest;
 use super::server::{Note, Shared};
 use super::timing::Timing;
+use super::token::{is_map, run_of, token_of};
 use super::trap::TrapEvent;
 use super::{PagerConfig, PagerError, PagerState, PagerStatus, SourceMemory};
 use crate::memory::{PAGE_SIZE, PageIndex};
@@ -32,12 +33,8 @@ use crate::stats::{PagerReport, StageReport};
 const FAULT_BATCH: usize = 64;
 /// How often progress is published.
 const PROGRESS: Duration = Duration::from_millis(100);
-/// How long a sleep lasts while the source's page map grows: it tells nobody when it does.
-const MAP_PATIENCE: Duration = Duration::from_micros(500);
 /// How long a sleep lasts while other threads serve faults: they rouse the shard only if they must.
 const NOTES_PATIENCE: Duration = Duration::from_millis(10);
-/// A token is the first page and, in its upper bits below [`MAP_TOKEN`], the count.
-const COUNT_SHIFT: u32 = 48;
 
 /// Everything that one pager thread owns.
 pub(super) struct Shard {
@@ -59,6 +56,8 @@ pub(super) struct Shard {
     /// The planner's time counts from here.
     start: Instant,
     bytes: [u64; 2],
+    /// Pages and bytes that the round of pre-copy has brought.
+    precopied: [u64; 2],
     self_served: u64,
     total: u64,
     rest: Rest,
@@ -103,21 +102,22 @@ impl Shard {
         lanes: [AnyLane; 2],
         config: PagerConfig,
     ) -> Result<Self, PagerError> {
-        if source.memory.len() != pages * PAGE_SIZE || source.landing.slice(0, 1).is_none() {
-            return Err(PagerError::Peer("its memory region has the wrong size"));
-        }
+        source.check(pages)?;
+        let round = &source.round;
+        let precopied = [round.pages(), round.bytes];
         Ok(Self {
             shared,
             notes,
             elsewhere: HashMap::new(),
             planner: Planner::new(pages, config.planner),
-            map: MapReader::new(pages, source.map_memory, source.map_landing, source.map)?,
+            map: MapReader::of_frozen(pages, &source, source.round.held.clone())?,
             map_due: Instant::now(),
             lanes,
             waiting: [Vec::new(), Vec::new()],
             timing: Timing::default(),
             start: Instant::now(),
             bytes: [0; 2],
+            precopied,
             self_served: 0,
             total: pages,
             rest: Rest::new(config.spin),
@@ -134,11 +134,16 @@ impl Shard {
     }
 
     fn run(&mut self, status: &watch::Sender<PagerStatus>) -> Result<PagerState, PagerError> {
-        // Where the faults are served elsewhere, what is left here is the drain.
-        let _way = (self.shared.trap.is_for_self_service() && is_crowded()).then(GiveWay::begin);
+        // Where the faults are served elsewhere, what is left here is the drain, and what the map says of
+        // pages that are here.
+        let yields = self.shared.trap.is_for_self_service() && is_crowded();
+        let mut way = None;
         let mut reported = Instant::now();
         while !self.shared.stop.asked.load(Ordering::Acquire) {
             let now = Instant::now();
+            if yields && way.is_none() && (self.precopied[0] == 0 || self.map.finished()) {
+                way = Some(GiveWay::begin());
+            }
             let mut busy = self.take_faults(now)?;
             busy |= self.take_notes()?;
             busy |= self.poll_urgent()?;
@@ -224,6 +229,8 @@ impl Shard {
                         assert!(known, "a page that is brought elsewhere is a flight of its own");
                     }
                 }
+                Note::Prefer(runs) if self.planner.prefer(&runs) => {}
+                Note::Prefer(_) => return Err(PagerError::Peer("it prefers pages that are not there")),
                 Note::Failed(error) => return Err(error),
             }
             self.carry_out()?;
@@ -267,7 +274,7 @@ impl Shard {
     }
 
     fn landed(&mut self, lane: LaneId, completion: &Completion, now: Instant) -> Result<(), PagerError> {
-        if completion.token.0 & MAP_TOKEN != 0 {
+        if is_map(completion.token) {
             completion.result.map_err(|source| PagerError::Read { page: PageIndex(0), source })?;
             return self.map_landed();
         }
@@ -284,33 +291,35 @@ impl Shard {
 
     fn map_landed(&mut self) -> Result<(), PagerError> {
         match self.map.landed()? {
-            Landed::Read(read) => self.waiting[LaneId::Bulk as usize].push(read),
-            Landed::Known { to, zeros } => {
-                zeros.iter().for_each(|page| self.shared.claims.zero(*page));
-                self.planner.map_extended(to, zeros.into_iter(), &mut self.actions)
+            Landed::Read(read) => self.waiting[LaneId::Urgent as usize].push(read),
+            Landed::Known(news) => {
+                news.zeros.iter().for_each(|page| self.shared.claims.zero(*page));
+                news.kept.iter().for_each(|page| self.shared.claims.keep(*page));
+                self.planner.map_extended(news, &mut self.actions)
             }
-            Landed::NothingNew => self.map_due = Instant::now() + MAP_PATIENCE,
+            Landed::NothingNew(patience) => self.map_due = Instant::now() + patience,
         }
         Ok(())
     }
 
-    /// Keeps the bulk lane filled: the page map first, then pages that it says have content.
+    /// Asks for more of the page map, keeps the bulk lane filled with pages that it says have content, and
+    /// where there is nothing else to do shows what is here already.
     fn drain(&mut self, now: Instant) -> Result<bool, PagerError> {
         let bulk = LaneId::Bulk as usize;
         let room = self.lanes[bulk].room().saturating_sub(self.waiting[bulk].len());
         let when = self.nanos(now);
         self.planner.drain(room.saturating_sub(1), when, &mut self.actions);
-        // Ask for more of the map when the drain has used up what is known of it.
-        let nothing_under_way = self.lanes[bulk].in_flight() == 0 && self.arrived.is_empty();
-        if self.actions.is_empty() && nothing_under_way && room > 0 && now >= self.map_due {
+        // Over the urgent lane: it is little, and spares faults the wire.
+        if now >= self.map_due {
             let next = self.map.next();
-            self.waiting[bulk].extend(next);
+            self.waiting[LaneId::Urgent as usize].extend(next);
+        }
+        if self.actions.is_empty() && self.arrived.is_empty() {
+            self.planner.show_kept(&mut self.actions);
         }
         let any = !self.actions.is_empty();
         self.carry_out()?;
-        // What the map takes is too little to give way to.
-        let draining = self.map_due <= now && self.lanes[bulk].in_flight() > 0;
-        self.shared.draining.store(draining, Ordering::Relaxed);
+        self.shared.draining.store(self.lanes[bulk].in_flight() > 0, Ordering::Relaxed);
         Ok(any)
     }
 
@@ -322,6 +331,7 @@ impl Shard {
                 Action::Read(why, run) => self.read(why, run),
                 Action::Publish(run) => self.publish(run)?,
                 Action::PublishZero(page) => self.publish_zero(page)?,
+                Action::PublishKept(run) => self.publish_kept(run)?,
                 Action::Wake(page) => self.shared.trap.show_again(page)?,
                 Action::Done => self.done = true,
             }
@@ -340,8 +350,7 @@ impl Shard {
             self.planner.split(lane, run, self.pieces.iter().copied().chain(taken));
         }
         for piece in self.pieces.drain(..) {
-            let token = Token(u64::from(piece.count) << COUNT_SHIFT | piece.first.0);
-            let read = self.shared.read_of(token, piece).expect("the planner stays inside memory");
+            let read = self.shared.read_of(token_of(piece), piece).expect("the planner stays inside memory");
             self.waiting[lane as usize].push(read);
         }
         self.elsewhere.extend(self.taken.drain(..).map(|page| (page, lane)));
@@ -364,6 +373,16 @@ impl Shard {
         Ok(())
     }
 
+    /// Publishes what the round of pre-copy has left here. What another thread took, it publishes.
+    fn publish_kept(&mut self, run: Run) -> Result<(), PagerError> {
+        self.shared.claims.claim_kept(run, &mut self.pieces);
+        for piece in self.pieces.drain(..) {
+            self.shared.trap.publish(piece)?;
+            self.shared.claims.published(piece);
+        }
+        Ok(())
+    }
+
     fn post(&mut self, lane: usize) -> Result<(), PagerError> {
         if self.waiting[lane].is_empty() {
             return Ok(());
@@ -372,17 +391,18 @@ impl Shard {
         let posted = posted.map_err(|error| self.lane_failed(lane, error))?;
         self.waiting[lane].drain(..posted);
         if lane == LaneId::Urgent as usize && posted > 0 {
-            self.timing.posted(self.waiting[lane].len());
+            let faults = self.waiting[lane].iter().filter(|read| !is_map(read.token())).count();
+            self.timing.posted(faults);
         }
         Ok(())
     }
 
     fn idle(&mut self, now: Instant) -> Result<(), PagerError> {
-        let map_pending = !self.map.finished() && self.lanes[LaneId::Bulk as usize].in_flight() == 0;
-        let limit = match map_pending {
-            true => Some(MAP_PATIENCE),
-            false if self.shared.trap.is_for_self_service() => Some(NOTES_PATIENCE),
-            false => self.unreported.then_some(PROGRESS),
+        let limit = match self.map.finished() {
+            // One that is under way ends a sleep by itself; the next is due some time.
+            false => Some(MAP_PATIENCE),
+            true if self.shared.trap.is_for_self_service() => Some(NOTES_PATIENCE),
+            true => self.unreported.then_some(PROGRESS),
         };
         let others = [self.shared.trap.as_fd(), self.shared.stop.wake.as_fd()];
         let rested = self.rest.idle(now, &mut self.lanes, others, limit);
@@ -397,7 +417,7 @@ impl Shard {
     fn lane_failed(&self, lane: usize, source: LaneError) -> PagerError {
         let name = ["urgent", "bulk"][lane];
         let page = match &source {
-            LaneError::QueuePair { token, .. } if token.0 & MAP_TOKEN == 0 => Some(run_of(*token).first),
+            LaneError::QueuePair { token, .. } if !is_map(*token) => Some(run_of(*token).first),
             _ => None,
         };
         PagerError::Lane { page, lane: name, outstanding: self.planner.outstanding(), source }
@@ -411,14 +431,11 @@ impl Shard {
             fault_bytes: self.bytes[LaneId::Urgent as usize],
             bulk_bytes: self.bytes[LaneId::Bulk as usize],
             map_bytes: self.map.bytes,
+            precopy_pages: self.precopied[0],
+            precopy_bytes: self.precopied[1],
             self_served_faults: self.self_served,
             latencies: self.timing.latencies,
             ..PagerReport::default()
         }
     }
-}
-
-fn run_of(token: Token) -> Run {
-    let first = PageIndex(token.0 & ((1 << COUNT_SHIFT) - 1));
-    Run { first, count: (token.0 >> COUNT_SHIFT) as u32 }
 }

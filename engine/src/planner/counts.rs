@@ -14,7 +14,8 @@ use super::Why;
 pub struct PageCounts {
     /// Faults that went to the wire.
     pub network_faults: u64,
-    /// Faults on a page in flight, or resident by the time they were seen.
+    /// Faults on a page in flight, or resident by the time they were seen, or here since the round of
+    /// pre-copy.
     pub minor_faults: u64,
     /// Faults on a page known to be zero: answered without the wire.
     pub zero_faults: u64,
@@ -22,6 +23,9 @@ pub struct PageCounts {
     pub drain_pages: u64,
     /// Pages brought ahead of a fault by prepaging.
     pub prepage_pages: u64,
+    /// Pages brought because the guest had touched them just before it was stopped.
+    #[serde(default)]
+    pub recent_pages: u64,
     /// Minor faults on a page that was in flight as a prepage.
     #[serde(default)]
     pub prepage_hits: u64,
@@ -29,6 +33,10 @@ pub struct PageCounts {
     pub fault_pages: u64,
     /// Pages that never crossed, being zero.
     pub zero_pages: u64,
+    /// Pages that had crossed before the guest was stopped, in the round of pre-copy, and were not written
+    /// since.
+    #[serde(default)]
+    pub kept_pages: u64,
     /// Pages that never crossed, because the guest gave them back before.
     #[serde(default)]
     pub discarded_pages: u64,
@@ -40,6 +48,7 @@ impl PageCounts {
         match why {
             Why::Fault => &mut self.fault_pages,
             Why::Prepage => &mut self.prepage_pages,
+            Why::Recent => &mut self.recent_pages,
             Why::Drain => &mut self.drain_pages,
         }
     }

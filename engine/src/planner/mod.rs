@@ -11,13 +11,16 @@
 //!     │    \  prepage,      ▲                            ▲
 //!     │     \── drain ──────┘                            │
 //!     │ page map: zero                                   │
-//!     └──────────────────▶ Zero ─────────────────────────┘
-//!                                  fault: publish zeros
+//!     ├──────────────────▶ Zero ─────────────────────────┤
+//!     │ page map: clean            fault: publish zeros  │
+//!     └──────────────────▶ Kept ─────────────────────────┘
+//!                                  fault: publish it
 //! ```
 //!
-//! [`Planner::drain`] fills the bulk lane up to its window (`link.rs`) in the order of the
-//! [`Policy`]: bubbles around faults (`bubble.rs`), streams found in them (`adaptive.rs`), and when
-//! those have nothing, a sweep by address, which alone is the policy `linear`.
+//! [`Planner::drain`] fills the bulk lane up to its window (`link.rs`): first with what the source says
+//! was touched last, where it can tell, then in the order of the [`Policy`]: bubbles around faults
+//! (`bubble.rs`), streams found in them (`adaptive.rs`), and when those have nothing, a sweep by
+//! address, which alone is the policy `linear`.
 //!
 //! Invariants: a page is in flight at most once; a resident page is never read again (the guest
 //! owns it, a late write would corrupt it); a fault is never refused for want of bulk budget; bulk
@@ -31,12 +34,13 @@
 //! A lost lane is not an event yet: the pager stops and the guest waits (fail closed).
 
 mod adaptive;
-mod bits;
 mod bubble;
 mod counts;
 mod link;
 mod pages;
 mod policy;
+
+use std::collections::VecDeque;
 
 use adaptive::Streams;
 use bubble::{Bubbles, Turn};
@@ -48,6 +52,24 @@ pub use policy::{Direction, MAX_PIVOTS, PIVOTS, Policy};
 use serde::{Deserialize, Serialize};
 
 use crate::memory::PageIndex;
+
+/// Kept pages that a fault on one of them publishes with it: its block of 64 KiB, as the kernel itself
+/// maps around a fault (fault_around_bytes).
+const KEPT_AROUND: u64 = 16;
+
+/// Kept pages that are shown at once where nothing else is to be done: a fault may wait behind them.
+const KEPT_AT_ONCE: u64 = 32;
+
+/// What the source's page map says of pages that it did not cover before.
+#[derive(Clone, Debug, Default)]
+pub struct News {
+    /// The map covers pages below this one now. Of the new ones:
+    pub known: u64,
+    /// These are zero.
+    pub zeros: Vec<PageIndex>,
+    /// These are here since the round of pre-copy, and the same.
+    pub kept: Vec<PageIndex>,
+}
 
 /// Which of a shard's two lanes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -65,6 +87,8 @@ pub enum Why {
     Fault,
     /// It lies where the guest is expected to go.
     Prepage,
+    /// The guest touched it just before it was frozen.
+    Recent,
     /// It is next by address.
     Drain,
 }
@@ -85,9 +109,11 @@ pub enum Action {
     Publish(Run),
     /// Publish a page of zeros, and wake who waits for it.
     PublishZero(PageIndex),
+    /// Publish a run that landed in the round of pre-copy, and wake who waits for it.
+    PublishKept(Run),
     /// Wake who waits for a page that is there.
     Wake(PageIndex),
-    /// Every page is here or known to be zero: let go of the memory.
+    /// Every page is here, published or not, or known to be zero: let go of the memory.
     Done,
 }
 
@@ -150,6 +176,10 @@ pub struct Planner {
     known: u64,
     /// No page below this one is missing: where the sweep goes on.
     swept: u64,
+    /// What the guest touched just before it was frozen, as the source says.
+    recent: VecDeque<Run>,
+    /// Kept pages below this one were shown.
+    shown: u64,
     /// Reads under way, oldest first. Bounded by the window and by the faults that can wait.
     flights: Vec<Flight>,
     bulk_in_flight: u32,
@@ -166,6 +196,8 @@ impl Planner {
             order: Order::new(config.policy),
             known: 0,
             swept: 0,
+            recent: VecDeque::new(),
+            shown: 0,
             flights: Vec::new(),
             bulk_in_flight: 0,
             done: false,
@@ -229,6 +261,12 @@ impl Planner {
                 self.pages.publish_zero(page);
                 actions.push(Action::PublishZero(page));
             }
+            PageState::Kept => {
+                self.counts.minor_faults += 1;
+                let run = self.pages.kept_around(page, KEPT_AROUND);
+                self.pages.publish_kept(run);
+                actions.push(Action::PublishKept(run));
+            }
             PageState::Resident => {
                 self.counts.minor_faults += 1;
                 actions.push(Action::Wake(page));
@@ -274,19 +312,39 @@ impl Planner {
         self.flights.extend(parts.map(|run| Flight { run, ..whole }));
     }
 
-    /// The source's page map now covers pages up to `known`; `zeros` are those of the new part
-    /// that are zero.
-    pub fn map_extended(
-        &mut self,
-        known: u64,
-        zeros: impl Iterator<Item = PageIndex>,
-        actions: &mut Vec<Action>,
-    ) {
-        for page in zeros {
+    /// The source's page map covers more pages now.
+    pub fn map_extended(&mut self, news: News, actions: &mut Vec<Action>) {
+        for page in news.zeros {
             self.counts.zero_pages += u64::from(self.pages.set_zero(page));
         }
-        self.known = known.clamp(self.known, self.pages.total());
+        for page in news.kept {
+            self.counts.kept_pages += u64::from(self.pages.set_kept(page));
+        }
+        self.known = news.known.clamp(self.known, self.pages.total());
         self.finish(actions);
+    }
+
+    /// The source says that the guest touched these pages last, the likeliest first. They are read before
+    /// others, whether the map covers them or not.
+    ///
+    /// Returns false, and does nothing, if there are no such pages.
+    #[must_use]
+    pub fn prefer(&mut self, runs: &[Run]) -> bool {
+        let inside = runs.iter().all(|run| run.count > 0 && run.end() <= self.pages.total());
+        if inside {
+            self.recent.extend(runs);
+        }
+        inside
+    }
+
+    /// Shows the guest some more of what is here since the round of pre-copy.
+    pub fn show_kept(&mut self, actions: &mut Vec<Action>) {
+        let run = self.pages.kept_up(self.shown, self.known, KEPT_AT_ONCE);
+        self.shown = run.map_or(self.known, Run::end);
+        if let Some(run) = run {
+            self.pages.publish_kept(run);
+            actions.push(Action::PublishKept(run));
+        }
     }
 
     /// The pages of `first..end` that nobody has read yet.
@@ -316,8 +374,14 @@ impl Planner {
         }
     }
 
-    /// The next run of at most `limit` pages, by the policy, else by the sweep.
+    /// The next run of at most `limit` pages: what was touched last, else by the policy, else by the sweep.
     fn next(&mut self, limit: u32) -> Option<(Why, Run)> {
+        while let Some(run) = self.recent.front() {
+            if let Some(first) = self.pages.missing_up(run.first.0, run.end()) {
+                return Some((Why::Recent, self.pages.run_up(first, limit, run.end())));
+            }
+            self.recent.pop_front();
+        }
         let turn = match &mut self.order {
             Order::Linear => Turn::Sweep,
             Order::Bubbles(bubbles) => bubbles.next(&self.pages, limit, self.known),

@@ -1,7 +1,7 @@
-//! What the destination knows of every page: three bitmaps, 3 bits a page.
+//! What the destination knows of every page: four bitmaps, 4 bits a page.
 
-use super::bits::Bits;
 use crate::memory::PageIndex;
+use crate::page_set::PageSet;
 
 /// A run of consecutive pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,6 +43,8 @@ pub enum PageState {
     InFlight,
     /// Known to be zero; not published, since nobody has touched it.
     Zero,
+    /// Landed in the round of pre-copy, and known to be the same since; not published either.
+    Kept,
     /// Published to the guest, which owns it now: the engine never writes it again.
     Resident,
 }
@@ -52,16 +54,17 @@ pub enum PageState {
 pub struct Pages {
     total: u64,
     outstanding: u64,
-    missing: Bits,
-    flying: Bits,
-    zero: Bits,
+    missing: PageSet,
+    flying: PageSet,
+    zero: PageSet,
+    kept: PageSet,
 }
 
 impl Pages {
     /// All missing.
     pub fn new(total: u64) -> Self {
-        let [missing, flying, zero] = [true, false, false].map(|full| Bits::new(total, full));
-        Self { total, outstanding: total, missing, flying, zero }
+        let [missing, flying, zero, kept] = [true, false, false, false].map(|full| PageSet::new(total, full));
+        Self { total, outstanding: total, missing, flying, zero, kept }
     }
 
     /// Number of pages.
@@ -80,6 +83,7 @@ impl Pages {
             (&self.missing, PageState::Missing),
             (&self.flying, PageState::InFlight),
             (&self.zero, PageState::Zero),
+            (&self.kept, PageState::Kept),
         ];
         let state = states.iter().find(|(set, _)| set.has(page.0)).map(|(_, state)| *state);
         (page.0 < self.total).then(|| state.unwrap_or(PageState::Resident))
@@ -101,12 +105,42 @@ impl Pages {
 
     /// A page turned out to be zero. Returns whether it was missing, and counts as zero now.
     pub fn set_zero(&mut self, page: PageIndex) -> bool {
-        let missing = self.missing.has(page.0);
+        Self::turn_out(&mut self.missing, &mut self.zero, &mut self.outstanding, page)
+    }
+
+    /// A page turned out to be here already. Returns whether it was missing, and counts as kept now.
+    pub fn set_kept(&mut self, page: PageIndex) -> bool {
+        Self::turn_out(&mut self.missing, &mut self.kept, &mut self.outstanding, page)
+    }
+
+    fn turn_out(from: &mut PageSet, to: &mut PageSet, outstanding: &mut u64, page: PageIndex) -> bool {
+        let missing = from.has(page.0);
         if missing {
-            self.missing.shift(&mut self.zero, page.0);
-            self.outstanding -= 1;
+            from.shift(to, page.0);
+            *outstanding -= 1;
         }
         missing
+    }
+
+    /// The kept pages around a kept one, within its block of `pages` pages.
+    pub fn kept_around(&self, page: PageIndex, pages: u64) -> Run {
+        let (first, end) = (page.0 / pages * pages, (page.0 / pages + 1) * pages);
+        let first = self.kept.last(first, page.0, false).map_or(first, |other| other + 1);
+        let end = self.kept.first(page.0, end, false).unwrap_or(end);
+        Run { first: PageIndex(first), count: (end - first) as u32 }
+    }
+
+    /// The first run of kept pages of `from..end`, at most `limit` pages.
+    pub fn kept_up(&self, from: u64, end: u64, limit: u64) -> Option<Run> {
+        let first = self.kept.first(from, end.min(self.total), true)?;
+        let end = end.min(self.total).min(first + limit);
+        let end = self.kept.first(first, end, false).unwrap_or(end);
+        Some(Run { first: PageIndex(first), count: (end - first) as u32 })
+    }
+
+    /// Kept pages are published.
+    pub fn publish_kept(&mut self, run: Run) {
+        self.kept.put(run.first.0, run.end(), false);
     }
 
     /// A zero page is published.

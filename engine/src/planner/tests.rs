@@ -20,7 +20,7 @@ fn run(first: u64, count: u32) -> Run {
 fn planner(total: u64, policy: &str) -> Planner {
     let policy = policy.parse().unwrap();
     let mut planner = Planner::new(total, PlannerConfig { policy, ..PlannerConfig::default() });
-    planner.map_extended(total, std::iter::empty(), &mut vec![]);
+    planner.map_extended(News { known: total, ..News::default() }, &mut vec![]);
     planner
 }
 
@@ -88,7 +88,7 @@ fn the_drain_goes_only_where_the_map_is_known_and_skips_zero_pages() {
     let mut actions = vec![];
     planner.drain(8, NOW, &mut actions);
     assert_eq!(actions, [], "nothing is known yet");
-    planner.map_extended(10, [page(0), page(5)].into_iter(), &mut actions);
+    planner.map_extended(News { known: 10, zeros: vec![page(0), page(5)], ..News::default() }, &mut actions);
     planner.drain(8, NOW, &mut actions);
     assert_eq!(actions, [Action::Read(Why::Drain, run(1, 4)), Action::Read(Why::Drain, run(6, 4))]);
 }
@@ -97,10 +97,49 @@ fn the_drain_goes_only_where_the_map_is_known_and_skips_zero_pages() {
 fn a_fault_on_a_zero_page_never_crosses() {
     let mut planner = Planner::new(2, PlannerConfig::default());
     let mut actions = vec![];
-    planner.map_extended(2, [page(1)].into_iter(), &mut actions);
+    planner.map_extended(News { known: 2, zeros: vec![page(1)], ..News::default() }, &mut actions);
     assert!(planner.fault(page(1), NOW, &mut actions));
     assert_eq!(actions, [Action::PublishZero(page(1))]);
     assert_eq!(planner.counts().zero_pages, 1);
+}
+
+#[test]
+fn a_fault_on_a_kept_page_never_crosses_and_shows_what_is_kept_around_it() {
+    let mut planner = Planner::new(64, PlannerConfig::default());
+    let mut actions = vec![];
+    let kept = (0..40).filter(|at| *at != 21).map(page).collect();
+    let news = News { known: 64, zeros: vec![page(50)], kept };
+    planner.map_extended(news, &mut actions);
+    assert_eq!((planner.outstanding(), planner.counts().kept_pages), (24, 39));
+    for (at, shown) in [(25, run(22, 10)), (17, run(16, 5)), (39, run(32, 8))] {
+        actions.clear();
+        assert!(planner.fault(page(at), NOW, &mut actions));
+        assert_eq!(actions, [Action::PublishKept(shown)]);
+    }
+    assert_eq!((planner.counts().minor_faults, planner.counts().network_faults), (3, 0));
+    actions.clear();
+    planner.drain(1, NOW, &mut actions);
+    assert_eq!(actions, [Action::Read(Why::Drain, run(21, 1))], "what was written meanwhile is read");
+}
+
+#[test]
+fn what_was_touched_last_comes_first_and_what_is_kept_is_shown_in_idle_turns() {
+    let mut planner = planner(64, "linear");
+    let mut actions = vec![];
+    let kept = [10, 11, 40].map(page).into();
+    planner.map_extended(News { known: 30, kept, ..News::default() }, &mut actions);
+    assert!(!planner.prefer(&[run(3, 1), run(63, 2)]), "there is no page 64");
+    assert!(planner.prefer(&[run(50, 1), run(20, 3)]));
+    assert!(planner.fault(page(21), NOW, &mut actions));
+    actions.clear();
+    planner.drain(4, NOW, &mut actions);
+    let first = [run(50, 1), run(20, 1), run(22, 1)].map(|run| Action::Read(Why::Recent, run));
+    assert_eq!(actions, [&first[..], &[Action::Read(Why::Drain, run(0, 4))]].concat());
+    for shown in [Some(run(10, 2)), Some(run(40, 1)), None] {
+        actions.clear();
+        planner.show_kept(&mut actions);
+        assert_eq!(actions, Vec::from_iter(shown.map(Action::PublishKept)));
+    }
 }
 
 #[test]
@@ -177,7 +216,9 @@ fn the_window_is_the_rate_times_the_round_trip_and_the_time_that_a_fault_may_wai
 enum Step {
     Fault(u64),
     Land(usize),
-    Extend(u64, u64),
+    Extend(u64, u64, u64),
+    Show,
+    Prefer(u64, u32),
     Drain(usize),
 }
 
@@ -185,7 +226,9 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
     let step = prop_oneof![
         4 => (0u64..200).prop_map(Step::Fault),
         8 => any::<usize>().prop_map(Step::Land),
-        2 => (1u64..60, any::<u64>()).prop_map(|(by, zeros)| Step::Extend(by, zeros)),
+        1 => Just(Step::Show),
+        1 => (0u64..200, 0u32..20).prop_map(|(first, count)| Step::Prefer(first, count)),
+        2 => (1u64..60, any::<u64>(), any::<u64>()).prop_map(|(by, zeros, kept)| Step::Extend(by, zeros, kept)),
         4 => (1usize..9).prop_map(Step::Drain),
     ];
     proptest::collection::vec(step, 1..400)
@@ -207,7 +250,8 @@ impl Model {
     fn follow(&mut self, actions: &mut Vec<Action>) {
         for action in actions.drain(..) {
             assert!(
-                !self.done || matches!(action, Action::Wake(_) | Action::PublishZero(_)),
+                !self.done
+                    || matches!(action, Action::Wake(_) | Action::PublishZero(_) | Action::PublishKept(_)),
                 "{action:?} after Done"
             );
             match action {
@@ -226,6 +270,12 @@ impl Model {
                 Action::PublishZero(at) => {
                     let before = self.pages.insert(at.0, PageState::Resident);
                     assert_eq!(before, Some(PageState::Zero), "only once, and only a zero page");
+                }
+                Action::PublishKept(run) => {
+                    for at in run.pages() {
+                        let before = self.pages.insert(at.0, PageState::Resident);
+                        assert_eq!(before, Some(PageState::Kept), "only once, and only a kept page");
+                    }
                 }
                 Action::Wake(at) => assert_eq!(self.pages.get(&at.0), Some(&PageState::Resident)),
                 Action::Done => self.done = true,
@@ -260,23 +310,32 @@ fn take(step: Step, planner: &mut Planner, model: &mut Model, now: Nanos) -> Res
             let (lane, run) = model.flying.swap_remove(which % model.flying.len());
             prop_assert!(planner.landed(lane, run, now, &mut actions));
         }
-        Step::Extend(by, zeros) => {
+        Step::Extend(by, zeros, kept) => {
             let from = planner.known();
             let known = (from + by).min(total);
-            let zeros: Vec<_> = (from..known).filter(|at| zeros >> (at % 64) & 1 == 1).map(page).collect();
-            for zero in &zeros {
-                let state = model.pages.entry(zero.0).or_insert(PageState::Missing);
-                if *state == PageState::Missing {
-                    *state = PageState::Zero;
+            let of = |mask: u64| (from..known).filter(move |at| mask >> (at % 64) & 1 == 1).map(page);
+            let (zeros, kept): (Vec<_>, Vec<_>) = (of(zeros).collect(), of(kept & !zeros).collect());
+            for (said, pages) in [(PageState::Zero, &zeros), (PageState::Kept, &kept)] {
+                for page in pages {
+                    let state = model.pages.entry(page.0).or_insert(PageState::Missing);
+                    if *state == PageState::Missing {
+                        *state = said;
+                    }
                 }
             }
-            planner.map_extended(known, zeros.into_iter(), &mut actions);
+            planner.map_extended(News { known, zeros, kept }, &mut actions);
+        }
+        Step::Show => planner.show_kept(&mut actions),
+        Step::Prefer(first, count) => {
+            let inside = planner.prefer(&[Run { first: page(first), count }]);
+            prop_assert_eq!(inside, count > 0 && first + u64::from(count) <= total);
         }
         Step::Drain(reads) => {
             planner.drain(reads, now, &mut actions);
             for action in &actions {
                 let Action::Read(why, run) = action else { continue };
-                prop_assert!(*why != Why::Fault && run.end() <= planner.known(), "{:?}", run);
+                let known = *why == Why::Recent || run.end() <= planner.known();
+                prop_assert!(*why != Why::Fault && known && run.end() <= total, "{:?}", run);
             }
             prop_assert!(actions.is_empty() || planner.bulk_in_flight <= planner.window());
         }
@@ -305,7 +364,7 @@ proptest! {
             take(step, &mut planner, &mut model, Nanos(now))?;
         }
         // Whatever happened before, the drain now ends, with every page here exactly once.
-        take(Step::Extend(total, 0), &mut planner, &mut model, Nanos(now))?;
+        take(Step::Extend(total, 0, 0), &mut planner, &mut model, Nanos(now))?;
         for _ in 0..2 * total + 1 {
             now += pace;
             take(Step::Drain(8), &mut planner, &mut model, Nanos(now))?;
@@ -314,7 +373,8 @@ proptest! {
         prop_assert!(model.done);
         prop_assert_eq!(planner.outstanding(), 0);
         for at in 0..total {
-            prop_assert!(matches!(model.pages.get(&at), Some(PageState::Resident | PageState::Zero)), "page {}", at);
+            let here = [PageState::Resident, PageState::Zero, PageState::Kept];
+            prop_assert!(model.pages.get(&at).is_some_and(|state| here.contains(state)), "page {}", at);
         }
     }
 }

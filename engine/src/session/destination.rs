@@ -4,23 +4,25 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use postcopy_transport::{EndpointOptions, LaneRequest, RemoteRegion, Transport};
+use postcopy_transport::{EndpointOptions, LaneRequest, Transport};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 
 use super::channel::{Channel, unexpected};
-use super::message::{GuestDescription, MAX_STATE, Message};
+use super::message::{GuestDescription, Message, Mode};
 use super::preamble::{self, Preamble, Purpose, SessionId};
 use super::report::ArrivalReport;
+use super::round::{Connected, pre_copy};
 use super::source::micros;
+use super::unpack::{granted, offered, receive_state, recent};
 use super::{GuestError, STEP_PATIENCE, SessionError, WORK_PATIENCE, blocking};
 use crate::export::{LANES, MAX_LANES};
 use crate::import::{Import, Lanes};
 use crate::memory::GuestMemory;
-use crate::pager::{FaultServer, Pager, PagerConfig, PagerState, PagerStatus, Trap};
+use crate::pager::{FaultServer, Pager, PagerConfig, PagerState, PagerStatus, Round, Trap};
 
 /// How often the source hears of progress.
-const PROGRESS: Duration = Duration::from_millis(100);
+pub(super) const PROGRESS: Duration = Duration::from_millis(100);
 
 /// Makes guests for what arrives. Called from a blocking thread.
 pub trait DestinationHost: Send + Sync + 'static {
@@ -178,7 +180,7 @@ impl<H: DestinationHost> Destination<'_, H> {
         &mut self,
         channel: &mut Channel,
     ) -> Result<(Arc<H::Guest>, GuestMemory, Pager), SessionError> {
-        let (description, offered) = offered(channel.receive("Offer", STEP_PATIENCE).await?)?;
+        let (description, offered, mode) = offered(channel.receive("Offer", STEP_PATIENCE).await?)?;
         passed("Offer", self.begun);
         self.check_size(&description)?;
         self.options.pager.huge_pages = self.options.pager.huge_pages.resolved(description.huge_pages);
@@ -186,9 +188,16 @@ impl<H: DestinationHost> Destination<'_, H> {
         let (guest, memory, trap) = self.prepare(description, threads > 0).await?;
         let (transport, import) = self.import(&offered, &memory).await?;
         passed("Prepared", self.begun);
-        let (pager, servers) = self.connect(channel, transport, import, trap, threads).await?;
+        let mut connected = self.connect(channel, transport, import, threads).await?;
+        if mode == Mode::Hybrid {
+            passed("Connected", self.begun);
+            connected = pre_copy(channel, connected).await?;
+        }
+        let (pager, servers) = self.start(connected, trap).await?;
         channel.send(&Message::LanesReady).await?;
         passed("LanesReady", self.begun);
+        let pages = memory.layout().total_pages();
+        pager.prefer(recent(channel.receive("what its guest touched last", WORK_PATIENCE).await?, pages)?);
         self.load(channel, &guest, servers).await?;
         passed("StateLoaded", self.begun);
         self.resume(channel, &guest).await?;
@@ -248,28 +257,37 @@ impl<H: DestinationHost> Destination<'_, H> {
         Err(SessionError::NoTransport { offered: names.join(", "), reason })
     }
 
-    /// Connects the lanes and starts the pager over them.
+    /// Connects the lanes.
     async fn connect(
         &self,
         channel: &mut Channel,
         transport: Transport,
         import: Import,
-        trap: Trap,
         threads: usize,
-    ) -> Result<(Pager, Vec<FaultServer>), SessionError> {
+    ) -> Result<Connected, SessionError> {
         let (requests, lanes) = import.request(threads)?;
         channel.send(&Message::Accept { transport: transport.name().into(), lanes }).await?;
         let (grants, regions) = granted(channel.receive("Granted", WORK_PATIENCE).await?)?;
         let needed: Vec<usize> = requests.iter().map(LaneRequest::streams).collect();
         let streams = self.accept_lanes(&needed).await?;
-        let pager = self.options.pager;
-        let started = blocking(move || {
-            let Lanes { shard, servers } = import.connect(requests, &grants, streams)?;
-            let pager = import.start(trap, shard, regions, pager)?;
-            let servers = servers.into_iter().map(|lane| pager.server(lane)).collect();
-            Ok((pager, servers))
+        let connected = blocking(move || {
+            let lanes = import.connect(requests, &grants, streams)?;
+            Ok(Connected { import, lanes, regions, round: Round::none() })
         });
-        started.await
+        connected.await
+    }
+
+    /// Starts the pager over connected lanes.
+    async fn start(
+        &self,
+        connected: Connected,
+        trap: Trap,
+    ) -> Result<(Pager, Vec<FaultServer>), SessionError> {
+        let Connected { import, lanes: Lanes { shard, servers }, regions, round } = connected;
+        let config = self.options.pager;
+        let started = blocking(move || import.start(trap, shard, regions, round, config)).await?;
+        let servers = servers.into_iter().map(|lane| started.server(lane)).collect();
+        Ok((started, servers))
     }
 
     /// Accepts the source's lane connections, so many for each lane, in any order; others are not
@@ -327,43 +345,6 @@ impl<H: DestinationHost> Destination<'_, H> {
             tracing::warn!(%error, "the source could not be told that its guest runs here");
         }
         Ok(())
-    }
-}
-
-fn offered(message: Message) -> Result<(GuestDescription, Vec<Transport>), SessionError> {
-    match message {
-        Message::Offer { guest, transports } => {
-            // A newer source may offer what this side does not know.
-            Ok((guest, transports.iter().filter_map(|name| name.parse().ok()).collect()))
-        }
-        other => Err(unexpected(&other, "Offer")),
-    }
-}
-
-type Granted = (Vec<Vec<u8>>, [RemoteRegion; 2]);
-
-fn granted(message: Message) -> Result<Granted, SessionError> {
-    match message {
-        Message::Granted { lanes, regions } => Ok((lanes, regions.map(RemoteRegion::from_bytes))),
-        other => Err(unexpected(&other, "Granted")),
-    }
-}
-
-/// Collects the pieces of device state.
-async fn receive_state(channel: &mut Channel) -> Result<Vec<u8>, SessionError> {
-    let mut state = Vec::new();
-    loop {
-        match channel.receive("the guest's state", WORK_PATIENCE).await? {
-            Message::State(piece) if state.len() + piece.len() <= MAX_STATE => state.extend(piece),
-            Message::State(_) => {
-                return Err(SessionError::Protocol("its device state is longer than 64 MiB"));
-            }
-            Message::StateEnd { length, crc } => {
-                let whole = length == state.len() as u64 && crc == crc32fast::hash(&state);
-                return whole.then_some(state).ok_or(SessionError::Protocol("its device state is damaged"));
-            }
-            other => return Err(unexpected(&other, "State")),
-        }
     }
 }
 

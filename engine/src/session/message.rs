@@ -8,7 +8,7 @@
 //! A frame's length is checked before anything is allocated, its checksum before anything is
 //! decoded. What may be long travels in pieces that fit a frame.
 
-use bytes::{Buf, BufMut, BytesMut};
+use bytes::{Buf, BufMut, Bytes, BytesMut};
 use serde::{Deserialize, Serialize};
 
 use super::SessionError;
@@ -40,11 +40,23 @@ pub struct GuestDescription {
     pub huge_pages: bool,
 }
 
+/// When memory moves.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Mode {
+    /// All of it after the guest was resumed at the destination.
+    #[default]
+    Postcopy,
+    /// Once while the guest still runs at the source; after it was resumed at the destination, what it
+    /// has written meanwhile.
+    Hybrid,
+}
+
 /// Everything that is said on a control connection. S: by the source, D: by the destination.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(super) enum Message {
     /// S: this guest would come, over one of these transports, best first.
-    Offer { guest: GuestDescription, transports: Vec<String> },
+    Offer { guest: GuestDescription, transports: Vec<String>, mode: Mode },
     /// D: it may come, over this one; here are the lane requests.
     Accept { transport: String, lanes: Vec<Vec<u8>> },
     /// S: the lanes are granted, and this is the memory to read.
@@ -52,7 +64,7 @@ pub(super) enum Message {
     /// D: lanes are connected and tested, the pager waits.
     LanesReady,
     /// S: a piece of device state. The guest is frozen.
-    State(Vec<u8>),
+    State(Bytes),
     /// S: that was all of it.
     StateEnd { length: u64, crc: u32 },
     /// D: the state is loaded; the guest could run.
@@ -61,7 +73,7 @@ pub(super) enum Message {
     Commit,
     /// D: it runs.
     Resumed,
-    /// D: how far its memory has come.
+    /// D: how far its memory has come, in the round of pre-copy or after Resumed.
     Progress(PagerReport),
     /// D: all of it is here; the lanes are closed.
     Resident(ArrivalReport),
@@ -69,6 +81,9 @@ pub(super) enum Message {
     Release,
     /// Either, before Commit: no, because. After Commit, D: its memory does not come any more.
     Refuse(String),
+    /// S, before State: the guest touched these pages last, the likeliest first: first page and count of
+    /// each run.
+    Recent(Vec<(u64, u32)>),
 }
 
 impl Message {
@@ -88,6 +103,7 @@ impl Message {
             Self::Resident(_) => "Resident",
             Self::Release => "Release",
             Self::Refuse(_) => "Refuse",
+            Self::Recent(_) => "Recent",
         }
     }
 }
@@ -164,13 +180,13 @@ mod tests {
     fn offer() -> Message {
         let layout = MemoryLayout::pc(4096, 4096).unwrap();
         let guest = GuestDescription { vmm: "v".into(), layout, config: vec![9], huge_pages: true };
-        Message::Offer { guest, transports: vec!["tcp".into()] }
+        Message::Offer { guest, transports: vec!["tcp".into()], mode: Mode::Hybrid }
     }
 
     #[test]
     fn golden_bytes() {
-        let body = [0, 1, b'v', 1, 0, 0x80, 0x20, 0, 1, 9, 1, 1, 3, b't', b'c', b'p'];
-        let mut golden = vec![16, 0, 0, 0];
+        let body = [0, 1, b'v', 1, 0, 0x80, 0x20, 0, 1, 9, 1, 1, 3, b't', b'c', b'p', 1];
+        let mut golden = vec![17, 0, 0, 0];
         golden.extend(crc32fast::hash(&body).to_le_bytes());
         golden.extend(body);
         assert_eq!(framed(&offer()), golden);
@@ -220,12 +236,18 @@ mod tests {
         let regions = vec![MemoryRegion { gpa: Gpa(0), len: 4096, offset: 4096 }];
         let mut body = vec![0, 1, b'v'];
         body.extend(postcard::to_stdvec(&regions).unwrap());
-        body.extend([0, 0, 0]);
+        body.extend([0, 0, 0, 0]);
         let mut buffer = BytesMut::new();
         buffer.put_u32_le(body.len() as u32);
         buffer.put_u32_le(crc32fast::hash(&body));
         buffer.put_slice(&body);
         assert!(decode(&mut buffer).is_err());
+    }
+
+    #[test]
+    fn state_travels_as_its_bytes() {
+        let framed = framed(&Message::State(Bytes::from_static(b"state")));
+        assert_eq!(framed[HEADER..], [4, 5, b's', b't', b'a', b't', b'e']);
     }
 
     proptest! {

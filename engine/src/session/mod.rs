@@ -5,8 +5,9 @@
 //!  Running    ── Offer ─────────────────────────────▶ prepares memory, trap, device
 //!             ◀─ Accept (lane requests) ────────────
 //!  exports    ── Granted (grants, keys) ────────────▶ connects lanes, starts the pager
+//!             ◀─ Progress … ────────────────────────  hybrid: reads all of it once
 //!             ◀─ LanesReady ────────────────────────
-//!  Frozen     ── State … StateEnd ──────────────────▶ loads it                    Prepared
+//!  Frozen     ── Recent, State … StateEnd ──────────────────▶ loads it                    Prepared
 //!             ◀─ StateLoaded ───────────────────────
 //!  HandedOver ── Commit ────────────────────────────▶ resumes the guest           Resumed
 //!             ◀─ Resumed, Progress … ───────────────  faults and drain, one-sided
@@ -20,19 +21,23 @@
 
 mod channel;
 mod destination;
+mod dirty;
 mod message;
 mod preamble;
 mod query_migrate;
 mod report;
+mod round;
 mod source;
+mod unpack;
 
 use std::net::SocketAddr;
 use std::time::Duration;
 
 pub use destination::{Arrived, DestinationGuest, DestinationHost, Drain, ReceiveOptions, receive};
-pub use message::GuestDescription;
+pub use dirty::DirtyLog;
 #[cfg(feature = "fuzz")]
 pub(crate) use message::fuzz_frame;
+pub use message::{GuestDescription, Mode};
 pub use preamble::PROTOCOL_VERSION;
 #[cfg(feature = "fuzz")]
 pub(crate) use preamble::fuzz_preamble;

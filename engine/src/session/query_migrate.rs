@@ -1,8 +1,7 @@
 //! The figures of a migration that mean the same as QEMU's, by the names and in the units of its
 //! `query-migrate`: what reads QEMU's statistics reads these.
 //!
-//! What is not here has no equal: there is no pre-copy, and who waited for how long is known by
-//! fault, not by vCPU. `docs/control.md` has the table.
+//! What is not here has no equal: who waited for how long is known by fault, not by vCPU. `docs/control.md` has the table.
 
 use serde::{Deserialize, Serialize};
 
@@ -48,6 +47,8 @@ pub struct QueryRam {
     pub page_size: u64,
     /// Faults that went to the wire.
     pub postcopy_requests: u64,
+    /// Bytes that crossed before the guest was stopped, in the round of pre-copy.
+    pub precopy_bytes: u64,
     /// Bytes that crossed after the guest was resumed.
     pub postcopy_bytes: u64,
 }
@@ -81,17 +82,19 @@ impl From<&PagerReport> for QueryRam {
         let bytes = |pages: u64| pages.saturating_mul(PAGE_SIZE);
         let sum = |all: &[u64]| all.iter().fold(0, |sum: u64, one| sum.saturating_add(*one));
         let pages = &pager.pages;
-        let normal = sum(&[pages.fault_pages, pages.prepage_pages, pages.drain_pages]);
+        let after = [pages.fault_pages, pages.recent_pages, pages.prepage_pages, pages.drain_pages];
+        let normal = sum(&after).saturating_add(pager.precopy_pages);
         let crossed = sum(&[pager.fault_bytes, pager.bulk_bytes, pager.map_bytes]);
         Self {
             total: bytes(pager.total_pages),
             remaining: bytes(pager.outstanding_pages),
-            transferred: crossed,
+            transferred: crossed.saturating_add(pager.precopy_bytes),
             duplicate: pages.zero_pages,
             normal,
             normal_bytes: bytes(normal),
             page_size: PAGE_SIZE,
             postcopy_requests: pages.network_faults,
+            precopy_bytes: pager.precopy_bytes,
             postcopy_bytes: crossed,
         }
     }
@@ -117,6 +120,7 @@ mod tests {
             r#""normal-bytes":0,"#,
             r#""page-size":4096,"#,
             r#""postcopy-requests":0,"#,
+            r#""precopy-bytes":0,"#,
             r#""postcopy-bytes":0"#,
         ] {
             assert!(text.contains(part), "{part} is not in {text}");

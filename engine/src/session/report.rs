@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::message::Mode;
 use super::query_migrate::QueryMigrate;
 use crate::stats::PagerReport;
 
@@ -21,12 +22,18 @@ pub struct MigrationReport {
     pub version: u32,
     /// The transport that was used.
     pub transport: String,
+    /// When memory moved.
+    #[serde(default)]
+    pub mode: Mode,
     /// Guest memory in bytes.
     pub memory_bytes: u64,
     /// Device state in bytes.
     pub state_bytes: u64,
     /// From the first connection to the freeze, the guest running.
     pub setup_us: u64,
+    /// Of the setup: the round of pre-copy of a hybrid migration.
+    #[serde(default)]
+    pub precopy_us: u64,
     /// From the freeze to the news that the guest runs at the destination. The guest's own
     /// downtime is shorter by the way of that message.
     pub downtime_us: u64,
@@ -60,6 +67,8 @@ pub enum Phase {
     /// Connecting and preparing; the guest runs at the source.
     #[default]
     Setup,
+    /// Its memory is read once; the guest runs at the source. In a hybrid migration.
+    PreCopy,
     /// The guest is stopped, its state on the way.
     Frozen,
     /// The destination was told to resume and has not confirmed: the guest is at neither side for

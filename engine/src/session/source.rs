@@ -4,12 +4,14 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use postcopy_transport::{EndpointOptions, Transport};
 use tokio::net::TcpStream;
 use tokio::sync::watch;
 
 use super::channel::{Channel, unexpected};
-use super::message::{GuestDescription, Message, STATE_PIECE};
+use super::dirty::{DirtyLog, Watched};
+use super::message::{GuestDescription, Message, Mode, STATE_PIECE};
 use super::preamble::{self, Preamble, Purpose, SessionId};
 use super::query_migrate::QueryMigrate;
 use super::report::{ArrivalReport, MigrationReport, Phase, Progress, REPORT_VERSION};
@@ -17,6 +19,7 @@ use super::{GuestError, STEP_PATIENCE, SessionError, WORK_PATIENCE, blocking};
 use crate::export::{Export, LANES, MAX_LANES};
 use crate::memory::GuestMemory;
 use crate::pager::is_huge;
+use crate::stats::PagerReport;
 
 /// A running guest that can be moved away. Called from a blocking thread.
 pub trait SourceGuest: Send + Sync + 'static {
@@ -33,6 +36,20 @@ pub trait SourceGuest: Send + Sync + 'static {
     /// Whether it may give pages back while it runs (a balloon).
     fn may_discard(&self) -> bool {
         false
+    }
+
+    /// Whether the guest touches its memory through [`GuestMemory::guest`] of this process, so that what
+    /// it touches last can be seen there.
+    fn runs_on_our_mapping(&self) -> bool {
+        false
+    }
+
+    /// Begins to note which pages of its memory are written, by its vCPUs and its devices; it runs on.
+    ///
+    /// Errors: that cannot be told of this guest here, so that it can only be moved by
+    /// [`Mode::Postcopy`].
+    fn log_dirty(&self) -> Result<Box<dyn DirtyLog>, GuestError> {
+        Err("nothing tells which pages this guest writes".into())
     }
 
     /// Lets it run on after [`SourceGuest::freeze`], also after one that failed.
@@ -55,6 +72,8 @@ pub struct MigrateOptions {
     pub transports: Vec<Transport>,
     /// RDMA device and addresses. `local` is found from the control connection.
     pub endpoint: EndpointOptions,
+    /// When memory moves.
+    pub mode: Mode,
 }
 
 /// Who has the guest after a migration that failed.
@@ -123,6 +142,8 @@ struct Source<'a> {
     progress: &'a watch::Sender<Progress>,
     begun: Instant,
     frozen: Instant,
+    /// From the beginning of a round of pre-copy to the freeze.
+    watched: Watched,
     report: MigrationReport,
 }
 
@@ -135,8 +156,9 @@ impl<'a> Source<'a> {
     ) -> Self {
         let begun = Instant::now();
         let memory_bytes = guest.memory().layout().total_bytes();
-        let report = MigrationReport { version: REPORT_VERSION, memory_bytes, ..Default::default() };
-        Self { guest, peer, options, progress, begun, frozen: begun, report }
+        let (version, mode) = (REPORT_VERSION, options.mode);
+        let report = MigrationReport { version, mode, memory_bytes, ..Default::default() };
+        Self { guest, peer, options, progress, begun, frozen: begun, watched: Watched::default(), report }
     }
 
     fn enter(&self, phase: Phase) {
@@ -147,6 +169,14 @@ impl<'a> Source<'a> {
             progress.setup_us = self.report.setup_us;
             progress.downtime_us = self.report.downtime_us;
             progress.total_us = elapsed_us;
+        });
+    }
+
+    /// What the destination said of its pager.
+    fn show(&self, pager: PagerReport) {
+        self.progress.send_modify(|progress| {
+            progress.pager = pager;
+            progress.total_us = micros(self.begun.elapsed());
         });
     }
 
@@ -182,7 +212,7 @@ impl<'a> Source<'a> {
         let layout = self.guest.memory().layout().clone();
         let transports = self.transports()?.iter().map(|transport| transport.name().to_owned()).collect();
         let guest = GuestDescription { vmm, layout, config, huge_pages };
-        Ok(Message::Offer { guest, transports })
+        Ok(Message::Offer { guest, transports, mode: self.options.mode })
     }
 
     /// What to offer: what was asked for, if this machine has it, else all that it has.
@@ -219,6 +249,10 @@ impl<'a> Source<'a> {
             lanes.push(export.grant(request)?);
             streams.push(export.awaited() - before);
         }
+        if self.options.mode == Mode::Hybrid {
+            self.watched = Watched::begin(self.guest.clone()).await?;
+            export.describe_running()?;
+        }
         let regions = export.regions().map(|region| region.to_bytes());
         channel.send(&Message::Granted { lanes, regions }).await?;
         for (lane, streams) in streams.into_iter().enumerate() {
@@ -228,10 +262,30 @@ impl<'a> Source<'a> {
                 export.attach(stream)?;
             }
         }
-        match channel.receive("LanesReady", WORK_PATIENCE).await? {
-            Message::LanesReady => Ok(export),
-            other => Err(unexpected(&other, "LanesReady")),
+        self.lanes_ready(channel).await?;
+        Ok(export)
+    }
+
+    /// Waits until the destination can take the guest: where there is a round of pre-copy, until that
+    /// is over.
+    async fn lanes_ready(&mut self, channel: &mut Channel) -> Result<(), SessionError> {
+        let begun = Instant::now();
+        let hybrid = self.options.mode == Mode::Hybrid;
+        if hybrid {
+            self.enter(Phase::PreCopy);
         }
+        loop {
+            match channel.receive("LanesReady", WORK_PATIENCE).await? {
+                Message::LanesReady => break,
+                Message::Progress(pager) if hybrid => self.show(pager),
+                other => return Err(unexpected(&other, "LanesReady")),
+            }
+        }
+        if hybrid {
+            self.report.precopy_us = micros(begun.elapsed());
+        }
+        self.watched = std::mem::take(&mut self.watched).watch(self.guest.clone()).await;
+        Ok(())
     }
 
     /// Connects to the destination and says what for. A control connection is answered.
@@ -266,9 +320,13 @@ impl<'a> Source<'a> {
         if self.guest.may_discard() {
             export.check_pages()?;
         }
-        export.describe_pages()?;
+        let discards = self.guest.may_discard();
+        let watched = std::mem::take(&mut self.watched);
+        let recent = watched.recent().iter().map(|run| (run.first.0, run.count)).collect();
+        export.describe_pages(watched.into_dirty(discards))?;
+        channel.send(&Message::Recent(recent)).await?;
         for piece in state.chunks(STATE_PIECE) {
-            channel.send(&Message::State(piece.to_vec())).await?;
+            channel.send(&Message::State(Bytes::copy_from_slice(piece))).await?;
         }
         channel.send(&Message::StateEnd { length: state.len() as u64, crc: crc32fast::hash(&state) }).await?;
         match channel.receive("StateLoaded", WORK_PATIENCE).await? {
@@ -311,10 +369,7 @@ impl<'a> Source<'a> {
         let before = processor_time();
         loop {
             match channel.receive("progress of the drain", WORK_PATIENCE).await? {
-                Message::Progress(pager) => self.progress.send_modify(|progress| {
-                    progress.pager = pager;
-                    progress.total_us = micros(self.begun.elapsed());
-                }),
+                Message::Progress(pager) => self.show(pager),
                 Message::Resident(arrival) => {
                     self.report.source_cpu_us = micros(processor_time().saturating_sub(before));
                     return Ok(arrival);

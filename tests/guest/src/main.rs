@@ -18,7 +18,7 @@ use postcopy_guest::disk::Disk;
 use postcopy_guest::init;
 use postcopy_guest::network;
 use postcopy_guest::params::Params;
-use postcopy_guest::stats::{Percentiles, Report, round};
+use postcopy_guest::stats::{Pauses, Percentiles, Report, round};
 use postcopy_guest::walker::Walker;
 
 const TICK: Duration = Duration::from_millis(100);
@@ -74,7 +74,7 @@ struct Program {
     commands: Receiver<String>,
     disk: Option<Arc<Disk>>,
     bad_lines: BadLines,
-    longest_gap_ns: u64,
+    pauses: Pauses,
     last_turn_ns: u64,
     last_report: Instant,
     pages_at_report: u64,
@@ -96,7 +96,7 @@ impl Program {
             commands: start_commands(),
             disk,
             bad_lines: BadLines::default(),
-            longest_gap_ns: 0,
+            pauses: Pauses::new(monotonic_ns()),
             last_turn_ns: monotonic_ns(),
             last_report: Instant::now(),
             pages_at_report: 0,
@@ -131,7 +131,7 @@ impl Program {
     /// Notes how long it is since the last turn of the loop.
     fn note_gap(&mut self) {
         let now = monotonic_ns();
-        self.longest_gap_ns = self.longest_gap_ns.max(now.saturating_sub(self.last_turn_ns));
+        self.pauses.note(now.saturating_sub(self.last_turn_ns), now);
         self.last_turn_ns = now;
     }
 
@@ -162,7 +162,7 @@ impl Program {
 
     fn reset(&mut self) {
         self.walker.stalls[0].clear();
-        self.longest_gap_ns = 0;
+        self.pauses = Pauses::new(monotonic_ns());
         say("reset");
     }
 
@@ -190,7 +190,8 @@ impl Program {
             bad: self.walker.bad,
             stall_us: self.walker.stalls[0].percentiles(),
             since_command_us,
-            longest_pause_ms: round(self.longest_gap_ns as f64 / 1e6),
+            longest_pause_ms: self.pauses.longest().first().map_or(0.0, |pause| pause.ms),
+            pauses: self.pauses.longest().to_vec(),
             rate_pages_s: round(rate),
             disk_blocks: self.disk.as_ref().map(|disk| disk.acknowledged()),
         }));

@@ -63,6 +63,49 @@ pub fn round(value: f64) -> f64 {
     (value * 1000.0).round() / 1000.0
 }
 
+/// A time between two turns of the loop.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Pause {
+    /// When it ended, in milliseconds since the start or the last `reset`.
+    pub at_ms: f64,
+    /// How long it was.
+    pub ms: f64,
+}
+
+/// The longest pauses so far.
+#[derive(Clone, Debug)]
+pub struct Pauses {
+    start_ns: u64,
+    /// Descending by length.
+    longest: Vec<Pause>,
+}
+
+impl Pauses {
+    /// How many are kept.
+    const KEPT: usize = 5;
+
+    /// None yet, and their times count from `now_ns`.
+    pub fn new(now_ns: u64) -> Self {
+        Self { start_ns: now_ns, longest: Vec::with_capacity(Self::KEPT + 1) }
+    }
+
+    /// A pause has ended.
+    pub fn note(&mut self, length_ns: u64, now_ns: u64) {
+        let (ms, at_ms) = (length_ns as f64 / 1e6, now_ns.saturating_sub(self.start_ns) as f64 / 1e6);
+        if self.longest.len() == Self::KEPT && self.longest.last().is_some_and(|least| least.ms >= ms) {
+            return;
+        }
+        let place = self.longest.partition_point(|longer| longer.ms >= ms);
+        self.longest.insert(place, Pause { at_ms: round(at_ms), ms: round(ms) });
+        self.longest.truncate(Self::KEPT);
+    }
+
+    /// The longest first.
+    pub fn longest(&self) -> &[Pause] {
+        &self.longest
+    }
+}
+
 /// One line about the walk.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Report {
@@ -85,9 +128,26 @@ pub struct Report {
     pub since_command_us: Option<Percentiles>,
     /// Longest time between two turns of the loop since the start or the last `reset`.
     pub longest_pause_ms: f64,
+    /// The longest ones, the longest first.
+    pub pauses: Vec<Pause>,
     /// Pages verified a second since the last report.
     pub rate_pages_s: f64,
     /// The last block of the journal that the disk has acknowledged; only where there is a disk.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub disk_blocks: Option<u64>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_longest_pauses_are_kept_with_their_times() {
+        let mut pauses = Pauses::new(5_000_000);
+        for (at, ms) in [3, 1, 9, 4, 9, 2, 7, 1].into_iter().enumerate() {
+            pauses.note(ms * 1_000_000, 5_000_000 + at as u64 * 1_000_000);
+        }
+        let kept: Vec<_> = pauses.longest().iter().map(|pause| (pause.at_ms, pause.ms)).collect();
+        assert_eq!(kept, [(2.0, 9.0), (4.0, 9.0), (6.0, 7.0), (3.0, 4.0), (0.0, 3.0)]);
+    }
 }

@@ -1,7 +1,9 @@
 //! A machine of processors and memory only, which differs from test to test.
 
-use super::Place;
-use crate::variable;
+use std::process::{Command, Output};
+
+use super::{Place, QEMU, QemuGuest};
+use crate::{Scratch, free_port, program, run, variable};
 
 /// See the module.
 #[derive(Clone, Debug)]
@@ -25,7 +27,8 @@ impl Plain {
     /// Two vCPUs and 256 MiB in a shared file in memory; only firmware.
     pub fn firmware() -> Self {
         let backend = "memory-backend-file,id=ram0,size=MIBM,mem-path=FILE,share=on".to_owned();
-        let (kind, backend) = ("q35".into(), Some(backend));
+        let kind = std::env::var("POSTCOPY_MACHINE").unwrap_or_else(|_| "q35".to_owned());
+        let backend = Some(backend);
         Self { kind, backend, mib: 256, cpus: 2, kernel: None, more: Vec::new() }
     }
 
@@ -59,5 +62,29 @@ impl Plain {
         }
         let pairs = pairs.into_iter().flat_map(|(name, value)| [name.to_owned(), value]);
         place.args().into_iter().chain(pairs).chain(self.more.iter().cloned()).collect()
+    }
+
+    /// Starts it, by itself.
+    pub fn start(&self, scratch: &Scratch, name: &str) -> QemuGuest {
+        let place = Place::apart(scratch, name);
+        let args = self.args(&place);
+        QemuGuest::start_by_itself(place, &args)
+    }
+
+    /// Runs `pcvm receive` with it to its end: it is to be refused.
+    pub fn receive_to_the_end(&self, scratch: &Scratch, name: &str) -> Output {
+        let control = scratch.file("refused.sock");
+        let listen = format!("127.0.0.1:{}", free_port());
+        let mut command = Command::new(program("pcvm"));
+        command.args([
+            "receive",
+            "--vmm",
+            "qemu",
+            "--listen",
+            &listen,
+            "--control",
+            control.to_str().unwrap(),
+        ]);
+        run(command.args(["--", QEMU]).args(self.args(&Place::apart(scratch, name))))
     }
 }

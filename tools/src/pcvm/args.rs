@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use postcopy_engine::pager::{HugePages, PagerConfig};
 use postcopy_engine::planner::Policy;
+use postcopy_engine::session::Mode;
 use postcopy_tools::device::DeviceArgs;
 use postcopy_tools::drain::BulkWaitArgs;
 use postcopy_tools::size;
@@ -193,6 +194,22 @@ pub(crate) enum Wire {
     Shm,
 }
 
+/// When memory moves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum When {
+    Postcopy,
+    Hybrid,
+}
+
+impl From<When> for Mode {
+    fn from(when: When) -> Self {
+        match when {
+            When::Postcopy => Self::Postcopy,
+            When::Hybrid => Self::Hybrid,
+        }
+    }
+}
+
 impl WireArgs {
     /// The transports asked for; empty for all.
     pub(crate) fn transports(&self) -> Vec<Transport> {
@@ -226,6 +243,10 @@ pub(crate) struct MigrateArgs {
     pub(crate) to: String,
     #[command(flatten)]
     pub(crate) wire: WireArgs,
+    /// When memory moves: all of it after the handover, or once while the guest still runs here, and
+    /// after the handover what it has written meanwhile.
+    #[arg(long, value_enum, default_value_t = When::Postcopy)]
+    pub(crate) mode: When,
     /// Print the report as JSON.
     #[arg(long)]
     pub(crate) json: bool,

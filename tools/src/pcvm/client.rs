@@ -47,6 +47,7 @@ fn migrate_held(args: &MigrateArgs, control: &Path) -> anyhow::Result<MigrationR
         to: args.to.clone(),
         transports: args.wire.transports().iter().map(|transport| transport.name().to_owned()).collect(),
         lanes: args.wire.device.clone(),
+        mode: args.mode.into(),
     };
     let mut meter = Meter::new(args.quiet);
     let answer = ask(control, &request, |progress| meter.show(progress))?;

@@ -2,7 +2,7 @@
 //!
 //! A client sends one request, as one line, and reads lines until one says `done` or `error`.
 
-use postcopy_engine::session::{MigrationReport, Progress};
+use postcopy_engine::session::{MigrationReport, Mode, Progress};
 use postcopy_engine::stats::PagerReport;
 use postcopy_tools::device::DeviceArgs;
 use serde::{Deserialize, Serialize};
@@ -28,6 +28,9 @@ pub(crate) enum Request {
         /// How lanes are made, as the flags of these names say it.
         #[serde(default)]
         lanes: DeviceArgs,
+        /// When memory moves.
+        #[serde(default)]
+        mode: Mode,
     },
     /// Type at the guest's console.
     Type {
@@ -81,10 +84,11 @@ mod tests {
     #[test]
     fn the_documented_lines_are_understood() {
         let line = r#"{"command":"migrate","to":"192.0.2.7:7070","transports":["tcp"]}"#;
-        let Request::Migrate { to, transports, lanes } = serde_json::from_str(line).unwrap() else {
+        let Request::Migrate { to, transports, lanes, mode } = serde_json::from_str(line).unwrap() else {
             panic!("{line}");
         };
         assert_eq!((to.as_str(), transports.len(), lanes), ("192.0.2.7:7070", 1, DeviceArgs::default()));
+        assert_eq!(mode, Mode::Postcopy);
         assert_eq!(serde_json::from_str::<Request>(r#"{"command":"status"}"#).unwrap(), Request::Status);
         assert_eq!(serde_json::to_string(&Answer::Done).unwrap(), r#""done""#);
         assert_eq!(serde_json::to_string(&Answer::Error("no".into())).unwrap(), r#"{"error":"no"}"#);

@@ -8,6 +8,8 @@ use postcopy_engine::session::{DestinationGuest, DestinationHost, SourceGuest};
 use postcopy_vmm::qemu::{QemuCommand, QemuGuest, QemuHost};
 use postcopy_vmm::{ExitReason, MovableVm, VmHost};
 
+use crate::args::{ReceiveArgs, SelfService, Vmm};
+
 /// How a guest has ended.
 pub(crate) struct End {
     /// In words.
@@ -92,8 +94,28 @@ impl Room for QemuRoom {
     }
 }
 
+/// The QEMU to start for a guest, if it is to be one of QEMU's.
+pub(crate) fn qemu_command(args: &ReceiveArgs) -> anyhow::Result<Option<QemuCommand>> {
+    match (args.vmm, args.command.split_first()) {
+        (Vmm::Own, None) => Ok(None),
+        (Vmm::Own, Some(_)) => anyhow::bail!("a command after -- is for --vmm qemu"),
+        (Vmm::Qemu, None) => {
+            anyhow::bail!(
+                "--vmm qemu needs QEMU's command line: -- qemu-system-x86_64 ARGUMENTS, as at the source"
+            )
+        }
+        (Vmm::Qemu, Some(_)) if args.host.self_service == SelfService::On => {
+            anyhow::bail!("the vCPUs of a QEMU cannot serve their own faults; leave --self-service out")
+        }
+        (Vmm::Qemu, Some((program, arguments))) => {
+            let library = handover_library(args.handover_library.as_deref())?;
+            Ok(Some(QemuCommand { program: program.clone(), arguments: arguments.to_vec(), library }))
+        }
+    }
+}
+
 /// The library that QEMU is started with: beside this program, or in ../lib as an installation has it.
-pub(crate) fn handover_library(named: Option<&Path>) -> anyhow::Result<PathBuf> {
+fn handover_library(named: Option<&Path>) -> anyhow::Result<PathBuf> {
     if let Some(named) = named {
         return Ok(named.to_owned());
     }

@@ -20,14 +20,13 @@ use anyhow::Context;
 use postcopy_engine::export::Export;
 use postcopy_engine::pager::{Pager, PagerStatus, Trap};
 use postcopy_engine::session::{self, Arrived, Progress, ReceiveOptions, SessionError};
-use postcopy_vmm::qemu::QemuCommand;
 use postcopy_vmm::{BootSource, Console, DEFAULT_CMDLINE, MovableVm, VmConfig, VmHost};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 
-use crate::args::{HostArgs, ReceiveArgs, RunArgs, SelfService, Vmm, resolve};
+use crate::args::{HostArgs, ReceiveArgs, RunArgs, SelfService, resolve};
 use crate::control::Status;
-use crate::held::{End, HeldGuest, OwnRoom, QemuRoom, Room, handover_library};
+use crate::held::{End, HeldGuest, OwnRoom, QemuRoom, Room, qemu_command};
 use crate::{metrics, server};
 
 /// How often a host looks whether its guest has ended.
@@ -214,10 +213,10 @@ pub(crate) fn run(args: &RunArgs) -> anyhow::Result<()> {
         if let Some(address) = listen {
             drop(bind(address).await?);
         }
-        let control = server::bind(&args.host.control)?;
+        let desk = Desk::open(&args.host).await?;
         let guest = Arc::new(MovableVm::boot(config, &source, console(&args.host.console))?);
         let room = OwnRoom(factory(&args.host)?);
-        hold(control, &args.host, room, Door { open: None, address: listen, options }, Some(guest)).await
+        hold(desk, &args.host, room, Door { open: None, address: listen, options }, Some(guest)).await
     })
 }
 
@@ -237,35 +236,15 @@ pub(crate) fn receive(args: &ReceiveArgs) -> anyhow::Result<()> {
     let command = qemu_command(args)?;
     runtime()?.block_on(async {
         let door = Door { open: Some(bind(address).await?), address: Some(address), options };
-        let control = server::bind(&args.host.control)?;
+        let desk = Desk::open(&args.host).await?;
         match command {
-            Some(command) => hold(control, &args.host, QemuRoom(command), door, None).await,
+            Some(command) => hold(desk, &args.host, QemuRoom(command), door, None).await,
             None => {
                 postcopy_vmm::check_kvm()?;
-                hold(control, &args.host, OwnRoom(factory(&args.host)?), door, None).await
+                hold(desk, &args.host, OwnRoom(factory(&args.host)?), door, None).await
             }
         }
     })
-}
-
-/// The QEMU to start for a guest, if it is to be one of QEMU's.
-fn qemu_command(args: &ReceiveArgs) -> anyhow::Result<Option<QemuCommand>> {
-    match (args.vmm, args.command.split_first()) {
-        (Vmm::Own, None) => Ok(None),
-        (Vmm::Own, Some(_)) => anyhow::bail!("a command after -- is for --vmm qemu"),
-        (Vmm::Qemu, None) => {
-            anyhow::bail!(
-                "--vmm qemu needs QEMU's command line: -- qemu-system-x86_64 ARGUMENTS, as at the source"
-            )
-        }
-        (Vmm::Qemu, Some(_)) if args.host.self_service == SelfService::On => {
-            anyhow::bail!("the vCPUs of a QEMU cannot serve their own faults; leave --self-service out")
-        }
-        (Vmm::Qemu, Some((program, arguments))) => {
-            let library = handover_library(args.handover_library.as_deref())?;
-            Ok(Some(QemuCommand { program: program.clone(), arguments: arguments.to_vec(), library }))
-        }
-    }
 }
 
 fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
@@ -295,6 +274,21 @@ fn factory(args: &HostArgs) -> anyhow::Result<Arc<VmHost>> {
     }))
 }
 
+/// Where a process is spoken to.
+struct Desk {
+    host: Arc<Host>,
+    control: server::ControlSocket,
+}
+
+impl Desk {
+    /// Who finds the control socket finds the metrics too.
+    async fn open(args: &HostArgs) -> anyhow::Result<Self> {
+        let host = Host::new();
+        metrics::serve(args.metrics.as_deref(), &host).await?;
+        Ok(Self { host, control: server::bind(&args.control)? })
+    }
+}
+
 /// Where guests come in.
 struct Door {
     /// Who has a guest does not listen: a second source is refused at once.
@@ -305,14 +299,13 @@ struct Door {
 
 /// Holds guests, one after another.
 async fn hold<R: Room>(
-    control: server::ControlSocket,
+    desk: Desk,
     args: &HostArgs,
     room: R,
     mut door: Door,
     mut guest: Option<Arc<dyn HeldGuest>>,
 ) -> anyhow::Result<()> {
-    let host = Host::new();
-    metrics::serve(args.metrics.as_deref(), &host).await?;
+    let Desk { host, control } = desk;
     let server = tokio::spawn(server::serve(control, host.clone()));
     let room = Arc::new(room);
     let outcome = loop {

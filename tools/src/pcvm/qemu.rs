@@ -16,8 +16,11 @@ use crate::client::Meter;
 
 pub(crate) fn migrate(args: &MigrateArgs, monitor: &Path) -> anyhow::Result<MigrationReport> {
     let peer = resolve(&args.to)?;
-    let options =
-        MigrateOptions { transports: args.wire.transports(), endpoint: args.wire.device.endpoint(None) };
+    let options = MigrateOptions {
+        transports: args.wire.transports(),
+        endpoint: args.wire.device.endpoint(None),
+        mode: args.mode.into(),
+    };
     let guest = Arc::new(QemuGuest::attach(monitor)?);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     runtime.context("starting the control plane")?.block_on(async {
@@ -30,7 +33,7 @@ pub(crate) fn migrate(args: &MigrateArgs, monitor: &Path) -> anyhow::Result<Migr
                 outcome = &mut moving => break outcome,
                 _ = watched.changed() => meter.show(&watched.borrow_and_update()),
                 _ = tokio::signal::ctrl_c() => match progress.borrow().phase {
-                    Phase::Setup => bail!("interrupted before anything was stopped; the guest runs on here"),
+                    Phase::Setup | Phase::PreCopy => bail!("interrupted before anything was stopped; the guest runs on here"),
                     _ => eprintln!("pcvm: the guest is on its way and needs this process; it ends by itself"),
                 },
             }

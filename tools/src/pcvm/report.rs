@@ -3,8 +3,8 @@
 use std::fmt::Write;
 
 use postcopy_engine::memory::PAGE_SIZE;
-use postcopy_engine::session::{MigrationReport, Phase, Progress};
-use postcopy_engine::stats::{PagerReport, Percentiles};
+use postcopy_engine::session::{MigrationReport, Mode, Phase, Progress};
+use postcopy_engine::stats::{PagerReport, Percentiles, StageReport};
 
 fn mebibytes(bytes: u64) -> f64 {
     bytes as f64 / f64::from(1 << 20)
@@ -18,6 +18,9 @@ fn milliseconds(micros: u64) -> f64 {
 pub(crate) fn progress_line(progress: &Progress) -> String {
     match progress.phase {
         Phase::Setup => "setting up; the guest runs at the source".into(),
+        Phase::PreCopy => {
+            format!("the guest runs at the source, its memory is read once; {}", share_line(&progress.pager))
+        }
         Phase::Frozen => "the guest is stopped, its state on the way".into(),
         Phase::InDoubt => "handing over".into(),
         Phase::Draining if progress.pager.total_pages == 0 => "the guest runs at the destination".into(),
@@ -28,10 +31,13 @@ pub(crate) fn progress_line(progress: &Progress) -> String {
 
 /// One line about what has arrived.
 pub(crate) fn pager_line(pager: &PagerReport) -> String {
+    format!("{}, {} network faults", share_line(pager), pager.pages.network_faults)
+}
+
+fn share_line(pager: &PagerReport) -> String {
     let arrived = pager.total_pages - pager.outstanding_pages.min(pager.total_pages);
     let share = 100.0 * arrived as f64 / pager.total_pages.max(1) as f64;
-    let faults = pager.pages.network_faults;
-    format!("{share:5.1} % of {:.0} MiB, {faults} network faults", mebibytes(pager.total_pages * PAGE_SIZE))
+    format!("{share:5.1} % of {:.0} MiB", mebibytes(pager.total_pages * PAGE_SIZE))
 }
 
 /// The report as a table.
@@ -62,9 +68,21 @@ pub(crate) fn table(report: &MigrationReport) -> String {
     row("source's CPU, drain", format!("{:.1} ms", milliseconds(report.source_cpu_us)));
     let line = |count: u64, bytes: u64| format!("{count} pages, {:.1} MiB", mebibytes(bytes));
     row("by fault", line(pages.fault_pages, pager.fault_bytes));
+    row("by recency", line(pages.recent_pages, pages.recent_pages * PAGE_SIZE));
     row("by prepaging", line(pages.prepage_pages, pages.prepage_pages * PAGE_SIZE));
     row("by drain", line(pages.drain_pages, pager.bulk_bytes));
     row("zero, never sent", line(pages.zero_pages, 0));
+    if report.mode == Mode::Hybrid {
+        row(
+            "pre-copy",
+            format!(
+                "{:.1} ms, {}",
+                milliseconds(report.precopy_us),
+                line(pager.precopy_pages, pager.precopy_bytes)
+            ),
+        );
+        row("of it kept", line(pages.kept_pages, pages.kept_pages * PAGE_SIZE));
+    }
     row(
         "faults",
         format!(
@@ -72,8 +90,12 @@ pub(crate) fn table(report: &MigrationReport) -> String {
             pages.network_faults, pages.minor_faults, pages.zero_faults
         ),
     );
+    stages(&mut out, &pager.stages);
+    out
+}
+
+fn stages(out: &mut String, stages: &StageReport) {
     out.push_str("\nstage (µs)        count       p50       p90       p99     p99.9       max\n");
-    let stages = &pager.stages;
     for (name, stage) in
         [("post", stages.post), ("read", stages.read), ("install", stages.install), ("total", stages.total)]
     {
@@ -83,5 +105,4 @@ pub(crate) fn table(report: &MigrationReport) -> String {
             "{name:<14} {count:>8} {p50_us:>9.1} {p90_us:>9.1} {p99_us:>9.1} {p999_us:>9.1} {max_us:>9.1}"
         );
     }
-    out
 }

@@ -94,11 +94,13 @@ async fn carry_out(request: Request, host: &Arc<Host>, writer: &mut OwnedWriteHa
         Request::Type { text } => (type_text(host, &text), None),
         Request::Resolve { guest } => end_doubt(host, guest).await,
         Request::Quit => (Answer::Done, Some(State::Quit)),
-        Request::Migrate { to, transports, lanes } => {
+        Request::Migrate { to, transports, lanes, mode } => {
             let endpoint = lanes.endpoint(None);
             let parsed = transports.iter().map(|name| name.parse()).collect::<Result<Vec<Transport>, _>>();
             match parsed {
-                Ok(transports) => migrate(host, &to, MigrateOptions { transports, endpoint }, writer).await,
+                Ok(transports) => {
+                    migrate(host, &to, MigrateOptions { transports, endpoint, mode }, writer).await
+                }
                 Err(reason) => refuse(reason),
             }
         }

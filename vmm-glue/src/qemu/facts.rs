@@ -4,8 +4,8 @@
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::QemuError;
 use super::qmp::Qmp;
+use super::{QemuError, foreign};
 
 /// Which QEMU it is and what machine it has.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -31,7 +31,7 @@ impl Facts {
         let machine = text(qmp, "/machine", "type")?.trim_end_matches("-machine").to_owned();
         let cpus = qmp.execute("query-cpus-fast", &json!({}))?.as_array().map_or(0, Vec::len) as u32;
         let ram_bytes = ram(qmp, version)?;
-        let balloon = devices(qmp)?;
+        let balloon = foreign::look(qmp)?;
         refuse_what_is_blocked(qmp)?;
         Ok(Self { version, machine, cpus, ram_bytes, balloon })
     }
@@ -128,30 +128,12 @@ fn ram(qmp: &mut Qmp, version: [u32; 3]) -> Result<u64, QemuError> {
     }
 }
 
-/// Looks at its devices, refuses those that bind a guest to its host, and says whether one is a balloon.
-fn devices(qmp: &mut Qmp) -> Result<bool, QemuError> {
-    let mut balloon = false;
-    for path in ["/machine/peripheral", "/machine/peripheral-anon"] {
-        let devices = qmp.execute("qom-list", &json!({"path": path}))?;
-        for device in devices.as_array().into_iter().flatten() {
-            let kind = device["type"].as_str().unwrap_or_default();
-            balloon |= kind.contains("balloon");
-            if kind.starts_with("child<vfio-") {
-                let what = kind.trim_start_matches("child<").trim_end_matches('>');
-                let name = device["name"].as_str().unwrap_or_default();
-                return Err(QemuError::Unfit(format!(
-                    "the device {name} ({what}) is of this host, and writes to memory unseen; unplug it first"
-                )));
-            }
-        }
-    }
-    Ok(balloon)
-}
-
 /// Refuses what QEMU itself would not move, and encrypted memory.
 fn refuse_what_is_blocked(qmp: &mut Qmp) -> Result<(), QemuError> {
     if text(qmp, "/machine", "confidential-guest-support").is_ok_and(|guest| !guest.is_empty()) {
-        return Err(QemuError::Unfit("its memory is encrypted, and cannot be read from outside".into()));
+        return Err(QemuError::Unfit(
+            "its memory is encrypted (confidential-guest-support), and cannot be read from outside".into(),
+        ));
     }
     let migration = qmp.execute("query-migrate", &json!({}))?;
     let reasons = migration["blocked-reasons"].as_array().into_iter().flatten();

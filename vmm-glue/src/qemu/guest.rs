@@ -2,15 +2,18 @@
 
 use std::io::{Read, Write};
 use std::net::Shutdown;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::ExitStatus;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use postcopy_engine::memory::GuestMemory;
-use postcopy_engine::session::{DestinationGuest, Frozen, GuestError, SourceGuest};
+use postcopy_engine::page_set::PageSet;
+use postcopy_engine::proc_pages::SoftDirty;
+use postcopy_engine::session::{DestinationGuest, DirtyLog, Frozen, GuestError, SourceGuest};
 use serde_json::{Value, json};
 
 use super::host::{VMM, layout};
@@ -29,7 +32,7 @@ const NO_LIMIT: u64 = 10 << 30;
 pub struct QemuGuest {
     facts: Facts,
     memory: GuestMemory,
-    qmp: Mutex<Qmp>,
+    qmp: Arc<Mutex<Qmp>>,
     dir: PrivateDir,
     process: Option<Process>,
     /// Whether it may have run in the QEMU that was started for it.
@@ -69,7 +72,7 @@ impl QemuGuest {
         process: Option<Process>,
     ) -> Self {
         let resumed = AtomicBool::new(false);
-        Self { facts, memory, qmp: Mutex::new(qmp), dir, process, resumed }
+        Self { facts, memory, qmp: Arc::new(Mutex::new(qmp)), dir, process, resumed }
     }
 
     /// What QEMU it is.
@@ -95,7 +98,7 @@ impl QemuGuest {
     }
 
     fn qmp(&self) -> MutexGuard<'_, Qmp> {
-        self.qmp.lock().unwrap_or_else(PoisonError::into_inner)
+        locked(&self.qmp)
     }
 
     /// An error of QEMU's, with its last words if it has ended.
@@ -110,19 +113,30 @@ impl QemuGuest {
     fn save(&self) -> Result<Frozen, QemuError> {
         let mut qmp = self.qmp();
         let begun = Instant::now();
-        let path = self.dir.file("saved");
-        let _ = std::fs::remove_file(&path);
-        let listener =
-            UnixListener::bind(&path).map_err(QemuError::system("making a socket for QEMU's state"))?;
+        // Given, and not a path: QEMU may be another user's, or confined.
+        let made = UnixStream::pair().map_err(QemuError::system("making a socket for QEMU's state"));
+        let (ours, theirs) = made?;
         set_capabilities(&mut qmp, &[("x-ignore-shared", true), ("events", true)])?;
         qmp.execute("migrate-set-parameters", &json!({"max-bandwidth": NO_LIMIT}))?;
         qmp.forget_events();
-        qmp.execute("migrate", &json!({"uri": format!("unix:{}", path.display())}))?;
-        let state = read_state(&listener)?;
+        qmp.give("postcopy-state", theirs.as_fd())?;
+        // QEMU's copy alone is left, so that its end is seen.
+        drop(theirs);
+        qmp.execute("migrate", &json!({"uri": "fd:postcopy-state"}))?;
+        let state = read_state(ours)?;
         migration_ends(&mut qmp, "save the guest's state")?;
         let stopped = qmp.event("STOP", Duration::from_millis(1), |_| true);
         let since = stopped.ok().and_then(|event| at(&event)).unwrap_or(begun).max(begun);
         Ok(Frozen { state, since })
+    }
+
+    /// Begins to note what QEMU writes to the guest's RAM. The guest is stopped for a moment, so that no
+    /// device has taken an address that it will write to.
+    fn note_writes(&self) -> Result<SoftDirty, QemuError> {
+        SoftDirty::check().map_err(|error| QemuError::Unfit(format!("{error}; use --mode postcopy")))?;
+        let mut qmp = self.qmp();
+        let pid = qmp.peer()?;
+        while_stopped(&mut qmp, || ram::log_dirty(pid, self.facts.ram_bytes))
     }
 
     fn run_on(&self) -> Result<(), QemuError> {
@@ -180,8 +194,44 @@ impl SourceGuest for QemuGuest {
         self.save().map_err(|error| self.explain(error))
     }
 
+    fn log_dirty(&self) -> Result<Box<dyn DirtyLog>, GuestError> {
+        let log = self.note_writes().map_err(|error| self.explain(error))?;
+        Ok(Box::new(QemuDirtyLog { log, earlier: PageSet::default(), qmp: self.qmp.clone() }))
+    }
+
     fn thaw(&self) -> Result<(), GuestError> {
         self.run_on().map_err(|error| self.explain(error))
+    }
+}
+
+/// What a QEMU has written to its guest's RAM.
+struct QemuDirtyLog {
+    log: SoftDirty,
+    /// What was written before the mark.
+    earlier: PageSet,
+    qmp: Arc<Mutex<Qmp>>,
+}
+
+impl DirtyLog for QemuDirtyLog {
+    /// Between reading the bits and clearing them nothing may be written: the guest is stopped for a
+    /// moment.
+    fn mark(&mut self) -> Result<(), GuestError> {
+        let Self { log, earlier, qmp } = self;
+        while_stopped(&mut locked(qmp), || {
+            earlier.add(&log.take().map_err(QemuError::system("reading what QEMU writes"))?);
+            Ok(())
+        })?;
+        Ok(())
+    }
+
+    fn since_mark(&mut self) -> Result<PageSet, GuestError> {
+        Ok(self.log.dirty()?)
+    }
+
+    fn dirty(self: Box<Self>) -> Result<PageSet, GuestError> {
+        let Self { log, mut earlier, .. } = *self;
+        earlier.add(&log.dirty()?);
+        Ok(earlier)
     }
 }
 
@@ -194,14 +244,40 @@ impl DestinationGuest for QemuGuest {
         let mut qmp = self.qmp();
         self.resumed.store(true, Ordering::Release);
         qmp.execute("cont", &json!({})).map_err(|error| self.explain(error))?;
-        // Switches learn where the guest is now. QEMU has begun to say so when it had loaded; the
-        // guest was not yet there to answer.
-        let announcement = json!({"initial": 50, "max": 550, "rounds": 5, "step": 100});
-        if let Err(error) = qmp.execute("announce-self", &announcement) {
+        drop(qmp);
+        // The guest runs: that is told first.
+        let qmp = self.qmp.clone();
+        let announcing = std::thread::Builder::new().name("announce".into());
+        if let Err(error) = announcing.spawn(move || announce(&mut locked(&qmp))) {
             tracing::warn!(%error, "the network was not told that the guest has moved");
         }
         Ok(())
     }
+}
+
+/// Tells switches where the guest is now. QEMU has begun to say so when it had loaded; the guest was not
+/// yet there to answer.
+fn announce(qmp: &mut Qmp) {
+    let announcement = json!({"initial": 50, "max": 550, "rounds": 5, "step": 100});
+    if let Err(error) = qmp.execute("announce-self", &announcement) {
+        tracing::warn!(%error, "the network was not told that the guest has moved");
+    }
+}
+
+fn locked(qmp: &Mutex<Qmp>) -> MutexGuard<'_, Qmp> {
+    qmp.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Does something while the guest stands still with no device at work.
+fn while_stopped<T>(qmp: &mut Qmp, work: impl FnOnce() -> Result<T, QemuError>) -> Result<T, QemuError> {
+    // Somebody may have stopped it.
+    let running = qmp.execute("query-status", &json!({}))?["running"] == true;
+    qmp.execute("stop", &json!({}))?;
+    let done = work();
+    if running {
+        qmp.execute("cont", &json!({}))?;
+    }
+    done
 }
 
 /// Prepares a destination's QEMU to load: RAM left alone, and disks left to the source until the
@@ -217,20 +293,8 @@ fn set_capabilities(qmp: &mut Qmp, wanted: &[(&str, bool)]) -> Result<(), QemuEr
 }
 
 /// Takes QEMU's state, all of it.
-fn read_state(listener: &UnixListener) -> Result<Vec<u8>, QemuError> {
+fn read_state(mut stream: UnixStream) -> Result<Vec<u8>, QemuError> {
     let failed = || QemuError::system("reading QEMU's state");
-    listener.set_nonblocking(true).map_err(failed())?;
-    let end = Instant::now() + STATE_PATIENCE;
-    let mut stream = loop {
-        match listener.accept() {
-            Ok((stream, _)) => break stream,
-            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock && Instant::now() < end => {
-                std::thread::sleep(Duration::from_micros(200));
-            }
-            Err(error) => return Err(failed()(error)),
-        }
-    };
-    stream.set_nonblocking(false).map_err(failed())?;
     stream.set_read_timeout(Some(STATE_PATIENCE)).map_err(failed())?;
     let mut state = Vec::new();
     (&mut stream).take(MAX_STATE + 1).read_to_end(&mut state).map_err(failed())?;

@@ -8,14 +8,16 @@
 //!  source                                      destination
 //!  QEMU, any that runs     QMP                 QEMU -incoming defer, libpostcopy_handover.so preloaded
 //!    │ RAM file ◀── ram.rs, /proc/PID/fd         │ maps its RAM: userfaultfd, RAM file ──▶ handover.rs
-//!    │ `migrate unix:…` ──▶ state as bytes       │ `migrate-incoming unix:…` ◀── state as bytes
+//!    │ `migrate fd:…` ──▶ state as bytes         │ `migrate-incoming unix:…` ◀── state as bytes
 //!    ▼                                           ▼
 //!  guest.rs: SourceGuest  ── the session ──▶  host.rs: DestinationHost; guest.rs: DestinationGuest
 //! ```
 //!
-//! `facts.rs` says what a QEMU is, and refuses before anything stops what could not be moved.
+//! `facts.rs` says what a QEMU is, and refuses before anything stops what could not be moved;
+//! `foreign.rs`, who else would reach its memory.
 
 mod facts;
+mod foreign;
 mod guest;
 mod handover;
 mod host;

@@ -12,10 +12,10 @@ use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::QemuError;
 use super::handover::{self, Handover};
 use super::host::QemuCommand;
 use super::qmp::Qmp;
+use super::{QemuError, foreign};
 
 /// How long QEMU may take until its monitor answers.
 const START_PATIENCE: Duration = Duration::from_secs(60);
@@ -166,7 +166,7 @@ fn check(arguments: &[OsString]) -> Result<(), QemuError> {
     if has("-loadvm") {
         return wrong("leave -loadvm out of QEMU's arguments: the guest's state comes from the source");
     }
-    Ok(())
+    foreign::in_arguments(arguments)
 }
 
 /// Passes QEMU's messages on, and keeps the last.

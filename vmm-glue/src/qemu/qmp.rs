@@ -4,11 +4,14 @@
 //! two sides of a migration may be of different versions. What is asked for here has been there,
 //! with these names, since QEMU 6.
 
-use std::io::{BufRead, BufReader, ErrorKind, Write};
+use std::io::{BufRead, BufReader, ErrorKind, IoSlice, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use serde_json::{Value, json};
 
 use super::QemuError;
@@ -57,6 +60,27 @@ impl Qmp {
         let line = json!({"execute": command, "arguments": arguments}).to_string() + "\n";
         let sent = self.stream.get_mut().write_all(line.as_bytes());
         sent.map_err(|_| QemuError::Ended { said: String::new() })?;
+        self.answer(command)
+    }
+
+    /// Gives QEMU an open file, which later commands call `name`. It need not be able to open it itself.
+    pub(super) fn give(&mut self, name: &str, file: BorrowedFd<'_>) -> Result<(), QemuError> {
+        let line = json!({"execute": "getfd", "arguments": {"fdname": name}}).to_string() + "\n";
+        let files = [file];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        control.push(SendAncillaryMessage::ScmRights(&files));
+        let bytes = [IoSlice::new(line.as_bytes())];
+        let sent = sendmsg(self.stream.get_ref(), &bytes, &mut control, SendFlags::NOSIGNAL);
+        // So short a line goes in one piece: the socket's buffer is empty, as the last command was answered.
+        if sent != Ok(line.len()) {
+            return Err(QemuError::Ended { said: String::new() });
+        }
+        self.answer("getfd").map(drop)
+    }
+
+    /// The answer to the command that was sent last.
+    fn answer(&mut self, command: &str) -> Result<Value, QemuError> {
         loop {
             let mut message = match self.line() {
                 Ok(Some(message)) => message,

@@ -1,7 +1,10 @@
-//! The RAM file of a QEMU that runs: nothing is preloaded there, nothing patched.
+//! The RAM file of a QEMU that runs, and what is written there: nothing is preloaded, nothing patched.
 
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
+
+use postcopy_engine::memory::PAGE_SIZE;
+use postcopy_engine::proc_pages::SoftDirty;
 
 use super::QemuError;
 
@@ -10,6 +13,8 @@ use super::QemuError;
 struct Mapped {
     /// Major and minor number, inode.
     file: (u32, u32, u64),
+    /// Address of the mapping.
+    start: u64,
     bytes: u64,
     name: String,
 }
@@ -18,23 +23,10 @@ struct Mapped {
 ///
 /// Errors: there is none, or several, or this process may not look into that one.
 pub(super) fn open(pid: i32, bytes: u64) -> Result<File, QemuError> {
-    let look = |what: &str| {
-        QemuError::system(format!(
-            "looking into QEMU's process {pid} ({what}; run as the same user, or as root)"
-        ))
-    };
-    let maps = std::fs::read_to_string(format!("/proc/{pid}/maps")).map_err(look("its mappings"))?;
-    let mut found: Vec<Mapped> = maps.lines().filter_map(mapped).filter(|each| each.bytes == bytes).collect();
+    let look = |what: &str| looking(pid, what);
+    let mut found = mappings(pid, bytes)?;
     found.dedup_by(|one, other| one.file == other.file);
-    let wanted = match found.as_slice() {
-        [one] => one,
-        [] => return Err(QemuError::Unfit(format!("process {pid} has no shared mapping of {bytes} bytes"))),
-        _ => {
-            return Err(QemuError::Unfit(format!(
-                "process {pid} has several shared mappings of {bytes} bytes"
-            )));
-        }
-    };
+    let wanted = only(pid, bytes, &found)?;
     for entry in std::fs::read_dir(format!("/proc/{pid}/fd")).map_err(look("its files"))?.flatten() {
         let Ok(metadata) = std::fs::metadata(entry.path()) else { continue };
         let device = metadata.dev();
@@ -44,6 +36,32 @@ pub(super) fn open(pid: i32, bytes: u64) -> Result<File, QemuError> {
         }
     }
     Err(QemuError::Unfit(format!("process {pid} has closed the file of its RAM ({})", wanted.name)))
+}
+
+/// Begins to note what process `pid` writes to the one mapping that it has of its guest's RAM.
+///
+/// Errors: the kernel notes no such thing, or it has no or several mappings of so many bytes.
+pub(super) fn log_dirty(pid: i32, bytes: u64) -> Result<SoftDirty, QemuError> {
+    let base = only(pid, bytes, &mappings(pid, bytes)?)?.start;
+    SoftDirty::begin(pid, base, bytes / PAGE_SIZE).map_err(looking(pid, "what it writes"))
+}
+
+fn looking(pid: i32, what: &str) -> impl FnOnce(std::io::Error) -> QemuError + use<> {
+    QemuError::system(format!("looking into QEMU's process {pid} ({what}; run as the same user, or as root)"))
+}
+
+fn mappings(pid: i32, bytes: u64) -> Result<Vec<Mapped>, QemuError> {
+    let maps = std::fs::read_to_string(format!("/proc/{pid}/maps")).map_err(looking(pid, "its mappings"))?;
+    Ok(maps.lines().filter_map(mapped).filter(|each| each.bytes == bytes).collect())
+}
+
+fn only(pid: i32, bytes: u64, found: &[Mapped]) -> Result<&Mapped, QemuError> {
+    let many = match found {
+        [one] => return Ok(one),
+        [] => "no shared mapping",
+        _ => "several shared mappings",
+    };
+    Err(QemuError::Unfit(format!("process {pid} has {many} of {bytes} bytes")))
 }
 
 /// A line of /proc/PID/maps, if it is a shared writable mapping of a file.
@@ -59,7 +77,8 @@ fn mapped(line: &str) -> Option<Mapped> {
     let (major, minor) = device.split_once(':')?;
     let file = (hex(major)? as u32, hex(minor)? as u32, inode);
     let name = words.next().unwrap_or("without a name").to_owned();
-    Some(Mapped { file, bytes: hex(end)?.checked_sub(hex(start)?)?, name })
+    let (start, end) = (hex(start)?, hex(end)?);
+    Some(Mapped { file, start, bytes: end.checked_sub(start)?, name })
 }
 
 #[cfg(test)]

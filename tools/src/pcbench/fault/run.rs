@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use postcopy_engine::memory::{GuestMemory, PAGE_SIZE};
-use postcopy_engine::pager::{FaultServer, Pager, PagerStatus, Trap};
+use postcopy_engine::pager::{FaultServer, Pager, PagerStatus, Round, Trap};
 use postcopy_engine::stats::Percentiles;
 
 use super::source::{Hold, Opened, Source};
@@ -29,7 +29,7 @@ pub(super) fn run(
     let threads = usize::from(args.threads);
     let Opened { import, lanes, regions, mut hold } =
         source.open(args, &memory, if case.self_service { threads } else { 0 })?;
-    let pager = import.start(trap, lanes.shard, regions, args.pager(case))?;
+    let pager = import.start(trap, lanes.shard, regions, Round::none(), args.pager(case))?;
     let mut servers: Vec<_> = lanes.servers.into_iter().map(|lane| Some(pager.server(lane))).collect();
     servers.resize_with(threads, || None);
     let watch = Watch::new(&pager, patience);

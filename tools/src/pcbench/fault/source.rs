@@ -49,7 +49,7 @@ impl Hold {
     /// Errors: no thread for it, or the server is gone.
     pub(super) fn describe_pages(&mut self) -> anyhow::Result<()> {
         match self {
-            Self::Here(export) => Ok(export.describe_pages()?),
+            Self::Here(export) => Ok(export.describe_pages(None)?),
             Self::There(control) => control.order(&Order::Describe),
         }
     }

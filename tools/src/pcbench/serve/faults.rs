@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::{bail, ensure};
 use postcopy_engine::memory::PAGE_SIZE;
-use postcopy_engine::pagemap::PageMap;
+use postcopy_engine::pagemap::{Of, PageMap};
 use postcopy_tools::size;
 use postcopy_transport::HostMemory;
 
@@ -47,7 +47,7 @@ pub(super) fn obey(stream: &mut TcpStream, map: &mut PageMap, memory: &HostMemor
         // A reset is an end like another: the reader was killed.
         let Ok(Some(line)) = receive(stream, None) else { return Ok(()) };
         match exchange::parse(&line)? {
-            Order::Describe if !described => map.fill(memory)?,
+            Order::Describe if !described => map.fill(memory, Of::Frozen(None))?,
             _ => bail!("an order out of turn"),
         }
         described = true;

@@ -10,8 +10,9 @@ use crate::control::Status;
 /// Where a guest may be: see `docs/control.md`.
 const STATES: [&str; 7] = ["waiting", "running", "migrating", "in-doubt", "stranded", "kept", "gone"];
 /// How far a migration from here may be.
-const PHASES: [(Phase, &str); 5] = [
+const PHASES: [(Phase, &str); 6] = [
     (Phase::Setup, "setup"),
+    (Phase::PreCopy, "pre-copy"),
     (Phase::Frozen, "frozen"),
     (Phase::InDoubt, "in-doubt"),
     (Phase::Draining, "draining"),
@@ -22,12 +23,15 @@ const PHASES: [(Phase, &str); 5] = [
 type Figure<T> = (&'static str, &'static str, &'static str, fn(&T) -> u64);
 
 /// What only grows. Those of one name follow each other.
-const COUNTERS: [Figure<PagerReport>; 12] = [
+const COUNTERS: [Figure<PagerReport>; 15] = [
     ("pcvm_pages_total", "Pages that have come, by how.", "by=\"fault\"", |p| p.pages.fault_pages),
+    ("pcvm_pages_total", "", "by=\"recency\"", |p| p.pages.recent_pages),
     ("pcvm_pages_total", "", "by=\"prepaging\"", |p| p.pages.prepage_pages),
     ("pcvm_pages_total", "", "by=\"drain\"", |p| p.pages.drain_pages),
     ("pcvm_pages_total", "", "by=\"zero\"", |p| p.pages.zero_pages),
     ("pcvm_pages_total", "", "by=\"discard\"", |p| p.pages.discarded_pages),
+    ("pcvm_pages_total", "", "by=\"kept\"", |p| p.pages.kept_pages),
+    ("pcvm_precopy_pages_total", "Pages read in the round of pre-copy.", "", |p| p.precopy_pages),
     ("pcvm_lane_bytes_total", "Bytes read, by lane.", "lane=\"urgent\"", |p| p.fault_bytes),
     ("pcvm_lane_bytes_total", "", "lane=\"bulk\"", |p| p.bulk_bytes.saturating_add(p.map_bytes)),
     ("pcvm_faults_total", "Faults, by what they found.", "kind=\"network\"", |p| p.pages.network_faults),
@@ -49,7 +53,7 @@ const GAUGES: [Figure<PagerReport>; 3] = [
 ];
 
 /// QEMU's figures of guest memory.
-const RAM: [Figure<QueryMigrate>; 10] = [
+const RAM: [Figure<QueryMigrate>; 11] = [
     ("pcvm_ram_total", "Guest memory in bytes.", "", |q| q.ram.total),
     ("pcvm_ram_remaining", "Bytes still to come.", "", |q| q.ram.remaining),
     ("pcvm_ram_transferred", "Bytes that have crossed.", "", |q| q.ram.transferred),
@@ -58,6 +62,7 @@ const RAM: [Figure<QueryMigrate>; 10] = [
     ("pcvm_ram_normal_bytes", "Bytes of pages that have crossed.", "", |q| q.ram.normal_bytes),
     ("pcvm_ram_page_size", "Bytes of a page.", "", |q| q.ram.page_size),
     ("pcvm_ram_postcopy_requests", "Faults that went to the wire.", "", |q| q.ram.postcopy_requests),
+    ("pcvm_ram_precopy_bytes", "Bytes that crossed before the stop.", "", |q| q.ram.precopy_bytes),
     ("pcvm_ram_postcopy_bytes", "Bytes that have crossed since the resume.", "", |q| q.ram.postcopy_bytes),
     ("pcvm_postcopy_latency", "Mean latency of network faults, ns.", "", |q| q.postcopy_latency),
 ];

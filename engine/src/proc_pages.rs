@@ -1,0 +1,174 @@
+//! What the kernel says of a process's pages: /proc/PID/pagemap.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use postcopy_transport::HostMemory;
+
+use crate::memory::PAGE_SIZE;
+use crate::page_set::PageSet;
+
+/// Bytes of a page's entry.
+const ENTRY: u64 = 8;
+/// Bytes of entries read at once.
+const CHUNK: usize = 64 << 10;
+
+/// A page's entry, of Documentation/admin-guide/mm/pagemap.rst.
+#[derive(Clone, Copy)]
+struct Entry(u64);
+
+impl Entry {
+    /// The page is mapped there.
+    fn is_present(self) -> bool {
+        self.0 >> 63 & 1 == 1
+    }
+
+    /// It was written, by that mapping, since the process's bits were cleared; or the mapping is new.
+    fn is_soft_dirty(self) -> bool {
+        self.0 >> 55 & 1 == 1
+    }
+}
+
+/// Shows each of `pages` pages from address `base` on in the process of this folder in /proc.
+fn each(process: &Path, base: u64, pages: u64, mut show: impl FnMut(u64, Entry)) -> std::io::Result<()> {
+    let map = File::open(process.join("pagemap"))?;
+    let (first, mut buffer, mut at) = (base / PAGE_SIZE, vec![0u8; CHUNK], 0);
+    while at < pages {
+        let count = (pages - at).min(CHUNK as u64 / ENTRY);
+        let entries = &mut buffer[..(count * ENTRY) as usize];
+        map.read_exact_at(entries, (first + at) * ENTRY)?;
+        for (page, entry) in (at..).zip(entries.chunks_exact(ENTRY as usize)) {
+            let word = entry.try_into().map(u64::from_le_bytes).unwrap_or_default();
+            show(page, Entry(word));
+        }
+        at += count;
+    }
+    Ok(())
+}
+
+/// How many pages of a mapping this process has no mapping for.
+pub(crate) fn unmapped(memory: &HostMemory) -> std::io::Result<u64> {
+    Ok(memory.len() as u64 / PAGE_SIZE - mapped(memory)?.len())
+}
+
+/// The pages of a mapping of this process that are mapped.
+pub(crate) fn mapped(memory: &HostMemory) -> std::io::Result<PageSet> {
+    let (base, pages) = (memory.base() as u64, memory.len() as u64 / PAGE_SIZE);
+    let mut mapped = PageSet::new(pages, false);
+    each(Path::new("/proc/self"), base, pages, |page, entry| {
+        if entry.is_present() {
+            mapped.put(page, page + 1, true);
+        }
+    })?;
+    Ok(mapped)
+}
+
+/// Writes of another process to a part of its address space, noted by the kernel's soft-dirty bits
+/// (Documentation/admin-guide/mm/soft-dirty.rst).
+#[derive(Debug)]
+pub struct SoftDirty {
+    process: std::path::PathBuf,
+    base: u64,
+    pages: u64,
+}
+
+impl SoftDirty {
+    /// Begins to note what process `pid` writes to the `pages` pages from address `base` on.
+    ///
+    /// No device may be writing there: a write of which the address was taken before is not seen.
+    ///
+    /// Errors: the kernel notes no such thing (CONFIG_MEM_SOFT_DIRTY), or this process may not look into
+    /// that one.
+    pub fn begin(pid: i32, base: u64, pages: u64) -> std::io::Result<Self> {
+        let process = std::path::PathBuf::from(format!("/proc/{pid}"));
+        let log = Self { process, base, pages };
+        log.clear()?;
+        Ok(log)
+    }
+
+    /// Clears the bits of all pages of the process.
+    fn clear(&self) -> std::io::Result<()> {
+        std::fs::write(self.process.join("clear_refs"), "4")
+    }
+
+    /// As [`SoftDirty::dirty`], and begins anew. Nothing may be written meanwhile: it would not be noted.
+    ///
+    /// Errors: the process is gone.
+    pub fn take(&mut self) -> std::io::Result<PageSet> {
+        let dirty = self.dirty()?;
+        self.clear()?;
+        Ok(dirty)
+    }
+
+    /// The pages that may have been written since. A page that is not mapped any more, because it was
+    /// given back or went to swap, has lost its bit, and counts as written.
+    ///
+    /// Errors: the process is gone.
+    pub fn dirty(&self) -> std::io::Result<PageSet> {
+        let mut dirty = PageSet::new(self.pages, false);
+        each(&self.process, self.base, self.pages, |page, entry| {
+            if !entry.is_present() || entry.is_soft_dirty() {
+                dirty.put(page, page + 1, true);
+            }
+        })?;
+        Ok(dirty)
+    }
+
+    /// Whether this kernel notes writes.
+    ///
+    /// Errors: it does not, with the reason.
+    pub fn check() -> std::io::Result<()> {
+        let probe = HostMemory::anonymous("soft-dirty", PAGE_SIZE as usize)?;
+        // The bit of a page that is new and written is set wherever there are such bits.
+        let written = probe.write(0, &[1]);
+        debug_assert!(written);
+        let mut noted = false;
+        each(Path::new("/proc/self"), probe.base() as u64, 1, |_, entry| noted = entry.is_soft_dirty())?;
+        let without =
+            "this kernel does not note which pages a process writes (CONFIG_MEM_SOFT_DIRTY is not set)";
+        if noted { Ok(()) } else { Err(std::io::Error::new(std::io::ErrorKind::Unsupported, without)) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_page_that_was_given_back_is_seen_also_when_it_is_used_again() {
+        use rustix::fs::{FallocateFlags, fallocate};
+        let memory = HostMemory::anonymous("given-back", 64 << 12).unwrap();
+        let theirs = memory.map_again().unwrap();
+        for page in 0..64 {
+            assert!(memory.write(page << 12, &[1]));
+        }
+        assert_eq!(unmapped(&memory).unwrap(), 0);
+        let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        fallocate(memory.file(), hole, 5 << 12, 2 << 12).unwrap();
+        assert!(theirs.write(5 << 12, &[2]), "used again by another process");
+        assert_eq!(unmapped(&memory).unwrap(), 2);
+    }
+
+    /// Also on a kernel without the bits, where it must say so.
+    #[test]
+    fn what_is_written_after_the_beginning_is_dirty_and_what_is_read_is_not() {
+        let memory = HostMemory::anonymous("dirty", 64 << 12).unwrap();
+        (0..64).for_each(|page| assert!(memory.write(page << 12, &[1])));
+        if let Err(error) = SoftDirty::check() {
+            assert!(error.to_string().contains("CONFIG_MEM_SOFT_DIRTY"), "{error}");
+            return;
+        }
+        let log = SoftDirty::begin(std::process::id() as i32, memory.base() as u64, 64).unwrap();
+        assert!(memory.write(7 << 12, &[2]) && memory.write((63 << 12) + 4095, &[2]));
+        let mut byte = [0];
+        assert!(memory.read(9 << 12, &mut byte));
+        let dirty = log.dirty().unwrap();
+        let pages: Vec<u64> = (0..64).filter(|page| dirty.has(*page)).collect();
+        assert_eq!(pages, [7, 63]);
+        let mut log = log;
+        assert_eq!(log.take().unwrap(), dirty);
+        assert!(memory.write(8 << 12, &[3]));
+        assert_eq!(log.dirty().unwrap().len(), 1);
+    }
+}

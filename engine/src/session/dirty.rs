@@ -1,0 +1,183 @@
+//! What is noted of a guest at the source before it is frozen: what it writes while its memory is read once,
+//! in a hybrid migration, and what it touches last.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::source::SourceGuest;
+use super::{GuestError, SessionError, blocking};
+use crate::page_set::PageSet;
+use crate::pagemap::Dirty;
+use crate::planner::{MAX_READ_PAGES, Run};
+use crate::touched::Touched;
+
+/// How long the guest is watched, twice: what it touches both times it will touch again. Some ticks of its
+/// timer.
+const WATCH: Duration = Duration::from_millis(50);
+/// Most pages that are fetched before others, 32 MiB.
+const MOST_RECENT: u64 = 8192;
+/// Most runs of them; a message with as many fits a frame.
+const MOST_RUNS: usize = 8192;
+
+/// Notes which pages of a guest are written, until it is dropped.
+pub trait DirtyLog: Send + Sync {
+    /// From here on counts what [`DirtyLog::since_mark`] tells. Called from a blocking thread.
+    ///
+    /// Errors: nothing can be told.
+    fn mark(&mut self) -> Result<(), GuestError>;
+
+    /// What the guest, which runs on, has written since the mark; an idea of it is enough. Called from a
+    /// blocking thread.
+    ///
+    /// Errors: it cannot be told.
+    fn since_mark(&mut self) -> Result<PageSet, GuestError>;
+
+    /// Pages that were written since the log began; more are no harm, one less is a lost write. The guest
+    /// is frozen, and may already run elsewhere. Called from a blocking thread.
+    ///
+    /// Errors: it cannot be told. Then all of them may have been.
+    fn dirty(self: Box<Self>) -> Result<PageSet, GuestError>;
+}
+
+/// What is noted of a guest before it is frozen.
+#[derive(Default)]
+pub(super) struct Watched {
+    /// What it writes, from the beginning of a round of pre-copy on.
+    log: Option<Box<dyn DirtyLog>>,
+    /// What it touched last, the likeliest to be touched again first.
+    recent: Vec<Run>,
+}
+
+impl Watched {
+    /// Begins to note what the guest writes.
+    pub(super) async fn begin(guest: Arc<dyn SourceGuest>) -> Result<Self, SessionError> {
+        let operation = "logging what the guest writes (hybrid)";
+        let log = blocking(move || guest.log_dirty()).await;
+        let log = log.map_err(|source| SessionError::Guest { operation, source })?;
+        Ok(Self { log: Some(log), ..Self::default() })
+    }
+
+    /// Lets the guest run a little longer, to learn what it touches: that is fetched first. Does without
+    /// where it cannot be seen.
+    pub(super) async fn watch(mut self, guest: Arc<dyn SourceGuest>) -> Self {
+        blocking(move || {
+            let seen = match &mut self.log {
+                Some(log) => written_lately(log.as_mut()),
+                None if guest.runs_on_our_mapping() => touched_lately(&guest),
+                None => Ok(Vec::new()),
+            };
+            match seen {
+                Ok(sets) => self.recent = likeliest(&sets),
+                // What a log had told and could not hand over is lost: it is not believed any more, and without
+                // one all of the memory moves again.
+                Err(error) => {
+                    tracing::warn!(%error, "what the guest touches last is not known");
+                    self.log = None;
+                }
+            }
+            self
+        })
+        .await
+    }
+
+    /// Runs of pages to fetch first.
+    pub(super) fn recent(&self) -> &[Run] {
+        &self.recent
+    }
+
+    /// What is told to the thread that fills the page map. `discards`: see [`Dirty::discards`].
+    pub(super) fn into_dirty(self, discards: bool) -> Option<Dirty> {
+        let log = self.log?;
+        let tell = move || match log.dirty() {
+            Ok(dirty) => Some(dirty),
+            Err(error) => {
+                tracing::warn!(%error, "what the guest has written is not known; all of its memory moves again");
+                None
+            }
+        };
+        Some(Dirty { tell: Box::new(tell), discards })
+    }
+}
+
+/// Of a guest whose memory has been read once: only what it writes has to be fetched.
+fn written_lately(log: &mut dyn DirtyLog) -> Result<Vec<PageSet>, GuestError> {
+    log.mark()?;
+    std::thread::sleep(2 * WATCH);
+    Ok(vec![log.since_mark()?])
+}
+
+/// What it touches in each of two times, the likelier first.
+fn touched_lately(guest: &Arc<dyn SourceGuest>) -> Result<Vec<PageSet>, GuestError> {
+    let memory = guest.memory();
+    let watch = Touched::begin(memory.guest())?;
+    std::thread::sleep(WATCH);
+    let earlier = watch.again()?;
+    std::thread::sleep(WATCH);
+    let later = watch.pages()?;
+    Ok(vec![later.common(&earlier), later.without(&earlier)])
+}
+
+/// Runs of the pages of these sets, one after the other, as many as are worth it.
+fn likeliest(sets: &[PageSet]) -> Vec<Run> {
+    let mut pages = 0;
+    let runs = sets.iter().flat_map(|set| set.runs(MAX_READ_PAGES)).take(MOST_RUNS);
+    let runs = runs.take_while(|run| {
+        pages += u64::from(run.count);
+        pages <= MOST_RECENT
+    });
+    runs.collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::source::Frozen;
+    use super::*;
+    use crate::memory::{GuestMemory, MemoryLayout};
+
+    /// Its log fails at the mark, after it has forgotten what it had noted.
+    struct Failing;
+
+    impl DirtyLog for Failing {
+        fn mark(&mut self) -> Result<(), GuestError> {
+            Err("it is gone".into())
+        }
+
+        fn since_mark(&mut self) -> Result<PageSet, GuestError> {
+            Ok(PageSet::default())
+        }
+
+        fn dirty(self: Box<Self>) -> Result<PageSet, GuestError> {
+            Ok(PageSet::default())
+        }
+    }
+
+    impl SourceGuest for Failing {
+        fn memory(&self) -> GuestMemory {
+            GuestMemory::new(MemoryLayout::pc(4096, 4096).unwrap()).unwrap()
+        }
+
+        fn describe(&self) -> Result<(String, Vec<u8>), GuestError> {
+            Err("it is not asked".into())
+        }
+
+        fn freeze(&self) -> Result<Frozen, GuestError> {
+            Err("it is not asked".into())
+        }
+
+        fn log_dirty(&self) -> Result<Box<dyn DirtyLog>, GuestError> {
+            Ok(Box::new(Failing))
+        }
+
+        fn thaw(&self) -> Result<(), GuestError> {
+            Ok(())
+        }
+    }
+
+    #[tokio::test]
+    async fn a_log_that_failed_once_is_not_believed_any_more() {
+        let guest = Arc::new(Failing);
+        let watched = Watched::begin(guest.clone()).await.unwrap().watch(guest).await;
+        assert!(watched.recent().is_empty());
+        assert!(watched.into_dirty(false).is_none(), "all pages move again");
+    }
+}

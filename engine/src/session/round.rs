@@ -1,0 +1,58 @@
+//! The round of pre-copy of a hybrid migration, at the destination: see [`crate::pager::Round`].
+
+use std::sync::Arc;
+
+use postcopy_transport::RemoteRegion;
+
+use super::channel::Channel;
+use super::destination::PROGRESS;
+use super::message::Message;
+use super::{SessionError, blocking};
+use crate::import::{Import, Lanes};
+use crate::pager::{Round, RoundWatch};
+use crate::stats::PagerReport;
+
+/// Everything that the pager needs of the way to the source.
+pub(super) struct Connected {
+    pub(super) import: Import,
+    pub(super) lanes: Lanes,
+    /// The source's memory and page map.
+    pub(super) regions: [RemoteRegion; 2],
+    /// What is here already.
+    pub(super) round: Round,
+}
+
+/// Ends the round when nobody waits for it any more.
+struct EndsWith(Arc<RoundWatch>);
+
+impl Drop for EndsWith {
+    fn drop(&mut self) {
+        self.0.stop();
+    }
+}
+
+/// Reads the memory of the running guest once and tells the source how far it is.
+pub(super) async fn pre_copy(
+    channel: &mut Channel,
+    mut connected: Connected,
+) -> Result<Connected, SessionError> {
+    let total_pages = connected.import.total_pages();
+    let watch = Arc::new(RoundWatch::default());
+    let watched = EndsWith(watch.clone());
+    let work = blocking(move || {
+        let Connected { import, lanes, regions, round } = &mut connected;
+        *round = import.pre_copy(&mut lanes.shard, *regions, &watch)?;
+        Ok(connected)
+    });
+    tokio::pin!(work);
+    loop {
+        tokio::select! {
+            done = &mut work => return done,
+            () = tokio::time::sleep(PROGRESS) => {
+                let outstanding_pages = total_pages.saturating_sub(watched.0.pages_done());
+                let report = PagerReport { total_pages, outstanding_pages, ..PagerReport::default() };
+                channel.send(&Message::Progress(report)).await?;
+            }
+        }
+    }
+}
