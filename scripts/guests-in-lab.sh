@@ -40,7 +40,8 @@ wait_for() {
 
 # Whole lines that the guest has printed at NAME.
 printed() { sed -n 's/\r$//; s/^pcguest: //p' "$work/$1.console" 2>/dev/null; }
-has_printed() { printed "$1" | grep -qE -- "$2"; }
+# Reads all of it: what ends early ends the reader before it in a pipe, which is a failure.
+has_printed() { printed "$1" | grep -E -- "$2" >/dev/null; }
 has_reported() { (($(printed "$1" | grep -c '"stall_us".*}$') >= $2)); }
 
 # Whether pcvm listens at NAME's control socket.
