@@ -15,6 +15,7 @@ cpio|cpio|packing the initramfs
 dpkg-deb|dpkg|unpacking the kernel package
 xz|xz-utils|compressed kernel modules
 flock|util-linux|one writer of the cache at a time
+taskset|util-linux|the processors of the lab that run guests
 ip|iproute2|the network link under Soft-RoCE
 rdma|iproute2|adding the Soft-RoCE device
 libibverbs.so.1|libibverbs1|the verbs library
