@@ -180,6 +180,7 @@ impl Program {
     fn report(&mut self, since_command_us: Option<Percentiles>) {
         self.background.clocks.look();
         let pages = self.walker.verified;
+        let first_touch_ns = self.walker.first_touches.median_ns();
         let rate = (pages - self.pages_at_report) as f64 / self.last_report.elapsed().as_secs_f64();
         say(&json(&Report {
             uptime_s: round(boottime_ns() as f64 / 1e9),
@@ -190,6 +191,8 @@ impl Program {
             bad: self.walker.bad,
             stall_us: self.walker.stalls[0].percentiles(),
             since_command_us,
+            first_touch_us: round(first_touch_ns as f64 / 1e3),
+            lost_ms: round(self.walker.stalls[0].above(first_touch_ns) as f64 / 1e6),
             longest_pause_ms: self.pauses.longest().first().map_or(0.0, |pause| pause.ms),
             pauses: self.pauses.longest().to_vec(),
             rate_pages_s: round(rate),

@@ -44,6 +44,18 @@ impl Times {
         self.0.reset();
     }
 
+    /// How much longer than `floor_ns` they were, in total, in nanoseconds; shorter ones do not count.
+    pub fn above(&self, floor_ns: u64) -> u64 {
+        let each = self.0.iter_recorded();
+        each.map(|at| at.value_iterated_to().saturating_sub(floor_ns).saturating_mul(at.count_at_value()))
+            .sum()
+    }
+
+    /// Half were shorter, in nanoseconds.
+    pub fn median_ns(&self) -> u64 {
+        self.0.value_at_quantile(0.5)
+    }
+
     /// The distribution so far.
     pub fn percentiles(&self) -> Percentiles {
         let at = |quantile| round(self.0.value_at_quantile(quantile) as f64 / 1000.0);
@@ -126,6 +138,10 @@ pub struct Report {
     /// The same since the last command; only in answer to `report`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub since_command_us: Option<Percentiles>,
+    /// Median time of the very first access to a page, in memory that is its own from the start.
+    pub first_touch_us: f64,
+    /// What accesses since the start or the last `reset` took longer than that, in total.
+    pub lost_ms: f64,
     /// Longest time between two turns of the loop since the start or the last `reset`.
     pub longest_pause_ms: f64,
     /// The longest ones, the longest first.
@@ -140,6 +156,15 @@ pub struct Report {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_what_is_above_the_floor_is_lost() {
+        let mut times = Times::default();
+        [100, 1_000, 1_000, 50_000].into_iter().for_each(|ns| times.record(ns));
+        let near = |a: u64, b: u64| a.abs_diff(b) * 100 < b;
+        assert!(near(times.above(600), 2 * 400 + 49_400), "{}", times.above(600));
+        assert_eq!((times.above(60_000), times.median_ns()), (0, 1_000));
+    }
 
     #[test]
     fn the_longest_pauses_are_kept_with_their_times() {

@@ -45,6 +45,8 @@ pub struct Walker {
     pub bad: u64,
     /// Times of first accesses, since the start or the last reset, and since the last command.
     pub stalls: [Times; 2],
+    /// Times of the very first access to each page.
+    pub first_touches: Times,
 }
 
 impl Walker {
@@ -54,8 +56,12 @@ impl Walker {
     pub fn new(params: &Params) -> io::Result<Self> {
         let memory = Memory::new(params)?;
         let pages = memory.0.len();
-        let contents = Contents::new(params.seed);
+        let (contents, mut first_touches) = (Contents::new(params.seed), Times::default());
         for (page, words) in (0..).zip(memory.0.iter_mut()) {
+            let start = Instant::now();
+            // SAFETY: an aligned word of a live page.
+            unsafe { std::ptr::write_volatile(&raw mut words[0], 0) };
+            first_touches.record(start.elapsed().as_nanos() as u64);
             contents.fill(page, 0, words);
         }
         Ok(Self {
@@ -67,6 +73,7 @@ impl Walker {
             verified: 0,
             bad: 0,
             stalls: Default::default(),
+            first_touches,
         })
     }
 
