@@ -96,7 +96,7 @@ fn latencies_are_told_while_the_guest_still_faults() {
             std::thread::sleep(Duration::from_millis(10));
         }
     }
-    let PagerStatus { state, report } = status.borrow().clone();
+    let PagerStatus { state, report, .. } = status.borrow().clone();
     assert!(matches!(state, PagerState::Running));
     let latencies = report.latencies;
     for stage in [latencies.post, latencies.read, latencies.install, latencies.total] {
@@ -104,6 +104,28 @@ fn latencies_are_told_while_the_guest_still_faults() {
     }
     assert!(latencies.total.sum_ns >= latencies.read.sum_ns && latencies.total.mean_ns() > 0);
     drop(pager.stop());
+}
+
+#[test]
+fn who_waited_for_pages_is_told_and_how_long() {
+    for transport in available() {
+        let (mut export, _memory) = source(transport);
+        let (memory, pager) = destination(transport, &mut export);
+        let guest = memory.guest().clone();
+        let touched = std::thread::spawn(move || {
+            let begun = std::time::Instant::now();
+            [5, 2000, 4000].into_iter().for_each(|page| check(&guest, page));
+            (rustix::thread::gettid().as_raw_nonzero().get(), begun.elapsed())
+        });
+        let (thread, spent) = touched.join().unwrap();
+        export.describe_pages(None).unwrap();
+        let waited = end_of(&pager).waited;
+        assert_eq!(
+            waited.iter().map(|waited| (waited.thread, waited.times)).collect::<Vec<_>>(),
+            [(thread, 3)]
+        );
+        assert!(!waited[0].total.is_zero() && waited[0].total <= spent, "{waited:?} of {spent:?}");
+    }
 }
 
 #[test]

@@ -11,7 +11,9 @@ use common::{available, check, content, empty, end_of, filled};
 use postcopy_engine::export::Export;
 use postcopy_engine::import::Import;
 use postcopy_engine::memory::{GuestMemory, PAGE_SIZE};
-use postcopy_engine::pager::{Pager, PagerConfig, PagerError, PagerState, Round, SelfService, Trap};
+use postcopy_engine::pager::{
+    Pager, PagerConfig, PagerError, PagerState, PagerStatus, Round, SelfService, Trap,
+};
 use postcopy_transport::{AnyLane, Completion, EndpointOptions, Lane, LaneError, Read, Transport};
 
 /// 16 MiB.
@@ -86,7 +88,11 @@ fn what_a_serving_thread_wrote_is_never_overwritten() {
     for page in (0..PAGES).step_by(7) {
         assert!(memory.guest().write(page * PAGE_SIZE + 100, b"written at the destination"));
     }
-    assert!(matches!(end_of(&pager).state, PagerState::Resident));
+    let PagerStatus { state, waited, .. } = end_of(&pager);
+    assert!(matches!(state, PagerState::Resident));
+    // The only thread that touched its memory served itself.
+    let this = rustix::thread::gettid().as_raw_nonzero().get();
+    assert_eq!(waited.iter().map(|waited| waited.thread).collect::<Vec<_>>(), [this]);
     for page in 0..PAGES {
         let mut expected = content(page);
         if page % 7 == 0 {

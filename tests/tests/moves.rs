@@ -40,6 +40,9 @@ fn moves_over(transport: &str, mode: &str) {
         assert_eq!((kept, read_before, number(&report, "/precopy_us")), (0, 0, 0), "{report}");
     }
     assert!(number(&report, "/downtime_us") > 0 && number(&report, "/state_bytes") > 1000, "{report}");
+    let waited = report["vcpu_blocktime_us"].as_array().unwrap();
+    let told = report["query_migrate"]["postcopy-vcpu-blocktime"].as_array().unwrap();
+    assert!(waited.len() == 1 && told.len() == 1, "the guest has one vCPU: {report}");
     let cores = std::thread::available_parallelism().unwrap().get() as u64;
     let cpu = number(&report, "/source_cpu_us");
     assert!(cpu > 0 && cpu <= number(&report, "/total_us") * cores, "{report}");

@@ -47,6 +47,8 @@ fn moves(name: &str, transport: &str, count: usize) {
         let report = guest.migrate(&next, to, transport);
         let pages = &report["pager"]["pages"];
         assert!(pages["network_faults"].as_u64().unwrap() > 0, "{report}");
+        let waited: Vec<u64> = serde_json::from_value(report["vcpu_blocktime_us"].clone()).unwrap();
+        assert!(waited.len() == 2 && waited.iter().sum::<u64>() > 0, "its vCPUs waited for pages: {report}");
         let crossed = pages["fault_pages"].as_u64().unwrap() + pages["drain_pages"].as_u64().unwrap();
         assert!(crossed > 0 && report["state_bytes"].as_u64().unwrap() < 4 << 20, "{report}");
         println!(

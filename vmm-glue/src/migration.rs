@@ -149,6 +149,10 @@ impl DestinationGuest for MovableVm {
             vm.memory_arrived();
         }
     }
+
+    fn vcpu_threads(&self) -> Vec<i32> {
+        self.vm().as_ref().map(Vm::vcpu_threads).unwrap_or_default()
+    }
 }
 
 /// Takes guests of this VMM in.

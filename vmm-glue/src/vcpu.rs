@@ -1,7 +1,7 @@
 //! A vCPU's thread: KVM_RUN, and what its exits ask for.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use kvm_bindings::{kvm_cpuid_entry2, kvm_msr_entry};
 use kvm_ioctls::{VcpuExit, VcpuFd};
@@ -32,6 +32,8 @@ pub(crate) struct Vcpu {
     faults: Mutex<Option<VcpuFaults>>,
     /// It need not any more.
     service_ended: AtomicBool,
+    /// Its thread, as gettid(2) gives it, once that runs.
+    thread: OnceLock<i32>,
 }
 
 impl Vcpu {
@@ -46,7 +48,13 @@ impl Vcpu {
             resume: Mutex::new(resume),
             faults: Mutex::new(None),
             service_ended: AtomicBool::new(false),
+            thread: OnceLock::new(),
         }
+    }
+
+    /// Its thread, as gettid(2) gives it, once that runs.
+    pub(crate) fn thread(&self) -> Option<i32> {
+        self.thread.get().copied()
     }
 
     /// The vCPU's descriptor. Waits while the vCPU runs.
@@ -81,6 +89,7 @@ impl Vcpu {
     /// The thread's whole life.
     pub(crate) fn run(&self, machine: &Machine) {
         self.kick.attach();
+        self.thread.get_or_init(|| rustix::thread::gettid().as_raw_nonzero().get());
         loop {
             self.kick.clear();
             if !machine.gate.pass() {

@@ -270,6 +270,11 @@ impl Vm {
         self.machine.kick();
     }
 
+    /// The vCPUs' threads in their order, as gettid(2) gives them.
+    pub(crate) fn vcpu_threads(&self) -> Vec<i32> {
+        self.machine.vcpus.iter().filter_map(|vcpu| vcpu.thread()).collect()
+    }
+
     /// Has KVM note which pages the guest writes, until the log is dropped. The guest may run, and a
     /// log may outlive this. There is one log at a time.
     ///

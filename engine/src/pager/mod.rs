@@ -15,6 +15,7 @@ mod sigbus;
 mod timing;
 mod token;
 mod trap;
+mod waits;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -31,6 +32,7 @@ pub use server::{FaultFailed, FaultServer};
 pub use sigbus::SelfService;
 use tokio::sync::watch;
 pub use trap::{Trap, TrapEvent};
+pub use waits::Waited;
 
 use self::claims::Claims;
 use self::server::{Note, Shared};
@@ -132,6 +134,8 @@ pub struct PagerStatus {
     pub state: PagerState,
     /// What it has done, up to a tenth of a second ago. Stage percentiles are filled in at the end.
     pub report: PagerReport,
+    /// Who waited for pages and how long, at the end. A wait that ends with the last page may be missing.
+    pub waited: Vec<Waited>,
 }
 
 /// How the pager behaves.

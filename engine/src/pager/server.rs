@@ -31,6 +31,8 @@ pub(super) enum Note {
     Served(PageIndex, Stamps),
     /// A thread without a lane of its own touched this page, and waits.
     Wanted(PageIndex),
+    /// This thread waited so long for a page, whoever brought it.
+    Waited(i32, Duration),
     /// The source says that the guest touched these pages last.
     Prefer(Vec<Run>),
     /// Its lane died, or the kernel refused.
@@ -71,11 +73,18 @@ impl Shared {
         if !self.claims.covers(page) || !self.claims.enter() {
             return;
         }
+        let seen = Instant::now();
         // If the shard is gone the page never comes, and this thread waits: it must not go on.
         drop(self.notes.send(Note::Wanted(page)));
         self.stop.rouse();
         self.claims.leave();
         self.await_resident(page);
+        self.waited(this_thread(), seen);
+    }
+
+    /// Tells that a thread waits no more.
+    fn waited(&self, thread: i32, seen: Instant) {
+        drop(self.notes.send(Note::Waited(thread, seen.elapsed())));
     }
 
     /// Waits until a page that somebody else brings is published, or memory is let go.
@@ -101,12 +110,14 @@ pub struct FaultServer {
     /// Whether spinning keeps a background read from the processor.
     crowded: bool,
     completions: Vec<Completion>,
+    /// The thread that it serves, once that has faulted.
+    thread: Option<i32>,
 }
 
 impl FaultServer {
     pub(super) fn new(shared: Arc<Shared>, lane: AnyLane, spin: Duration) -> Self {
         let crowded = postcopy_transport::is_crowded();
-        Self { shared, lane, spin, crowded, completions: Vec::with_capacity(1) }
+        Self { shared, lane, spin, crowded, completions: Vec::with_capacity(1), thread: None }
     }
 
     /// Whether it reads the memory of `shared`.
@@ -122,6 +133,7 @@ impl FaultServer {
     pub fn serve(&mut self, page: PageIndex) -> Result<(), FaultFailed> {
         let seen = Instant::now();
         let shared = self.shared.clone();
+        let thread = *self.thread.get_or_insert_with(this_thread);
         if !shared.claims.covers(page) {
             return self.fail(PagerError::StrayFault(page));
         }
@@ -136,9 +148,11 @@ impl FaultServer {
             Claim::Taken => {
                 shared.claims.leave();
                 shared.await_resident(page);
+                shared.waited(thread, seen);
                 return Ok(());
             }
         };
+        shared.waited(thread, seen);
         shared.claims.leave();
         served.or_else(|error| self.fail(error))
     }
@@ -189,6 +203,10 @@ impl FaultServer {
             }
         }
     }
+}
+
+fn this_thread() -> i32 {
+    rustix::thread::gettid().as_raw_nonzero().get()
 }
 
 /// Publishes a claimed page that the map was enough for.

@@ -6,6 +6,8 @@
 //! what arrived on the bulk lane one read is published a turn, one that the guest waits for before
 //! others, so that a fault waits behind at most that.
 
+mod publish;
+
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -17,7 +19,6 @@ use rustix::fd::AsFd;
 use tokio::sync::watch;
 use userfaultfd::EventBuffer;
 
-use super::claims::Claim;
 use super::map_reader::{Landed, MAP_PATIENCE, MapReader};
 use super::rest::Rest;
 use super::server::{Note, Shared};
@@ -88,9 +89,10 @@ pub(super) fn supervise(mut shard: Shard, status: &watch::Sender<PagerStatus>) {
     };
     let mut report = shard.report();
     report.stages = StageReport::from(&shard.timing.stages);
+    let waited = shard.timing.waits.sums();
     // The lanes close before anybody learns of the end, so the source may go when they do.
     drop(shard);
-    status.send_replace(PagerStatus { state, report });
+    status.send_replace(PagerStatus { state, report, waited });
 }
 
 impl Shard {
@@ -153,12 +155,13 @@ impl Shard {
                 // Nobody may be reading a page when the guest is let at all of them.
                 self.shared.claims.close();
                 self.shared.trap.release()?;
+                self.hear_the_last();
                 return Ok(PagerState::Resident);
             }
             self.unreported |= busy;
             if self.unreported && now.duration_since(reported) >= PROGRESS {
                 (reported, self.unreported) = (now, false);
-                status.send_replace(PagerStatus { state: PagerState::Running, report: self.report() });
+                status.send_modify(|status| status.report = self.report());
             }
             if busy {
                 self.rest.busy();
@@ -177,7 +180,10 @@ impl Shard {
         let when = self.nanos(now);
         for event in &seen {
             let page = match *event {
-                TrapEvent::Fault(page) => page,
+                TrapEvent::Fault { page, thread } => {
+                    self.timing.waits.begin(thread, page, now);
+                    page
+                }
                 TrapEvent::Discarded { first, end } => {
                     self.discarded(first, end);
                     continue;
@@ -231,11 +237,21 @@ impl Shard {
                 }
                 Note::Prefer(runs) if self.planner.prefer(&runs) => {}
                 Note::Prefer(_) => return Err(PagerError::Peer("it prefers pages that are not there")),
+                Note::Waited(thread, time) => self.timing.waits.add(thread, time),
                 Note::Failed(error) => return Err(error),
             }
             self.carry_out()?;
         }
         Ok(any)
+    }
+
+    /// What threads that serve themselves have said since the last page was seen to be here.
+    fn hear_the_last(&mut self) {
+        for note in self.notes.try_iter() {
+            if let Note::Waited(thread, time) = note {
+                self.timing.waits.add(thread, time);
+            }
+        }
     }
 
     fn poll_urgent(&mut self) -> Result<bool, PagerError> {
@@ -332,7 +348,7 @@ impl Shard {
                 Action::Publish(run) => self.publish(run)?,
                 Action::PublishZero(page) => self.publish_zero(page)?,
                 Action::PublishKept(run) => self.publish_kept(run)?,
-                Action::Wake(page) => self.shared.trap.show_again(page)?,
+                Action::Wake(page) => self.show_again(page)?,
                 Action::Done => self.done = true,
             }
         }
@@ -354,33 +370,6 @@ impl Shard {
             self.waiting[lane as usize].push(read);
         }
         self.elsewhere.extend(self.taken.drain(..).map(|page| (page, lane)));
-    }
-
-    /// Publishes what has landed. What another thread brought, it has published.
-    fn publish(&mut self, run: Run) -> Result<(), PagerError> {
-        if !self.shared.claims.is_resident(run.first) {
-            self.shared.trap.publish(run)?;
-            self.shared.claims.published(run);
-        }
-        Ok(())
-    }
-
-    fn publish_zero(&mut self, page: PageIndex) -> Result<(), PagerError> {
-        if self.shared.claims.claim(page) == Claim::Zero {
-            self.shared.trap.publish_zero(page, self.shared.populated)?;
-            self.shared.claims.published(Run::one(page));
-        }
-        Ok(())
-    }
-
-    /// Publishes what the round of pre-copy has left here. What another thread took, it publishes.
-    fn publish_kept(&mut self, run: Run) -> Result<(), PagerError> {
-        self.shared.claims.claim_kept(run, &mut self.pieces);
-        for piece in self.pieces.drain(..) {
-            self.shared.trap.publish(piece)?;
-            self.shared.claims.published(piece);
-        }
-        Ok(())
     }
 
     fn post(&mut self, lane: usize) -> Result<(), PagerError> {

@@ -1,10 +1,11 @@
-//! When what happened to the faults that went to the wire, and where their time went.
+//! When what happened to the faults that went to the wire, where their time went, and who waited.
 
 use std::time::Instant;
 
 use hdrhistogram::Histogram;
 
 use super::server::Stamps;
+use super::waits::Waits;
 use crate::memory::PageIndex;
 use crate::stats::{Distribution, Latencies, Stages};
 
@@ -21,6 +22,7 @@ pub(super) struct Timing {
     faults: Vec<Fault>,
     pub(super) stages: Stages,
     pub(super) latencies: Latencies,
+    pub(super) waits: Waits,
 }
 
 impl Timing {
@@ -41,7 +43,7 @@ impl Timing {
     /// Pages that had completed are published.
     pub(super) fn published(&mut self, completed: Instant, resident: impl Fn(PageIndex) -> bool) {
         let published = Instant::now();
-        let Self { faults, stages, latencies } = self;
+        let Self { faults, stages, latencies, .. } = self;
         faults.retain(|fault| {
             let resident = resident(fault.page);
             if let (true, Some(posted)) = (resident, fault.posted) {

@@ -25,6 +25,8 @@ use crate::planner::Run;
 
 /// UFFD_FEATURE_MINOR_SHMEM of linux/userfaultfd.h (Linux 5.14); the binding has no name for it.
 const MINOR_SHMEM: FeatureFlags = FeatureFlags::from_bits_retain(1 << 10);
+/// What every trap needs: both kinds of faults of shared memory, and who waits.
+const NEEDED: FeatureFlags = FeatureFlags::MISSING_SHMEM.union(MINOR_SHMEM).union(FeatureFlags::THREAD_ID);
 
 /// The registered guest mapping. Clones share one descriptor.
 #[derive(Clone)]
@@ -53,7 +55,12 @@ enum Whose {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TrapEvent {
     /// Somebody waits for a page.
-    Fault(PageIndex),
+    Fault {
+        /// Which.
+        page: PageIndex,
+        /// Who, as gettid(2) gives it there. Where KVM has a worker wait in the vCPU's stead, the worker.
+        thread: i32,
+    },
     /// These pages were given back: they are zero from now on, unless something is written there.
     Discarded {
         /// The first.
@@ -94,14 +101,14 @@ impl Trap {
         let emptied = rustix::fs::fallocate(memory.guest().file(), all, 0, memory.guest().len() as u64);
         emptied.map_err(|errno| empty(errno.into()))?;
         rustix::io::ioctl_fionbio(&descriptor, true).map_err(|errno| empty(errno.into()))?;
-        set_up(&descriptor, FeatureFlags::MISSING_SHMEM | MINOR_SHMEM | FeatureFlags::EVENT_REMOVE)?;
+        set_up(&descriptor, NEEDED | FeatureFlags::EVENT_REMOVE)?;
         // SAFETY: the descriptor is owned and given up here, so `uffd` is its only owner.
         let uffd = unsafe { Uffd::from_raw_fd(descriptor.into_raw_fd()) };
         Self::over(uffd, memory, base, Whose::Theirs)
     }
 
     fn with(memory: &GuestMemory, whose: Whose) -> Result<Self, PagerError> {
-        let mut features = FeatureFlags::MISSING_SHMEM | MINOR_SHMEM;
+        let mut features = NEEDED;
         if whose == Whose::OursForSelfService {
             features |= FeatureFlags::SIGBUS;
         }
@@ -154,7 +161,9 @@ impl Trap {
         let page = |address: u64| PageIndex::containing(address.wrapping_sub(self.base));
         for event in events {
             match event {
-                Ok(Event::Pagefault { addr, .. }) => seen.push(TrapEvent::Fault(page(addr as u64))),
+                Ok(Event::Pagefault { addr, thread_id, .. }) => {
+                    seen.push(TrapEvent::Fault { page: page(addr as u64), thread: thread_id.as_raw() });
+                }
                 Ok(Event::Remove { start, end }) => {
                     seen.push(TrapEvent::Discarded { first: page(start as u64), end: page(end as u64) });
                 }

@@ -80,6 +80,12 @@ pub trait DestinationGuest: Send + Sync + 'static {
 
     /// All of its memory is here: nothing faults any more, and servers of faults can go.
     fn memory_arrived(&self) {}
+
+    /// The threads of its vCPUs in their order, as gettid(2) gives them, so that it can be told how long
+    /// each waited. None, if not said otherwise.
+    fn vcpu_threads(&self) -> Vec<i32> {
+        Vec::new()
+    }
 }
 
 /// How to receive a guest.
@@ -383,7 +389,7 @@ impl Drain {
                     self.tell(&Message::Refuse(error.to_string())).await;
                     return Err((SessionError::Stranded(error), self.pager));
                 }
-                Ok(Ok(PagerStatus { report, .. })) => return Ok(self.release(report).await),
+                Ok(Ok(status)) => return Ok(self.release(status).await),
                 Ok(Err(_)) => {
                     let gone = Arc::new(crate::pager::PagerError::Panicked("it vanished".into()));
                     return Err((SessionError::Stranded(gone), self.pager));
@@ -392,11 +398,16 @@ impl Drain {
         }
     }
 
-    async fn release(mut self, pager: crate::stats::PagerReport) -> ArrivalReport {
+    async fn release(mut self, PagerStatus { report: pager, waited, .. }: PagerStatus) -> ArrivalReport {
         self.guest.memory_arrived();
-        let arrival = ArrivalReport { resident_us: micros(self.resumed.elapsed()), pager };
+        let resident_us = micros(self.resumed.elapsed());
+        let blocked =
+            |thread| waited.iter().find(|waited| waited.thread == thread).map(|waited| waited.total);
+        let each = self.guest.vcpu_threads().into_iter().map(blocked);
+        let vcpu_blocktime_us = each.map(|blocked| blocked.map_or(0, micros)).collect();
+        let arrival = ArrivalReport { resident_us, pager, vcpu_blocktime_us };
         passed("Resident", self.begun);
-        self.tell(&Message::Resident(arrival)).await;
+        self.tell(&Message::Resident(arrival.clone())).await;
         if let Err(error) = self.channel.receive("Release", STEP_PATIENCE).await {
             tracing::warn!(%error, "the source did not confirm; every page is here all the same");
         }

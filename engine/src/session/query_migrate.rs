@@ -1,7 +1,7 @@
 //! The figures of a migration that mean the same as QEMU's, by the names and in the units of its
 //! `query-migrate`: what reads QEMU's statistics reads these.
 //!
-//! What is not here has no equal: who waited for how long is known by fault, not by vCPU. `docs/control.md` has the table.
+//! What is not here has no equal. `docs/control.md` has the table.
 
 use serde::{Deserialize, Serialize};
 
@@ -10,7 +10,7 @@ use crate::memory::PAGE_SIZE;
 use crate::stats::{BUCKETS, PagerReport};
 
 /// QEMU's `MigrationInfo`, as far as it applies.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", default)]
 pub struct QueryMigrate {
     /// Milliseconds since the first connection.
@@ -23,6 +23,9 @@ pub struct QueryMigrate {
     pub postcopy_latency: u64,
     /// How many of them took 2^N to 2^(N+1) microseconds.
     pub postcopy_latency_dist: [u64; BUCKETS],
+    /// Milliseconds that each vCPU waited for pages, at the end; not there before, or if unknown.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub postcopy_vcpu_blocktime: Vec<u64>,
     /// Guest memory.
     pub ram: QueryRam,
 }

@@ -7,12 +7,14 @@ use super::query_migrate::QueryMigrate;
 use crate::stats::PagerReport;
 
 /// The destination's part, measured there.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct ArrivalReport {
     /// From the guest's resume to its last page resident.
     pub resident_us: u64,
     /// What the pager did.
     pub pager: PagerReport,
+    /// How long each vCPU waited for pages, by number. Empty where the guest's threads are not known.
+    pub vcpu_blocktime_us: Vec<u64>,
 }
 
 /// The whole migration, as the source reports it. Times in microseconds.
@@ -52,6 +54,11 @@ pub struct MigrationReport {
     pub source_cpu_us: u64,
     /// What the destination's pager did.
     pub pager: PagerReport,
+    /// How long each vCPU waited for pages at the destination, by number: from when its faults were seen
+    /// until they were served. Where KVM had a worker wait in the vCPU's stead, that is not in it. Empty
+    /// where the vCPUs' threads are not known.
+    #[serde(default)]
+    pub vcpu_blocktime_us: Vec<u64>,
     /// What of it QEMU has too, by QEMU's names.
     #[serde(default)]
     pub query_migrate: QueryMigrate,

@@ -385,7 +385,11 @@ impl<'a> Source<'a> {
         self.report.total_us = micros(self.begun.elapsed());
         self.progress.send_modify(|progress| progress.pager = arrival.pager);
         self.enter(Phase::Resident);
-        self.report.query_migrate = QueryMigrate::from(&*self.progress.borrow());
+        self.report.query_migrate = QueryMigrate {
+            postcopy_vcpu_blocktime: arrival.vcpu_blocktime_us.iter().map(|us| us / 1000).collect(),
+            ..QueryMigrate::from(&*self.progress.borrow())
+        };
+        self.report.vcpu_blocktime_us.clone_from(&arrival.vcpu_blocktime_us);
         tracing::info!(phase = "Released", elapsed_us = micros(self.begun.elapsed()), "migration");
         self.report
     }

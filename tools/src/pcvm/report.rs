@@ -67,6 +67,10 @@ pub(crate) fn table(report: &MigrationReport) -> String {
     );
     row("source's CPU, drain", format!("{:.1} ms", milliseconds(report.source_cpu_us)));
     let line = |count: u64, bytes: u64| format!("{count} pages, {:.1} MiB", mebibytes(bytes));
+    if !report.vcpu_blocktime_us.is_empty() {
+        let each = report.vcpu_blocktime_us.iter().map(|us| format!("{:.1}", milliseconds(*us)));
+        row("vCPUs waited", format!("{} ms", each.collect::<Vec<_>>().join(", ")));
+    }
     row("by fault", line(pages.fault_pages, pager.fault_bytes));
     row("by recency", line(pages.recent_pages, pages.recent_pages * PAGE_SIZE));
     row("by prepaging", line(pages.prepage_pages, pages.prepage_pages * PAGE_SIZE));

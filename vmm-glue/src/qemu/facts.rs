@@ -22,6 +22,14 @@ pub struct Facts {
     pub balloon: bool,
 }
 
+/// The threads of a QEMU's vCPUs in their order, as gettid(2) gives them.
+pub(super) fn vcpu_threads(qmp: &mut Qmp) -> Result<Vec<i32>, QemuError> {
+    let all = qmp.execute("query-cpus-fast", &json!({}))?;
+    let mut all: Vec<&Value> = all.as_array().into_iter().flatten().collect();
+    all.sort_by_key(|cpu| cpu["cpu-index"].as_u64());
+    Ok(all.into_iter().filter_map(|cpu| cpu["thread-id"].as_i64()).map(|thread| thread as i32).collect())
+}
+
 impl Facts {
     /// Asks a QEMU, and refuses a guest that cannot be moved.
     ///

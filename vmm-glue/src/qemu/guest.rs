@@ -35,6 +35,8 @@ pub struct QemuGuest {
     qmp: Arc<Mutex<Qmp>>,
     dir: PrivateDir,
     process: Option<Process>,
+    /// The vCPUs' threads, if it was started for this guest.
+    threads: Vec<i32>,
     /// Whether it may have run in the QEMU that was started for it.
     resumed: AtomicBool,
 }
@@ -61,7 +63,7 @@ impl QemuGuest {
         let layout = layout(facts.ram_bytes).map_err(|error| QemuError::Unfit(error.to_string()))?;
         let memory =
             GuestMemory::of_file(layout, file).map_err(QemuError::system("mapping the guest's RAM"))?;
-        Ok(Self::new(facts, memory, qmp, PrivateDir::new()?, None))
+        Ok(Self::new(facts, memory, qmp, PrivateDir::new()?, None, Vec::new()))
     }
 
     pub(super) fn new(
@@ -70,9 +72,10 @@ impl QemuGuest {
         qmp: Qmp,
         dir: PrivateDir,
         process: Option<Process>,
+        threads: Vec<i32>,
     ) -> Self {
         let resumed = AtomicBool::new(false);
-        Self { facts, memory, qmp: Arc::new(Mutex::new(qmp)), dir, process, resumed }
+        Self { facts, memory, qmp: Arc::new(Mutex::new(qmp)), dir, process, threads, resumed }
     }
 
     /// What QEMU it is.
@@ -252,6 +255,10 @@ impl DestinationGuest for QemuGuest {
             tracing::warn!(%error, "the network was not told that the guest has moved");
         }
         Ok(())
+    }
+
+    fn vcpu_threads(&self) -> Vec<i32> {
+        self.threads.clone()
     }
 }
 

@@ -9,6 +9,7 @@ use postcopy_engine::pager::Trap;
 use postcopy_engine::session::{DestinationHost, GuestDescription, GuestError};
 use serde_json::json;
 
+use super::facts::vcpu_threads;
 use super::guest::{self, QemuGuest};
 use super::handover::Handover;
 use super::process::{PrivateDir, Process};
@@ -141,10 +142,9 @@ impl DestinationHost for QemuHost {
         let waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner).take();
         let Waiting { facts, process, mut qmp, dir, .. } = waiting.ok_or("QEMU has its guest already")?;
         let uri = format!("unix:{}", dir.file("state").display());
-        if let Err(error) = qmp.execute("migrate-incoming", &json!({"uri": uri})) {
-            process.kill();
-            return Err(error.into());
-        }
-        Ok(QemuGuest::new(facts, memory.clone(), qmp, dir, Some(process)))
+        let ready =
+            qmp.execute("migrate-incoming", &json!({"uri": uri})).and_then(|_| vcpu_threads(&mut qmp));
+        let threads = ready.inspect_err(|_| process.kill())?;
+        Ok(QemuGuest::new(facts, memory.clone(), qmp, dir, Some(process), threads))
     }
 }
