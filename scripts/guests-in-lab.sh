@@ -27,6 +27,16 @@ fail() {
 keep() { cp "$work"/*.log "$work"/*.console "$LAB_SCRATCH" 2>/dev/null || true; }
 trap keep EXIT
 
+# children PID: all that it has started, and what they have.
+children() {
+    local each
+    # shellcheck disable=SC2013 # words are what they are
+    for each in $(cat "/proc/$1/task/"*"/children" 2>/dev/null); do
+        children "$each"
+        echo "$each"
+    done
+}
+
 # wait_for WHAT NAME COMMAND...: until COMMAND succeeds, as long as NAME's process is alive.
 wait_for() {
     local what=$1 name=$2 end=$((SECONDS + patience_s))
