@@ -6,14 +6,18 @@ use postcopy_transport::{EndpointOptions, Exporter, HostMemory, RemoteRegion, Se
 
 use crate::memory::GuestMemory;
 use crate::pagemap::{Dirty, Of, PageMap};
+use crate::pager::MAX_SHARDS;
 use crate::proc_pages::unmapped;
 
-/// Lanes of every migration: urgent and bulk, in this order. Those of threads that serve their own
-/// faults follow.
+/// Lanes of every shard: urgent and bulk, in this order. Those of threads that serve their own faults
+/// follow on those of the last shard.
 pub const LANES: usize = 2;
 
-/// Most lanes of one migration: [`LANES`], and one for each of 64 threads.
-pub const MAX_LANES: usize = LANES + 64;
+/// Most threads that serve their own faults in one migration.
+pub const MAX_SERVERS: usize = 64;
+
+/// Most lanes of one migration.
+pub const MAX_LANES: usize = LANES * MAX_SHARDS + MAX_SERVERS;
 
 /// Guest memory, exported. Passive but for the thread that fills the page map (and, over TCP, one
 /// responder a lane). Dropping it closes the lanes and takes the memory back.

@@ -8,14 +8,14 @@ use postcopy_transport::{
 };
 
 use crate::export::{Export, LANES};
-use crate::memory::GuestMemory;
+use crate::memory::{GuestMemory, PAGE_SIZE};
 use crate::pagemap::map_bytes;
 use crate::pager::{Pager, PagerConfig, PagerError, Round, RoundWatch, SourceMemory, Trap, read_once};
 
 /// The lanes of a migration.
 pub struct Lanes {
-    /// Urgent and bulk.
-    pub shard: [AnyLane; LANES],
+    /// Urgent and bulk, of each shard.
+    pub shards: Vec<[AnyLane; LANES]>,
     /// One for each thread that serves its own faults.
     pub servers: Vec<AnyLane>,
 }
@@ -38,7 +38,8 @@ impl Import {
         options: &EndpointOptions,
     ) -> Result<Self, SetupError> {
         let failed = |source| SetupError::Io { operation: "making room for the page map", source };
-        let bytes = usize::try_from(map_bytes(memory.layout().total_pages()));
+        // Behind the map, the headers that shards read at the same time.
+        let bytes = usize::try_from(map_bytes(memory.layout().total_pages()) + PAGE_SIZE);
         let bytes = bytes.map_err(|error| failed(std::io::Error::other(error)))?;
         let map_memory = HostMemory::anonymous("page-map-landing", bytes).map_err(failed)?;
         let importer = Importer::new(transport, &[memory.landing().clone(), map_memory.clone()], options)?;
@@ -46,22 +47,28 @@ impl Import {
         Ok(Self { importer, memory: memory.clone(), map_memory, pinned })
     }
 
-    /// Starts the two lanes, and one for each of `servers` threads: what to keep, and what to send
-    /// to the source.
+    /// Starts the two lanes of each of so many shards, and one for each of `servers` threads: what to
+    /// keep, and what to send to the source.
     ///
     /// Errors: the device refuses.
-    pub fn request(&self, servers: usize) -> Result<(Vec<LaneRequest>, Vec<Vec<u8>>), SetupError> {
-        let classes = [LaneClass::Urgent, LaneClass::Bulk].into_iter();
+    pub fn request(
+        &self,
+        shards: usize,
+        servers: usize,
+    ) -> Result<(Vec<LaneRequest>, Vec<Vec<u8>>), SetupError> {
+        let classes = std::iter::repeat_n([LaneClass::Urgent, LaneClass::Bulk], shards).flatten();
         let classes = classes.chain(std::iter::repeat_n(LaneClass::Urgent, servers));
         let requests: Result<Vec<_>, _> = classes.map(|class| self.importer.request(class)).collect();
         Ok(requests?.into_iter().unzip())
     }
 
-    /// Finishes the lanes, each with the streams that it needs ([`LaneRequest::streams`]).
+    /// Finishes the lanes of so many shards and of threads, each with the streams that it needs
+    /// ([`LaneRequest::streams`]).
     ///
     /// Errors: a grant is missing or malformed, or the system or device refuses.
     pub fn connect(
         &self,
+        shards: usize,
         requests: Vec<LaneRequest>,
         grants: &[Vec<u8>],
         streams: Vec<Vec<TcpStream>>,
@@ -73,16 +80,24 @@ impl Import {
         let each = requests.into_iter().zip(grants).zip(streams);
         let lanes = each.map(|((request, grant), streams)| self.importer.connect(request, grant, streams));
         let mut lanes = lanes.collect::<Result<Vec<_>, _>>()?.into_iter();
-        let (urgent, bulk) = lanes.next().zip(lanes.next()).ok_or_else(malformed)?;
-        Ok(Lanes { shard: [urgent, bulk], servers: lanes.collect() })
+        let pair = |_| Some([lanes.next()?, lanes.next()?]);
+        let pairs = (0..shards).map(pair).collect::<Option<Vec<_>>>().ok_or_else(malformed)?;
+        Ok(Lanes { shards: pairs, servers: lanes.collect() })
     }
 
-    /// The two lanes to an export in this process.
+    /// The two lanes of each of so many shards to an export in this process.
     ///
     /// Errors: as [`Import::connect`].
-    pub fn connect_local(&self, export: &mut Export) -> Result<[AnyLane; LANES], SetupError> {
-        let urgent = self.importer.connect_local(&mut export.exporter, LaneClass::Urgent)?;
-        Ok([urgent, self.importer.connect_local(&mut export.exporter, LaneClass::Bulk)?])
+    pub fn connect_local(
+        &self,
+        export: &mut Export,
+        shards: usize,
+    ) -> Result<Vec<[AnyLane; LANES]>, SetupError> {
+        let mut pair = || {
+            let urgent = self.importer.connect_local(&mut export.exporter, LaneClass::Urgent)?;
+            Ok([urgent, self.importer.connect_local(&mut export.exporter, LaneClass::Bulk)?])
+        };
+        (0..shards).map(|_| pair()).collect()
     }
 
     /// A lane for one thread that serves its own faults, to an export in this process.
@@ -97,8 +112,8 @@ impl Import {
         self.memory.layout().total_pages()
     }
 
-    /// Reads the source's memory once, while its guest runs there. `lanes` are those that the pager will
-    /// have.
+    /// Reads the source's memory once, while its guest runs there, over the bulk one of `lanes`, which a
+    /// shard will have.
     ///
     /// Errors: the lane fails, the source's regions do not fit, or `watch` ended the round.
     pub fn pre_copy(
@@ -131,12 +146,11 @@ impl Import {
     pub fn start(
         &self,
         trap: Trap,
-        lanes: [AnyLane; LANES],
+        lanes: Vec<[AnyLane; LANES]>,
         regions: [RemoteRegion; 2],
         round: Round,
         config: PagerConfig,
     ) -> Result<Pager, PagerError> {
-        let [urgent, bulk] = lanes;
-        Pager::start(trap, &self.memory, self.source(regions, round), urgent, bulk, config)
+        Pager::start(trap, &self.memory, &self.source(regions, round), lanes, config)
     }
 }

@@ -35,6 +35,12 @@ impl PageSet {
         }
     }
 
+    /// The `count` pages from `first` on, a multiple of 64, numbered from 0.
+    pub(crate) fn part(&self, first: u64, count: u64) -> Self {
+        let (from, words) = ((first / WORD) as usize, count.div_ceil(WORD) as usize);
+        Self { words: self.words.iter().skip(from).take(words).copied().collect() }
+    }
+
     /// Adds the pages of another set.
     pub fn add(&mut self, other: &Self) {
         self.words.resize(self.words.len().max(other.words.len()), 0);

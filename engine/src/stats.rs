@@ -35,6 +35,18 @@ impl Default for Stages {
     }
 }
 
+impl Stages {
+    /// Adds what another shard saw.
+    pub(crate) fn add(&mut self, other: &Self) {
+        let Self { post, read, install, total } = self;
+        let pairs =
+            [(post, &other.post), (read, &other.read), (install, &other.install), (total, &other.total)];
+        for (all, more) in pairs {
+            all.add(more).expect("histograms of stages have one shape");
+        }
+    }
+}
+
 /// Percentiles of one stage, in microseconds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Percentiles {
@@ -106,9 +118,21 @@ pub struct Latencies {
     pub total: Distribution,
 }
 
+impl Latencies {
+    fn add(&mut self, other: &Self) {
+        self.post.add(&other.post);
+        self.read.add(&other.read);
+        self.install.add(&other.install);
+        self.total.add(&other.total);
+    }
+}
+
 /// What the destination's pager did, at one moment or at the end.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct PagerReport {
+    /// Threads that bring pages.
+    #[serde(default)]
+    pub shards: u32,
     /// Pages of the guest.
     pub total_pages: u64,
     /// Pages still to come.
@@ -138,4 +162,38 @@ pub struct PagerReport {
     /// What was put together to huge pages, after everything was here.
     #[serde(default)]
     pub huge_pages: Collapsed,
+}
+
+impl PagerReport {
+    /// Adds what another shard did. Stages are left out: percentiles have no sum.
+    pub(crate) fn add(&mut self, other: &Self) {
+        let Self {
+            shards,
+            total_pages,
+            outstanding_pages,
+            pages,
+            fault_bytes,
+            bulk_bytes,
+            map_bytes,
+            precopy_pages,
+            precopy_bytes,
+            self_served_faults,
+            stages: _,
+            latencies,
+            huge_pages,
+        } = other;
+        self.shards += shards;
+        self.total_pages += total_pages;
+        self.outstanding_pages += outstanding_pages;
+        self.pages.add(pages);
+        self.fault_bytes += fault_bytes;
+        self.bulk_bytes += bulk_bytes;
+        self.map_bytes += map_bytes;
+        self.precopy_pages += precopy_pages;
+        self.precopy_bytes += precopy_bytes;
+        self.self_served_faults += self_served_faults;
+        self.latencies.add(latencies);
+        self.huge_pages.bytes += huge_pages.bytes;
+        self.huge_pages.refused_bytes += huge_pages.refused_bytes;
+    }
 }

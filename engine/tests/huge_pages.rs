@@ -9,7 +9,9 @@ use common::{check, empty, end_of, filled};
 use postcopy_engine::export::Export;
 use postcopy_engine::import::Import;
 use postcopy_engine::memory::{GuestMemory, PAGE_SIZE};
-use postcopy_engine::pager::{Collapsed, HugePages, Pager, PagerConfig, PagerState, Round, Trap};
+use postcopy_engine::pager::{
+    Collapsed, FaultsTo, HugePages, Pager, PagerConfig, PagerState, Round, Shards, Trap,
+};
 use postcopy_transport::{EndpointOptions, HUGE_PAGE, HostMemory, Transport};
 
 /// Pages of a huge page.
@@ -34,8 +36,8 @@ fn arrived(source: &GuestMemory, pages: u64, huge_pages: HugePages) -> (GuestMem
     export.describe_pages(None).unwrap();
     let memory = empty(pages);
     let import = Import::new(Transport::Tcp, &memory, &options).unwrap();
-    let trap = Trap::register(&memory).unwrap();
-    let lanes = import.connect_local(&mut export).unwrap();
+    let trap = Trap::register(&memory, FaultsTo::Pager, Shards::ONE).unwrap();
+    let lanes = import.connect_local(&mut export, 1).unwrap();
     let config = PagerConfig { huge_pages, ..PagerConfig::default() };
     let pager = import.start(trap, lanes, export.regions(), Round::none(), config).unwrap();
     assert!(matches!(end_of(&pager).state, PagerState::Resident));

@@ -7,13 +7,15 @@ mod common;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use common::{available, check, content, empty, end_of, filled};
+use common::{available_shards, check, content, empty, end_of, filled};
 use postcopy_engine::export::Export;
 use postcopy_engine::import::Import;
 use postcopy_engine::memory::{GuestMemory, PAGE_SIZE};
 use postcopy_engine::page_set::PageSet;
 use postcopy_engine::pagemap::Dirty;
-use postcopy_engine::pager::{Pager, PagerConfig, PagerError, PagerState, RoundWatch, SelfService, Trap};
+use postcopy_engine::pager::{
+    FaultsTo, Pager, PagerConfig, PagerError, PagerState, RoundWatch, SelfService, Shards, Trap,
+};
 use postcopy_transport::{EndpointOptions, HostMemory, Transport};
 
 /// 16 MiB.
@@ -57,27 +59,28 @@ fn written() -> PageSet {
     dirty
 }
 
-fn told(dirty: Option<PageSet>) -> Dirty {
+fn dirty_log(dirty: Option<PageSet>) -> Dirty {
     Dirty { tell: Box::new(|| dirty), discards: false }
 }
 
-/// Moves memory in a round while a guest writes it, and freezes it. `served` is the trap's kind.
+/// Moves memory in a round while a guest writes it, and freezes it. `told` is the trap's kind.
 fn moved(
     transport: Transport,
     export: &mut Export,
     source: &GuestMemory,
-    served: bool,
+    told: FaultsTo,
+    shards: Shards,
 ) -> (GuestMemory, Pager, Import) {
     let memory = empty(PAGES);
-    let trap = if served { Trap::register_for_self_service(&memory) } else { Trap::register(&memory) };
+    let trap = Trap::register(&memory, told, shards);
     let import = Import::new(transport, &memory, &EndpointOptions::default()).unwrap();
-    let mut lanes = import.connect_local(export).unwrap();
+    let mut lanes = import.connect_local(export, shards.count()).unwrap();
     let stop = AtomicBool::new(false);
     let round = std::thread::scope(|scope| {
         scope.spawn(|| guest_of(source, &stop));
         export.describe_running().unwrap();
         let watch = RoundWatch::default();
-        let round = import.pre_copy(&mut lanes, export.regions(), &watch);
+        let round = import.pre_copy(&mut lanes[0], export.regions(), &watch);
         stop.store(true, Ordering::Relaxed);
         assert_eq!(watch.pages_done(), PAGES, "{transport}");
         round.unwrap()
@@ -85,16 +88,16 @@ fn moved(
     assert!(round.pages() > PAGES / 2 && round.pages() < PAGES, "{transport}: {round:?}");
     // The guest's freeze; the pager is there before, as in a session.
     let pager = import.start(trap.unwrap(), lanes, export.regions(), round, PagerConfig::default()).unwrap();
-    export.describe_pages(Some(told(Some(written())))).unwrap();
+    export.describe_pages(Some(dirty_log(Some(written())))).unwrap();
     (memory, pager, import)
 }
 
 #[test]
 fn what_was_written_during_the_round_crosses_again_and_nothing_else_does() {
-    for transport in available() {
+    for (transport, shards) in available_shards() {
         let source = filled(PAGES);
         let mut export = Export::new(transport, &source, &EndpointOptions::default()).unwrap();
-        let (memory, pager, _import) = moved(transport, &mut export, &source, false);
+        let (memory, pager, _import) = moved(transport, &mut export, &source, FaultsTo::Pager, shards);
         std::thread::scope(|scope| {
             for thread in 0..2u64 {
                 let guest = memory.guest().clone();
@@ -122,10 +125,10 @@ fn what_was_written_during_the_round_crosses_again_and_nothing_else_does() {
 
 #[test]
 fn threads_that_serve_themselves_take_kept_pages_without_the_wire() {
-    for transport in available() {
+    for (transport, shards) in available_shards() {
         let source = filled(PAGES);
         let mut export = Export::new(transport, &source, &EndpointOptions::default()).unwrap();
-        let (memory, pager, import) = moved(transport, &mut export, &source, true);
+        let (memory, pager, import) = moved(transport, &mut export, &source, FaultsTo::Threads, shards);
         // In a session the guest is resumed some time after it was frozen.
         let mut status = pager.status();
         let begun = std::time::Instant::now();
@@ -163,16 +166,16 @@ fn a_source_that_cannot_tell_what_was_written_moves_it_all_again() {
     let source = filled(PAGES);
     let mut export = Export::new(Transport::Shm, &source, &EndpointOptions::default()).unwrap();
     let memory = empty(PAGES);
-    let trap = Trap::register(&memory).unwrap();
+    let trap = Trap::register(&memory, FaultsTo::Pager, Shards::ONE).unwrap();
     let import = Import::new(Transport::Shm, &memory, &EndpointOptions::default()).unwrap();
-    let mut lanes = import.connect_local(&mut export).unwrap();
+    let mut lanes = import.connect_local(&mut export, 1).unwrap();
     export.describe_running().unwrap();
-    let round = import.pre_copy(&mut lanes, export.regions(), &RoundWatch::default()).unwrap();
+    let round = import.pre_copy(&mut lanes[0], export.regions(), &RoundWatch::default()).unwrap();
     (0..PAGES).filter_map(|page| Some((page, rewritten(page)?))).for_each(|(page, bytes)| {
         assert!(source.guest().write(page * PAGE_SIZE, &bytes));
     });
     let pager = import.start(trap, lanes, export.regions(), round, PagerConfig::default()).unwrap();
-    export.describe_pages(Some(told(None))).unwrap();
+    export.describe_pages(Some(dirty_log(None))).unwrap();
     let end = end_of(&pager);
     assert!(matches!(end.state, PagerState::Resident), "{:?}", end.state);
     assert_eq!(end.report.pages.kept_pages, 0);
@@ -185,11 +188,11 @@ fn a_round_that_nobody_waits_for_ends() {
     let mut export = Export::new(Transport::Shm, &source, &EndpointOptions::default()).unwrap();
     let memory = empty(PAGES);
     let import = Import::new(Transport::Shm, &memory, &EndpointOptions::default()).unwrap();
-    let mut lanes = import.connect_local(&mut export).unwrap();
+    let mut lanes = import.connect_local(&mut export, 1).unwrap();
     let watch = RoundWatch::default();
     // Nothing describes the source's pages: the round waits for that, until it is told to stop.
     std::thread::scope(|scope| {
-        let round = scope.spawn(|| import.pre_copy(&mut lanes, export.regions(), &watch));
+        let round = scope.spawn(|| import.pre_copy(&mut lanes[0], export.regions(), &watch));
         watch.stop();
         assert!(matches!(round.join().unwrap(), Err(PagerError::RoundEnded)));
     });

@@ -11,7 +11,7 @@ use std::time::Duration;
 use common::{check, empty, end_of, filled};
 use postcopy_engine::memory::{GuestMemory, PAGE_SIZE};
 use postcopy_engine::pagemap::{Of, PageMap};
-use postcopy_engine::pager::{Pager, PagerConfig, PagerState, Round, SourceMemory, Trap};
+use postcopy_engine::pager::{FaultsTo, Pager, PagerConfig, PagerState, Round, Shards, SourceMemory, Trap};
 use postcopy_transport::sim::{Countdown, SimLane, SimLink, SimOptions};
 use postcopy_transport::{AnyLane, HostMemory};
 
@@ -51,10 +51,10 @@ fn world(options: SimOptions, urgent: (Wrap, u64), bulk: (Wrap, u64)) -> World {
         populated: false,
         round: Round::none(),
     };
-    let trap = Trap::register(&memory).unwrap();
+    let trap = Trap::register(&memory, FaultsTo::Pager, Shards::ONE).unwrap();
     // Virtual time wakes nobody, so the pager must not sleep.
     let config = PagerConfig { spin: Duration::from_secs(3600), ..Default::default() };
-    let pager = Pager::start(trap, &memory, source, urgent, bulk, config).unwrap();
+    let pager = Pager::start(trap, &memory, &source, vec![[urgent, bulk]], config).unwrap();
     let over = Arc::new(AtomicBool::new(false));
     let stop = over.clone();
     std::thread::spawn(move || {

@@ -6,11 +6,13 @@ mod common;
 
 use std::time::Duration;
 
-use common::{available, check, content, empty, end_of, filled};
+use common::{available_shards, check, content, empty, end_of, filled};
 use postcopy_engine::export::Export;
 use postcopy_engine::import::Import;
 use postcopy_engine::memory::{GuestMemory, PAGE_SIZE};
-use postcopy_engine::pager::{Pager, PagerConfig, PagerError, PagerState, PagerStatus, Round, Trap};
+use postcopy_engine::pager::{
+    FaultsTo, Pager, PagerConfig, PagerError, PagerState, PagerStatus, Round, Shards, Trap,
+};
 use postcopy_transport::{EndpointOptions, Transport};
 
 /// 16 MiB.
@@ -21,11 +23,11 @@ fn source(transport: Transport) -> (Export, GuestMemory) {
     (Export::new(transport, &memory, &EndpointOptions::default()).unwrap(), memory)
 }
 
-fn destination(transport: Transport, export: &mut Export) -> (GuestMemory, Pager) {
+fn destination(transport: Transport, export: &mut Export, shards: Shards) -> (GuestMemory, Pager) {
     let memory = empty(PAGES);
-    let trap = Trap::register(&memory).unwrap();
+    let trap = Trap::register(&memory, FaultsTo::Pager, shards).unwrap();
     let import = Import::new(transport, &memory, &EndpointOptions::default()).unwrap();
-    let lanes = import.connect_local(export).unwrap();
+    let lanes = import.connect_local(export, shards.count()).unwrap();
     let pager = import.start(trap, lanes, export.regions(), Round::none(), PagerConfig::default()).unwrap();
     (memory, pager)
 }
@@ -33,10 +35,10 @@ fn destination(transport: Transport, export: &mut Export) -> (GuestMemory, Pager
 #[test]
 fn threads_that_touch_while_it_drains_see_every_byte_right_and_zero_pages_never_cross() {
     let mut met = [0, 0];
-    for transport in available() {
+    for (transport, shards) in available_shards() {
         let (mut export, _memory) = source(transport);
         export.describe_pages(None).unwrap();
-        let (memory, pager) = destination(transport, &mut export);
+        let (memory, pager) = destination(transport, &mut export, shards);
         std::thread::scope(|scope| {
             for thread in 0..3u64 {
                 let guest = memory.guest().clone();
@@ -68,9 +70,9 @@ fn threads_that_touch_while_it_drains_see_every_byte_right_and_zero_pages_never_
 
 #[test]
 fn without_a_page_map_faults_are_still_served() {
-    for transport in available() {
+    for (transport, shards) in available_shards() {
         let (mut export, _memory) = source(transport);
-        let (memory, pager) = destination(transport, &mut export);
+        let (memory, pager) = destination(transport, &mut export, shards);
         for page in [5, 1, 3, 4000, PAGES - 1] {
             check(memory.guest(), page);
         }
@@ -83,7 +85,7 @@ fn without_a_page_map_faults_are_still_served() {
 #[test]
 fn latencies_are_told_while_the_guest_still_faults() {
     let (mut export, _memory) = source(Transport::Shm);
-    let (memory, pager) = destination(Transport::Shm, &mut export);
+    let (memory, pager) = destination(Transport::Shm, &mut export, Shards::ONE);
     let status = pager.status();
     for turn in 1..=3 {
         for page in [turn, 100 * turn, 1000 * turn] {
@@ -108,9 +110,9 @@ fn latencies_are_told_while_the_guest_still_faults() {
 
 #[test]
 fn who_waited_for_pages_is_told_and_how_long() {
-    for transport in available() {
+    for (transport, shards) in available_shards() {
         let (mut export, _memory) = source(transport);
-        let (memory, pager) = destination(transport, &mut export);
+        let (memory, pager) = destination(transport, &mut export, shards);
         let guest = memory.guest().clone();
         let touched = std::thread::spawn(move || {
             let begun = std::time::Instant::now();
@@ -130,9 +132,9 @@ fn who_waited_for_pages_is_told_and_how_long() {
 
 #[test]
 fn what_the_guest_wrote_is_never_overwritten() {
-    for transport in available() {
+    for (transport, shards) in available_shards() {
         let (mut export, _memory) = source(transport);
-        let (memory, pager) = destination(transport, &mut export);
+        let (memory, pager) = destination(transport, &mut export, shards);
         for page in (0..PAGES).step_by(7) {
             assert!(memory.guest().write(page * PAGE_SIZE + 100, b"written at the destination"));
         }
@@ -153,7 +155,7 @@ fn what_the_guest_wrote_is_never_overwritten() {
 #[test]
 fn a_lost_source_fails_the_pager_and_the_guest_waits_instead_of_reading_zeros() {
     let (mut export, _memory) = source(Transport::Tcp);
-    let (memory, pager) = destination(Transport::Tcp, &mut export);
+    let (memory, pager) = destination(Transport::Tcp, &mut export, Shards::ONE);
     check(memory.guest(), 1);
     drop(export);
     let end = end_of(&pager);

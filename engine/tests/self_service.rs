@@ -7,12 +7,12 @@ mod common;
 use std::os::fd::BorrowedFd;
 use std::time::Duration;
 
-use common::{available, check, content, empty, end_of, filled};
+use common::{available_shards, check, content, empty, end_of, filled};
 use postcopy_engine::export::Export;
 use postcopy_engine::import::Import;
 use postcopy_engine::memory::{GuestMemory, PAGE_SIZE};
 use postcopy_engine::pager::{
-    Pager, PagerConfig, PagerError, PagerState, PagerStatus, Round, SelfService, Trap,
+    FaultsTo, Pager, PagerConfig, PagerError, PagerState, PagerStatus, Round, SelfService, Shards, Trap,
 };
 use postcopy_transport::{AnyLane, Completion, EndpointOptions, Lane, LaneError, Read, Transport};
 
@@ -31,11 +31,11 @@ struct Destination {
     lanes: Vec<AnyLane>,
 }
 
-fn destination(transport: Transport, export: &mut Export, threads: usize) -> Destination {
+fn destination(transport: Transport, export: &mut Export, threads: usize, shards: Shards) -> Destination {
     let memory = empty(PAGES);
-    let trap = Trap::register_for_self_service(&memory).unwrap();
+    let trap = Trap::register(&memory, FaultsTo::Threads, shards).unwrap();
     let import = Import::new(transport, &memory, &EndpointOptions::default()).unwrap();
-    let lanes = import.connect_local(export).unwrap();
+    let lanes = import.connect_local(export, shards.count()).unwrap();
     let pager = import.start(trap, lanes, export.regions(), Round::none(), PagerConfig::default()).unwrap();
     let lanes = (0..threads).map(|_| import.connect_one_local(export).unwrap()).collect();
     Destination { memory, pager, lanes }
@@ -43,10 +43,10 @@ fn destination(transport: Transport, export: &mut Export, threads: usize) -> Des
 
 #[test]
 fn threads_serve_themselves_while_it_drains_and_see_every_byte_right() {
-    for transport in available() {
+    for (transport, shards) in available_shards() {
         for round in 0..3u64 {
             let (mut export, _memory) = source(transport);
-            let Destination { memory, pager, lanes } = destination(transport, &mut export, 2);
+            let Destination { memory, pager, lanes } = destination(transport, &mut export, 2, shards);
             export.describe_pages(None).unwrap();
             std::thread::scope(|scope| {
                 // Two threads with a lane each, and one that the shard serves.
@@ -82,7 +82,7 @@ fn threads_serve_themselves_while_it_drains_and_see_every_byte_right() {
 #[test]
 fn what_a_serving_thread_wrote_is_never_overwritten() {
     let (mut export, _memory) = source(Transport::Tcp);
-    let Destination { memory, pager, mut lanes } = destination(Transport::Tcp, &mut export, 1);
+    let Destination { memory, pager, mut lanes } = destination(Transport::Tcp, &mut export, 1, Shards::ONE);
     let service = SelfService::of_this_thread(pager.server(lanes.pop().unwrap()));
     export.describe_pages(None).unwrap();
     for page in (0..PAGES).step_by(7) {
@@ -122,7 +122,7 @@ fn assert_waits(memory: &GuestMemory, page: u64, server: Option<postcopy_engine:
 #[test]
 fn a_lost_source_lets_no_thread_read_zeros() {
     let (mut export, _memory) = source(Transport::Tcp);
-    let Destination { memory, pager, mut lanes } = destination(Transport::Tcp, &mut export, 1);
+    let Destination { memory, pager, mut lanes } = destination(Transport::Tcp, &mut export, 1, Shards::ONE);
     check(memory.guest(), 1);
     let server = pager.server(lanes.pop().unwrap());
     drop(export);
@@ -165,22 +165,26 @@ impl Lane for Panics {
 
 #[test]
 fn a_pager_thread_that_panics_lets_no_thread_read_zeros() {
-    for signals in [false, true] {
+    for (told, shards) in
+        [(FaultsTo::Pager, 1), (FaultsTo::Threads, 1), (FaultsTo::Pager, 2), (FaultsTo::Threads, 2)]
+    {
         let (mut export, _memory) = source(Transport::Tcp);
         let memory = empty(PAGES);
-        let trap = match signals {
-            true => Trap::register_for_self_service(&memory).unwrap(),
-            false => Trap::register(&memory).unwrap(),
-        };
+        let trap = Trap::register(&memory, told, Shards::new(shards).unwrap()).unwrap();
         let import = Import::new(Transport::Tcp, &memory, &EndpointOptions::default()).unwrap();
-        let [urgent, bulk] = import.connect_local(&mut export).unwrap();
-        let lanes = [AnyLane::Other(Box::new(Panics(urgent))), bulk];
+        let mut lanes = import.connect_local(&mut export, shards).unwrap();
+        let [urgent, bulk] = lanes.remove(0);
+        lanes.insert(0, [AnyLane::Other(Box::new(Panics(urgent))), bulk]);
         let pager =
             import.start(trap, lanes, export.regions(), Round::none(), PagerConfig::default()).unwrap();
         let PagerState::Failed(error) = end_of(&pager).state else { panic!("its lane panics") };
         assert!(matches!(*error, PagerError::Panicked(_)), "{error}");
         assert!(error.to_string().contains("the guest waits"), "{error}");
         assert_waits(&memory, 2, None);
+        // What another thread has is still served.
+        if shards > 1 {
+            check(memory.guest(), PAGES - 2);
+        }
         std::mem::forget(pager);
     }
 }

@@ -183,14 +183,15 @@ impl QemuGuest {
         Self::launch(command, place, false)
     }
 
-    /// Starts `pcvm receive` with such a QEMU, which waits for a guest; says where.
-    pub fn receive(place: Place, args: &[String], address: IpAddr) -> (Self, SocketAddr) {
+    /// Starts `pcvm receive`, whose pager has so many threads, with such a QEMU, which waits for a guest;
+    /// says where.
+    pub fn receive(place: Place, args: &[String], address: IpAddr, shards: usize) -> (Self, SocketAddr) {
         let to = SocketAddr::new(address, free_port());
         let listen = to.to_string();
         let mut command = Command::new(program("pcvm"));
         command.args(["receive", "--vmm", "qemu", "--listen", &listen, "--control"]).arg(&place.control);
         let qemu = std::env::var("POSTCOPY_QEMU_THERE").unwrap_or_else(|_| QEMU.to_owned());
-        command.args(["--", &qemu]).args(args);
+        command.args(["--shards", &shards.to_string(), "--", &qemu]).args(args);
         (Self::launch(command, place, true), to)
     }
 

@@ -123,9 +123,10 @@ fn twenty_moves_over(transport: &str) {
 #[ignore = "needs the lab: scripts/test runs it there"]
 fn vcpus_serve_their_own_faults_over_each_transport() {
     let cpus = std::thread::available_parallelism().unwrap().get().min(2) as u32;
-    let mut lab = Lab::boot_by("self-service", 64, "", cpus, &["--self-service", "on"]);
+    let mut lab = Lab::boot_by("self-service", 64, "", cpus, &["--self-service", "on", "--shards", "2"]);
     for transport in ["tcp", "verbs", "shm", "tcp"] {
         let report = lab.go(transport);
+        assert_eq!(report["pager"]["shards"], 2, "{report}");
         let served = report["pager"]["self_served_faults"].as_u64().unwrap();
         let faults = report["pager"]["pages"]["network_faults"].as_u64().unwrap();
         println!("over {transport}: of {faults} network faults {served} were served by who faulted");

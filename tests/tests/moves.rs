@@ -17,12 +17,13 @@ fn rounds(console: &str) -> Vec<u64> {
     rounds
 }
 
-fn moves_over(transport: &str, mode: &str) {
-    let scratch = Scratch::new(&format!("moves-{transport}-{mode}"));
+fn moves_over(transport: &str, mode: &str, shards: u64) {
+    let scratch = Scratch::new(&format!("moves-{transport}-{mode}-{shards}"));
     let port = free_port();
     let source = Pcvm::run_tiny(&scratch, "a");
-    let destination = Pcvm::receive(&scratch, "b", port, &[]);
+    let destination = Pcvm::receive(&scratch, "b", port, &["--shards", &shards.to_string()]);
     let report = source.migrate(&format!("127.0.0.1:{port}"), &["--transport", transport, "--mode", mode]);
+    assert_eq!(number(&report, "/pager/shards"), shards);
     assert_eq!((&report["transport"], &report["mode"]), (&transport.into(), &mode.into()));
     assert_eq!(number(&report, "/pager/total_pages"), 2048);
     assert_eq!(number(&report, "/pager/outstanding_pages"), 0);
@@ -61,22 +62,29 @@ fn moves_over(transport: &str, mode: &str) {
 
 #[test]
 fn over_tcp() {
-    moves_over("tcp", "postcopy");
+    moves_over("tcp", "postcopy", 1);
 }
 
 #[test]
 fn over_shared_memory() {
-    moves_over("shm", "postcopy");
+    moves_over("shm", "postcopy", 1);
 }
 
 #[test]
 fn hybrid_over_tcp() {
-    moves_over("tcp", "hybrid");
+    moves_over("tcp", "hybrid", 1);
 }
 
 #[test]
 fn hybrid_over_shared_memory() {
-    moves_over("shm", "hybrid");
+    moves_over("shm", "hybrid", 1);
+}
+
+#[test]
+fn memory_by_several_threads() {
+    for (transport, mode) in [("tcp", "postcopy"), ("shm", "hybrid")] {
+        moves_over(transport, mode, 3);
+    }
 }
 
 #[test]

@@ -109,8 +109,11 @@ fn moves_by_pcvm(transport: &str, mode: &str, vhost: bool) {
     for at in 1..=moves {
         let place = Place::new(&scratch, &format!("q{at}"), network.tap(at % 2));
         let args = machine.args(&place, &BALLOON);
-        let (next, to) = QemuGuest::receive(place, &args, address);
+        // By one thread and by two in turn.
+        let shards = 1 + at % 2;
+        let (next, to) = QemuGuest::receive(place, &args, address, shards);
         let report = move_under_a_balloon(&guest, &next, to, (transport, mode));
+        assert_eq!(report["pager"]["shards"], shards, "{report}");
         println!(
             "{transport} {mode} move {at}: downtime {} µs, resident {} µs, {} network faults, {} pages kept, \
              {} given back",

@@ -26,9 +26,20 @@ const NOBODY: SocketAddr = SocketAddr::new(LOOPBACK, 9);
 const LOOPBACK: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 
 fn wait_there(scratch: &Scratch, name: &str, machine: &Plain, address: IpAddr) -> (QemuGuest, SocketAddr) {
+    wait_there_with(scratch, name, machine, address, 1)
+}
+
+/// With so many threads that bring its memory.
+fn wait_there_with(
+    scratch: &Scratch,
+    name: &str,
+    machine: &Plain,
+    address: IpAddr,
+    shards: usize,
+) -> (QemuGuest, SocketAddr) {
     let place = Place::apart(scratch, name);
     let args = machine.args(&place);
-    QemuGuest::receive(place, &args, address)
+    QemuGuest::receive(place, &args, address, shards)
 }
 
 fn runs(guest: &QemuGuest) -> bool {
@@ -43,8 +54,10 @@ fn moves(name: &str, transport: &str, count: usize) {
     let mut guest = machine.start(&scratch, "q0");
     guest.wait_for_reports(2);
     for at in 1..=count {
-        let (next, to) = wait_there(&scratch, &format!("q{at}"), &machine, address);
+        let shards = 1 + at % 3;
+        let (next, to) = wait_there_with(&scratch, &format!("q{at}"), &machine, address, shards);
         let report = guest.migrate(&next, to, transport);
+        assert_eq!(report["pager"]["shards"], shards, "{report}");
         let pages = &report["pager"]["pages"];
         assert!(pages["network_faults"].as_u64().unwrap() > 0, "{report}");
         let waited: Vec<u64> = serde_json::from_value(report["vcpu_blocktime_us"].clone()).unwrap();

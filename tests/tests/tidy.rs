@@ -131,6 +131,7 @@ fn unsafe_stays_in_leaf_modules() {
         "engine/src/pagemap.rs",
         "engine/src/pager/sigbus.rs",
         "engine/src/pager/trap.rs",
+        "engine/src/pager/trap/part.rs",
         "engine/src/pager/trap/tests.rs",
         "vmm-glue/",
         "tests/guest/",

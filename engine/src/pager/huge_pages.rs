@@ -8,12 +8,12 @@
 
 use std::fs::File;
 use std::io::{self, BufRead, BufReader};
+use std::sync::Arc;
 
 use postcopy_transport::{GiveWay, HUGE_PAGE, HostMemory};
 use serde::{Deserialize, Serialize};
-use tokio::sync::watch;
 
-use super::PagerStatus;
+use super::board::Board;
 
 /// Refusals in a row after which no more are asked for.
 const MAX_REFUSED: u32 = 16;
@@ -73,15 +73,14 @@ pub(crate) fn is_huge(memory: &HostMemory) -> io::Result<bool> {
     Ok(huge > 0 && 2 * huge >= resident)
 }
 
-/// Starts to put `memory` together, which is no longer trapped, and tells in `status` how far it is.
+/// Starts to put `memory` together, which is no longer trapped, and tells on `board` how far it is.
 /// Ends when nobody else holds the memory any more.
 ///
 /// Errors: the system refuses a thread.
-pub(super) fn begin(memory: HostMemory, status: watch::Sender<PagerStatus>) -> io::Result<()> {
+pub(super) fn begin(memory: HostMemory, board: Arc<Board>) -> io::Result<()> {
     let work = move || {
         let _way = GiveWay::begin();
-        let tell = |collapsed| status.send_modify(|status| status.report.huge_pages = collapsed);
-        let (collapsed, last) = collapse(&memory, tell);
+        let (collapsed, last) = collapse(&memory, |collapsed| board.collapsed(collapsed));
         let (mib, refused_mib) = (collapsed.bytes >> 20, collapsed.refused_bytes >> 20);
         match last {
             None => tracing::info!(mib, refused_mib, "memory is in huge pages again"),

@@ -1,9 +1,11 @@
 //! The pager: a thread that turns faults into reads and reads into published pages.
 //!
-//! [`Pager::start`] spawns one thread (a *shard*, see the loop in `shard.rs`) over a [`Trap`] and two
-//! lanes. The thread knows no session; progress and the end come out of a watch channel. When it
-//! ends badly, or panics, the trap stays: the guest waits for its pages and never reads zeros.
+//! [`Pager::start`] spawns a thread (a *shard*, see the loop in `shard.rs`) over each part of a
+//! [`Trap`] and two lanes. The threads know no session; progress and the end come out of a watch
+//! channel. When one ends badly, or panics, the trap stays: the guest waits for its pages and never
+//! reads zeros.
 
+mod board;
 mod claims;
 mod huge_pages;
 mod map_reader;
@@ -11,6 +13,7 @@ mod rest;
 mod round;
 mod server;
 mod shard;
+mod shards;
 mod sigbus;
 mod timing;
 mod token;
@@ -19,6 +22,7 @@ mod waits;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::Receiver;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -29,12 +33,14 @@ pub(crate) use round::read_once;
 pub use round::{Round, RoundWatch};
 use rustix::event::{EventfdFlags, eventfd};
 pub use server::{FaultFailed, FaultServer};
+pub use shards::{MAX_SHARDS, Shards};
 pub use sigbus::SelfService;
 use tokio::sync::watch;
-pub use trap::{Trap, TrapEvent};
+pub use trap::{FaultsTo, Trap, TrapEvent};
 pub use waits::Waited;
 
-use self::claims::Claims;
+use self::board::Board;
+use self::map_reader::MapReader;
 use self::server::{Note, Shared};
 use crate::memory::{GuestMemory, PAGE_SIZE, PageIndex};
 use crate::planner::{PlannerConfig, Run};
@@ -188,6 +194,7 @@ impl SourceMemory {
     }
 }
 
+/// The read that brings `run` of the guest's memory.
 fn read_between(landing: LocalRegion, memory: RemoteRegion, token: Token, run: Run) -> Option<Read> {
     let len = run.count * PAGE_SIZE as u32;
     let local = landing.slice(run.first.offset(), len)?;
@@ -198,10 +205,18 @@ fn read_between(landing: LocalRegion, memory: RemoteRegion, token: Token, run: R
 pub struct Pager {
     status: watch::Receiver<PagerStatus>,
     huge_pages: HugePages,
-    thread: Option<JoinHandle<watch::Sender<PagerStatus>>>,
-    shared: Arc<Shared>,
+    threads: Vec<JoinHandle<Arc<Board>>>,
+    /// One for each shard, in the order of their parts.
+    shards: Arc<[Arc<Shared>]>,
+    trap: Trap,
+    memory: HostMemory,
     spin: Duration,
-    _signals: Option<sigbus::Registration>,
+    _signals: Vec<sigbus::Registration>,
+}
+
+/// An error of the system's in this operation.
+fn failed(operation: &'static str) -> impl Fn(std::io::Error) -> PagerError {
+    move |source| PagerError::System { operation, source }
 }
 
 /// Asks the thread to stop, or to look at its notes, also while it sleeps.
@@ -211,6 +226,12 @@ struct StopSignal {
 }
 
 impl StopSignal {
+    fn new() -> Result<Self, PagerError> {
+        let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
+        let wake = wake.map_err(|errno| failed("eventfd")(errno.into()))?;
+        Ok(Self { asked: AtomicBool::new(false), wake })
+    }
+
     /// Ends a sleep, or the next.
     fn rouse(&self) {
         let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
@@ -218,48 +239,67 @@ impl StopSignal {
 }
 
 impl Pager {
-    /// Starts the thread.
+    /// Starts a thread for each shard of the trap. `lanes` are as many pairs of urgent and bulk.
     ///
-    /// Errors: the source's regions do not fit the guest's memory, or the system refuses a thread
-    /// or a descriptor.
+    /// Errors: the source's regions do not fit the guest's memory, there are not as many lanes, or the
+    /// system refuses a thread or a descriptor.
     pub fn start(
         trap: Trap,
         memory: &GuestMemory,
-        source: SourceMemory,
-        urgent: AnyLane,
-        bulk: AnyLane,
+        source: &SourceMemory,
+        lanes: Vec<[AnyLane; 2]>,
         config: PagerConfig,
     ) -> Result<Self, PagerError> {
-        let failed = |operation| move |source: std::io::Error| PagerError::System { operation, source };
-        let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
-        let wake = wake.map_err(|errno| failed("eventfd")(errno.into()))?;
-        let stop = Arc::new(StopSignal { asked: AtomicBool::new(false), wake });
-        let (sender, status) = watch::channel(PagerStatus::default());
         let pages = memory.layout().total_pages();
-        let (notes, heard) = std::sync::mpsc::channel();
-        let shared = Arc::new(Shared {
-            claims: Claims::new(pages),
-            trap,
-            memory: source.memory,
-            landing: source.landing,
-            populated: source.populated,
-            stop,
-            notes,
-            draining: AtomicBool::new(false),
-        });
-        let shard = shard::Shard::new(shared.clone(), heard, pages, source, [urgent, bulk], config)?;
-        let signals = match shared.trap.is_for_self_service() {
-            true => Some(sigbus::register(shared.clone()).map_err(failed("handling SIGBUS"))?),
-            false => None,
-        };
-        let work = move || {
-            shard::supervise(shard, &sender);
-            sender
-        };
-        let thread = std::thread::Builder::new().name("pager".into()).spawn(work);
-        let thread = Some(thread.map_err(failed("starting the pager thread"))?);
-        let PagerConfig { spin, huge_pages, .. } = config;
-        Ok(Self { status, huge_pages, thread, shared, spin, _signals: signals })
+        source.check(pages)?;
+        if lanes.len() != trap.shards() {
+            let source = std::io::Error::other(format!("{} shards, {} pairs", trap.shards(), lanes.len()));
+            return Err(PagerError::System { operation: "giving each shard its lanes", source });
+        }
+        let (board, status) = Board::new(trap.shards());
+        let (mut shards, mut notes) = (Vec::new(), Vec::new());
+        for trap in trap.parts() {
+            let (shared, heard) = Shared::new(trap.clone(), source)?;
+            shards.push(Arc::new(shared));
+            notes.push(heard);
+        }
+        let mut signals = Vec::new();
+        for shared in shards.iter().filter(|shared| shared.trap.is_for_self_service()) {
+            let registered = sigbus::register(shared.clone());
+            signals.push(registered.map_err(failed("handling SIGBUS"))?);
+        }
+        let (huge_pages, spin, memory) = (config.huge_pages, config.spin, memory.guest().clone());
+        let (threads, shards) = (Vec::new(), shards.into());
+        let mut pager = Self { status, huge_pages, threads, shards, trap, memory, spin, _signals: signals };
+        pager.start_threads(pages, source, notes.into_iter().zip(lanes), config, &Arc::new(board))?;
+        Ok(pager)
+    }
+
+    /// If it fails, those that were started end with the pager.
+    fn start_threads(
+        &mut self,
+        pages: u64,
+        source: &SourceMemory,
+        each: impl Iterator<Item = (Receiver<Note>, [AnyLane; 2])>,
+        mut config: PagerConfig,
+        board: &Arc<Board>,
+    ) -> Result<(), PagerError> {
+        // They share the wire that a fault may wait for.
+        config.planner.bulk_wait_ns /= self.shards.len() as u64;
+        for (at, (shared, (notes, lanes))) in self.shards.iter().zip(each).enumerate() {
+            let round = source.round.of(shared.part);
+            let precopied = [round.pages(), round.bytes];
+            let map = MapReader::of_frozen(pages, source, (at, shared.part), round.held)?;
+            let shard = shard::Shard::new(shared.clone(), notes, map, precopied, lanes, config);
+            let board = board.clone();
+            let work = move || {
+                shard::supervise(shard, at, &board);
+                board
+            };
+            let thread = std::thread::Builder::new().name(format!("pager-{at}")).spawn(work);
+            self.threads.push(thread.map_err(failed("starting a pager thread"))?);
+        }
+        Ok(())
     }
 
     /// Begins to put memory together to huge pages, if it is all here and [`HugePages::On`] was
@@ -270,25 +310,29 @@ impl Pager {
         if !resident || self.huge_pages != HugePages::On {
             return;
         }
-        // Its work is done.
-        let Some(Ok(sender)) = self.thread.take().map(JoinHandle::join) else { return };
-        if let Err(error) = huge_pages::begin(self.shared.trap.guest().clone(), sender) {
+        // Their work is done.
+        let ended: Vec<_> = self.threads.drain(..).filter_map(|thread| thread.join().ok()).collect();
+        let Some(board) = ended.into_iter().next_back() else { return };
+        if let Err(error) = huge_pages::begin(self.memory.clone(), board) {
             tracing::warn!(%error, "memory stays in small pages: no thread for the work");
         }
     }
 
     /// Lets a thread serve its own faults over `lane`, which nobody else uses. The trap must be one
-    /// [for self-service](Trap::register_for_self_service).
+    /// [whose threads are told](FaultsTo::Threads).
     pub fn server(&self, lane: AnyLane) -> FaultServer {
-        FaultServer::new(self.shared.clone(), lane, self.spin)
+        FaultServer::new(self.shards.clone(), lane, self.spin)
     }
 
     /// Has these pages read before others, the first first: the guest touched them just before it was
     /// stopped. They must be pages of the guest.
-    pub fn prefer(&self, runs: Vec<Run>) {
-        // A pager that has ended reads nothing any more.
-        drop(self.shared.notes.send(Note::Prefer(runs)));
-        self.shared.stop.rouse();
+    pub fn prefer(&self, runs: &[Run]) {
+        for shared in &*self.shards {
+            let here = runs.iter().filter_map(|run| shared.part.local_run(*run)).collect();
+            // A shard that has ended reads nothing any more.
+            drop(shared.notes.send(Note::Prefer(here)));
+            shared.stop.rouse();
+        }
     }
 
     /// Progress, and the end.
@@ -296,19 +340,19 @@ impl Pager {
         self.status.clone()
     }
 
-    /// Stops the thread and waits for it. Pages that have not arrived stay trapped as long as the
+    /// Stops the threads and waits for them. Pages that have not arrived stay trapped as long as the
     /// returned trap lives.
     pub fn stop(mut self) -> Trap {
         self.end();
-        self.shared.trap.clone()
+        self.trap.clone()
     }
 
     fn end(&mut self) {
-        self.shared.stop.asked.store(true, Ordering::Release);
-        self.shared.stop.rouse();
-        if let Some(thread) = self.thread.take() {
-            drop(thread.join());
+        for shared in &*self.shards {
+            shared.stop.asked.store(true, Ordering::Release);
+            shared.stop.rouse();
         }
+        self.threads.drain(..).for_each(|thread| drop(thread.join()));
     }
 }
 

@@ -14,6 +14,7 @@ use postcopy_transport::{AnyLane, Lane, LaneError, Read};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::map_reader::{Landed, MapReader};
+use super::shards::Part;
 use super::token::{is_map, run_of, token_of};
 use super::{PagerError, SourceMemory};
 use crate::memory::{PAGE_SIZE, PageIndex};
@@ -36,6 +37,12 @@ impl Round {
     /// There was none.
     pub fn none() -> Self {
         Self { held: PageSet::new(0, false), bytes: 0 }
+    }
+
+    /// What a shard has of it. The bytes that crossed are the first's.
+    pub(super) fn of(&self, part: Part) -> Self {
+        let bytes = if part.first == 0 { self.bytes } else { 0 };
+        Self { held: self.held.part(part.first, part.pages), bytes }
     }
 
     /// Pages that have landed.

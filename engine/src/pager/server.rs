@@ -6,14 +6,16 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::Sender;
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
 use postcopy_transport::{AnyLane, Completion, Lane, LaneError, LocalRegion, Read, RemoteRegion, Token};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::claims::{Claim, Claims};
-use super::{PagerError, StopSignal, Trap, read_between};
+use super::shards::Part;
+use super::trap::PartTrap;
+use super::{PagerError, SourceMemory, StopSignal, read_between};
 use crate::memory::PageIndex;
 use crate::planner::Run;
 
@@ -48,23 +50,45 @@ pub(super) struct Stamps {
     pub(super) published: Instant,
 }
 
-/// What a shard and the threads that serve themselves have in common.
+/// What a shard and the threads that serve themselves have in common. Pages are numbered from the
+/// first of its part.
 pub(super) struct Shared {
+    pub(super) part: Part,
     pub(super) claims: Claims,
-    pub(super) trap: Trap,
+    pub(super) trap: PartTrap,
     pub(super) memory: RemoteRegion,
     pub(super) landing: LocalRegion,
     /// Whether landing memory is populated already (pinned by its registration).
     pub(super) populated: bool,
-    pub(super) stop: Arc<StopSignal>,
+    pub(super) stop: StopSignal,
     pub(super) notes: Sender<Note>,
     /// The shard has bulk reads in flight: spinning would keep them from the processor.
     pub(super) draining: AtomicBool,
 }
 
 impl Shared {
-    /// The read that brings `run`, or `None` if the source's or this side's memory ends before.
+    /// For the part that `trap` is over, and where the shard hears of the others' notes.
+    pub(super) fn new(trap: PartTrap, source: &SourceMemory) -> Result<(Self, Receiver<Note>), PagerError> {
+        let (notes, heard) = channel();
+        let part = trap.part();
+        let shared = Self {
+            part,
+            claims: Claims::new(part.pages),
+            trap,
+            memory: source.memory,
+            landing: source.landing,
+            populated: source.populated,
+            stop: StopSignal::new()?,
+            notes,
+            draining: AtomicBool::new(false),
+        };
+        Ok((shared, heard))
+    }
+
+    /// The read that brings `run` of the part, or `None` if the source's or this side's memory ends
+    /// before.
     pub(super) fn read_of(&self, token: Token, run: Run) -> Option<Read> {
+        let run = Run { first: self.part.global(run.first), ..run };
         read_between(self.landing, self.memory, token, run)
     }
 
@@ -103,7 +127,8 @@ impl Shared {
 
 /// Serves the faults of one thread.
 pub struct FaultServer {
-    shared: Arc<Shared>,
+    /// In the order of their parts.
+    shards: Arc<[Arc<Shared>]>,
     lane: AnyLane,
     /// How long to poll for the answer before sleeping.
     spin: Duration,
@@ -115,14 +140,14 @@ pub struct FaultServer {
 }
 
 impl FaultServer {
-    pub(super) fn new(shared: Arc<Shared>, lane: AnyLane, spin: Duration) -> Self {
+    pub(super) fn new(shards: Arc<[Arc<Shared>]>, lane: AnyLane, spin: Duration) -> Self {
         let crowded = postcopy_transport::is_crowded();
-        Self { shared, lane, spin, crowded, completions: Vec::with_capacity(1), thread: None }
+        Self { shards, lane, spin, crowded, completions: Vec::with_capacity(1), thread: None }
     }
 
     /// Whether it reads the memory of `shared`.
     pub(super) fn is_of(&self, shared: &Shared) -> bool {
-        std::ptr::eq(&*self.shared, shared)
+        self.shards.iter().any(|shard| std::ptr::eq(&**shard, shared))
     }
 
     /// Brings a page that this thread touched. Returns when it is published, by whomever; touch it
@@ -132,18 +157,19 @@ impl FaultServer {
     /// thread must not go on.
     pub fn serve(&mut self, page: PageIndex) -> Result<(), FaultFailed> {
         let seen = Instant::now();
-        let shared = self.shared.clone();
         let thread = *self.thread.get_or_insert_with(this_thread);
-        if !shared.claims.covers(page) {
-            return self.fail(PagerError::StrayFault(page));
-        }
+        let shards = self.shards.clone();
+        let mut here = shards.iter().filter_map(|shard| Some((&**shard, shard.part.local(page)?)));
+        let Some((shared, page)) = here.next() else {
+            return fail(&shards[0], PagerError::StrayFault(page));
+        };
         if !shared.claims.enter() {
             return Ok(());
         }
         let served = match shared.claims.claim(page) {
-            Claim::Read => self.bring(&shared, page, seen),
-            Claim::Zero => publish_here(&shared, page, || shared.trap.publish_zero(page, shared.populated)),
-            Claim::Kept => publish_here(&shared, page, || shared.trap.publish(Run::one(page))),
+            Claim::Read => self.bring(shared, page, seen),
+            Claim::Zero => publish_here(shared, page, || shared.trap.publish_zero(page, shared.populated)),
+            Claim::Kept => publish_here(shared, page, || shared.trap.publish(Run::one(page))),
             Claim::Resident => Ok(()),
             Claim::Taken => {
                 shared.claims.leave();
@@ -154,17 +180,13 @@ impl FaultServer {
         };
         shared.waited(thread, seen);
         shared.claims.leave();
-        served.or_else(|error| self.fail(error))
-    }
-
-    fn fail(&self, error: PagerError) -> Result<(), FaultFailed> {
-        drop(self.shared.notes.send(Note::Failed(error)));
-        self.shared.stop.rouse();
-        Err(FaultFailed)
+        served.or_else(|error| fail(shared, error))
     }
 
     fn bring(&mut self, shared: &Shared, page: PageIndex, seen: Instant) -> Result<(), PagerError> {
-        let read = shared.read_of(Token(page.0), Run::one(page)).ok_or(PagerError::StrayFault(page))?;
+        let read = shared
+            .read_of(Token(page.0), Run::one(page))
+            .ok_or(PagerError::StrayFault(shared.part.global(page)))?;
         let posted = self.lane.post(&[read]).map_err(failed)?;
         assert!(posted == 1, "a server has one read in flight, and every lane room for that");
         let posted = Instant::now();
@@ -173,7 +195,7 @@ impl FaultServer {
         self.await_read(posted).map_err(failed)?;
         let completed = Instant::now();
         let result = self.completions.pop().map_or(Ok(()), |completion| completion.result);
-        result.map_err(|source| PagerError::Read { page, source })?;
+        result.map_err(|source| PagerError::Read { page: shared.part.global(page), source })?;
         shared.trap.publish(Run::one(page))?;
         let published = Instant::now();
         let last = shared.claims.published(Run::one(page));
@@ -182,6 +204,11 @@ impl FaultServer {
             shared.stop.rouse();
         }
         Ok(())
+    }
+
+    /// Whether bulk reads are under way.
+    fn is_drained(&self) -> bool {
+        self.shards.iter().any(|shard| shard.draining.load(Ordering::Relaxed))
     }
 
     /// Waits for the one read in flight: polls for a while, then sleeps on the descriptor. Where
@@ -193,7 +220,7 @@ impl FaultServer {
             if !self.completions.is_empty() {
                 return Ok(());
             }
-            let crowded = self.crowded && self.shared.draining.load(Ordering::Relaxed);
+            let crowded = self.crowded && self.is_drained();
             if !crowded && posted.elapsed() < self.spin {
                 std::hint::spin_loop();
             } else if self.lane.arm()? {
@@ -203,6 +230,13 @@ impl FaultServer {
             }
         }
     }
+}
+
+/// Tells a shard that a page of its does not come.
+fn fail(shared: &Shared, error: PagerError) -> Result<(), FaultFailed> {
+    drop(shared.notes.send(Note::Failed(error)));
+    shared.stop.rouse();
+    Err(FaultFailed)
 }
 
 fn this_thread() -> i32 {

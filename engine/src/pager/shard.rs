@@ -16,19 +16,19 @@ use std::time::{Duration, Instant};
 
 use postcopy_transport::{AnyLane, Completion, GiveWay, Lane, LaneError, Read, is_crowded};
 use rustix::fd::AsFd;
-use tokio::sync::watch;
 use userfaultfd::EventBuffer;
 
+use super::board::{Board, End};
 use super::map_reader::{Landed, MAP_PATIENCE, MapReader};
 use super::rest::Rest;
 use super::server::{Note, Shared};
 use super::timing::Timing;
 use super::token::{is_map, run_of, token_of};
 use super::trap::TrapEvent;
-use super::{PagerConfig, PagerError, PagerState, PagerStatus, SourceMemory};
+use super::{PagerConfig, PagerError, PagerState};
 use crate::memory::{PAGE_SIZE, PageIndex};
 use crate::planner::{Action, LaneId, Nanos, Planner, Run, Why};
-use crate::stats::{PagerReport, StageReport};
+use crate::stats::PagerReport;
 
 /// Fault events taken in one turn.
 const FAULT_BATCH: usize = 64;
@@ -60,7 +60,6 @@ pub(super) struct Shard {
     /// Pages and bytes that the round of pre-copy has brought.
     precopied: [u64; 2],
     self_served: u64,
-    total: u64,
     rest: Rest,
     actions: Vec<Action>,
     completions: Vec<Completion>,
@@ -76,8 +75,9 @@ pub(super) struct Shard {
 }
 
 /// Runs the loop and tells how it ended, also when it panicked.
-pub(super) fn supervise(mut shard: Shard, status: &watch::Sender<PagerStatus>) {
-    let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| shard.run(status)));
+pub(super) fn supervise(mut shard: Shard, number: usize, board: &Board) {
+    let tell = |report| board.tell(number, report);
+    let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| shard.run(tell)));
     let state = match outcome {
         Ok(Ok(state)) => state,
         Ok(Err(error)) => PagerState::Failed(Arc::new(error)),
@@ -87,32 +87,30 @@ pub(super) fn supervise(mut shard: Shard, status: &watch::Sender<PagerStatus>) {
             PagerState::Failed(Arc::new(PagerError::Panicked(said.into())))
         }
     };
-    let mut report = shard.report();
-    report.stages = StageReport::from(&shard.timing.stages);
-    let waited = shard.timing.waits.sums();
+    let (report, waited) = (shard.report(), shard.timing.waits.sums());
+    let stages = std::mem::take(&mut shard.timing.stages);
     // The lanes close before anybody learns of the end, so the source may go when they do.
     drop(shard);
-    status.send_replace(PagerStatus { state, report, waited });
+    board.end(number, End { state, report, stages: &stages, waited });
 }
 
 impl Shard {
+    /// `precopied` has the pages and bytes that the round of pre-copy has brought of its part.
     pub(super) fn new(
         shared: Arc<Shared>,
         notes: Receiver<Note>,
-        pages: u64,
-        source: SourceMemory,
+        map: MapReader,
+        precopied: [u64; 2],
         lanes: [AnyLane; 2],
         config: PagerConfig,
-    ) -> Result<Self, PagerError> {
-        source.check(pages)?;
-        let round = &source.round;
-        let precopied = [round.pages(), round.bytes];
-        Ok(Self {
+    ) -> Self {
+        let pages = shared.part.pages;
+        Self {
             shared,
             notes,
             elsewhere: HashMap::new(),
             planner: Planner::new(pages, config.planner),
-            map: MapReader::of_frozen(pages, &source, source.round.held.clone())?,
+            map,
             map_due: Instant::now(),
             lanes,
             waiting: [Vec::new(), Vec::new()],
@@ -121,7 +119,6 @@ impl Shard {
             bytes: [0; 2],
             precopied,
             self_served: 0,
-            total: pages,
             rest: Rest::new(config.spin),
             actions: Vec::new(),
             completions: Vec::new(),
@@ -132,10 +129,10 @@ impl Shard {
             taken: Vec::new(),
             done: false,
             unreported: true,
-        })
+        }
     }
 
-    fn run(&mut self, status: &watch::Sender<PagerStatus>) -> Result<PagerState, PagerError> {
+    fn run(&mut self, tell: impl Fn(PagerReport)) -> Result<PagerState, PagerError> {
         // Where the faults are served elsewhere, what is left here is the drain, and what the map says of
         // pages that are here.
         let yields = self.shared.trap.is_for_self_service() && is_crowded();
@@ -161,7 +158,7 @@ impl Shard {
             self.unreported |= busy;
             if self.unreported && now.duration_since(reported) >= PROGRESS {
                 (reported, self.unreported) = (now, false);
-                status.send_modify(|status| status.report = self.report());
+                tell(self.report());
             }
             if busy {
                 self.rest.busy();
@@ -190,7 +187,7 @@ impl Shard {
                 }
             };
             if !self.planner.fault(page, when, &mut self.actions) {
-                return Err(PagerError::StrayFault(page));
+                return Err(PagerError::StrayFault(self.shared.part.global(page)));
             }
             if self.actions.last() == Some(&Action::Read(Why::Fault, Run::one(page))) {
                 self.timing.seen(page, now);
@@ -223,7 +220,7 @@ impl Shard {
                     if !self.elsewhere.contains_key(&page)
                         && !self.planner.fault(page, when, &mut self.actions)
                     {
-                        return Err(PagerError::StrayFault(page));
+                        return Err(PagerError::StrayFault(self.shared.part.global(page)));
                     }
                 }
                 Note::Served(page, stamps) => {
@@ -295,7 +292,8 @@ impl Shard {
             return self.map_landed();
         }
         let run = run_of(completion.token);
-        completion.result.map_err(|source| PagerError::Read { page: run.first, source })?;
+        let page = self.shared.part.global(run.first);
+        completion.result.map_err(|source| PagerError::Read { page, source })?;
         let when = self.nanos(now);
         if !self.planner.landed(lane, run, when, &mut self.actions) {
             let broken = LaneError::Protocol("it completed a read that is not in flight");
@@ -406,7 +404,9 @@ impl Shard {
     fn lane_failed(&self, lane: usize, source: LaneError) -> PagerError {
         let name = ["urgent", "bulk"][lane];
         let page = match &source {
-            LaneError::QueuePair { token, .. } if !is_map(*token) => Some(run_of(*token).first),
+            LaneError::QueuePair { token, .. } if !is_map(*token) => {
+                Some(self.shared.part.global(run_of(*token).first))
+            }
             _ => None,
         };
         PagerError::Lane { page, lane: name, outstanding: self.planner.outstanding(), source }
@@ -414,7 +414,8 @@ impl Shard {
 
     fn report(&self) -> PagerReport {
         PagerReport {
-            total_pages: self.total,
+            shards: 1,
+            total_pages: self.shared.part.pages,
             outstanding_pages: self.planner.outstanding(),
             pages: self.planner.counts(),
             fault_bytes: self.bytes[LaneId::Urgent as usize],

@@ -20,13 +20,14 @@ use std::sync::atomic::{AtomicPtr, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
+use super::MAX_SHARDS;
 use super::server::{FaultServer, Shared};
 use crate::memory::PageIndex;
 
-/// Memories that can be served at a time.
-const SLOTS: usize = 16;
+/// Shards whose memory can be served at a time.
+const SLOTS: usize = 4 * MAX_SHARDS;
 
-/// A memory whose faults are served, for the handler to find without a lock.
+/// A shard's memory whose faults are served, for the handler to find without a lock.
 struct Slot {
     base: AtomicUsize,
     len: AtomicUsize,
@@ -65,10 +66,9 @@ pub(super) fn register(shared: Arc<Shared>) -> io::Result<Registration> {
     let _guard = REGISTER.lock().unwrap_or_else(PoisonError::into_inner);
     install()?;
     let free = TABLE.iter().find(|slot| slot.shared.load(Ordering::SeqCst).is_null());
-    let slot = free.ok_or_else(|| io::Error::other("more than 16 memories are served at a time"))?;
-    let guest = shared.trap.guest();
-    slot.base.store(guest.base() as usize, Ordering::SeqCst);
-    slot.len.store(guest.len(), Ordering::SeqCst);
+    let slot = free.ok_or_else(|| io::Error::other("too many memories are served at a time"))?;
+    slot.base.store(shared.trap.base() as usize, Ordering::SeqCst);
+    slot.len.store(shared.part.bytes() as usize, Ordering::SeqCst);
     slot.shared.store(Arc::into_raw(shared).cast_mut(), Ordering::SeqCst);
     Ok(Registration(slot))
 }
@@ -172,7 +172,7 @@ fn bring(shared: &Shared, page: PageIndex) {
     match server.filter(|server| server.is_of(shared)) {
         None => shared.ask(page),
         Some(server) => {
-            if server.serve(page).is_err() {
+            if server.serve(shared.part.global(page)).is_err() {
                 // Fail closed: the touch must not go on, and there is nothing to go back to.
                 loop {
                     std::thread::sleep(Duration::from_secs(3600));

@@ -43,6 +43,34 @@ pub struct PageCounts {
 }
 
 impl PageCounts {
+    /// Adds what another planner counted.
+    pub(crate) fn add(&mut self, other: &Self) {
+        let Self {
+            network_faults,
+            minor_faults,
+            zero_faults,
+            drain_pages,
+            prepage_pages,
+            recent_pages,
+            prepage_hits,
+            fault_pages,
+            zero_pages,
+            kept_pages,
+            discarded_pages,
+        } = other;
+        self.network_faults += network_faults;
+        self.minor_faults += minor_faults;
+        self.zero_faults += zero_faults;
+        self.drain_pages += drain_pages;
+        self.prepage_pages += prepage_pages;
+        self.recent_pages += recent_pages;
+        self.prepage_hits += prepage_hits;
+        self.fault_pages += fault_pages;
+        self.zero_pages += zero_pages;
+        self.kept_pages += kept_pages;
+        self.discarded_pages += discarded_pages;
+    }
+
     /// The counter of pages brought for this reason.
     pub(super) fn pages_brought(&mut self, why: Why) -> &mut u64 {
         match why {

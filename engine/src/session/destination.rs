@@ -16,10 +16,10 @@ use super::round::{Connected, pre_copy};
 use super::source::micros;
 use super::unpack::{granted, offered, receive_state, recent};
 use super::{GuestError, STEP_PATIENCE, SessionError, WORK_PATIENCE, blocking};
-use crate::export::{LANES, MAX_LANES};
+use crate::export::MAX_SERVERS;
 use crate::import::{Import, Lanes};
 use crate::memory::GuestMemory;
-use crate::pager::{FaultServer, Pager, PagerConfig, PagerState, PagerStatus, Round, Trap};
+use crate::pager::{FaultServer, FaultsTo, Pager, PagerConfig, PagerState, PagerStatus, Round, Shards, Trap};
 
 /// How often the source hears of progress.
 pub(super) const PROGRESS: Duration = Duration::from_millis(100);
@@ -38,21 +38,20 @@ pub trait DestinationHost: Send + Sync + 'static {
 
     /// Makes memory for such a guest, empty, with the trap under it: of this process, if not said
     /// otherwise, and told to the threads themselves where `served` says that some serve their own
-    /// faults.
+    /// faults. The trap may be cut for fewer `shards`.
     ///
     /// Errors: there is no room for it, or userfaultfd is refused.
     fn memory(
         &self,
         description: &GuestDescription,
         served: bool,
+        shards: Shards,
     ) -> Result<(GuestMemory, Trap), GuestError> {
         let (layout, bytes) = (description.layout.clone(), description.layout.total_bytes());
         let memory = GuestMemory::new(layout).map_err(|source| SessionError::Memory { bytes, source })?;
-        let trap = match served {
-            false => Trap::register(&memory),
-            true => Trap::register_for_self_service(&memory),
-        };
-        Ok((memory, trap.map_err(SessionError::from)?))
+        let told = if served { FaultsTo::Threads } else { FaultsTo::Pager };
+        let trap = Trap::register(&memory, told, shards).map_err(SessionError::from)?;
+        Ok((memory, trap))
     }
 
     /// Checks whether such a guest can run here, and prepares for it. Its memory holds nothing yet
@@ -97,6 +96,8 @@ pub struct ReceiveOptions {
     pub endpoint: EndpointOptions,
     /// How the pager behaves.
     pub pager: PagerConfig,
+    /// How many threads it has. A stock QEMU's are as many as it was started for.
+    pub shards: Shards,
     /// The most guest memory to accept, in bytes. `None`: no limit of our own.
     pub memory_limit: Option<u64>,
 }
@@ -190,11 +191,11 @@ impl<H: DestinationHost> Destination<'_, H> {
         passed("Offer", self.begun);
         self.check_size(&description)?;
         self.options.pager.huge_pages = self.options.pager.huge_pages.resolved(description.huge_pages);
-        let threads = self.host.serving_threads(&description).min(MAX_LANES - LANES);
+        let threads = self.host.serving_threads(&description).min(MAX_SERVERS);
         let (guest, memory, trap) = self.prepare(description, threads > 0).await?;
         let (transport, import) = self.import(&offered, &memory).await?;
         passed("Prepared", self.begun);
-        let mut connected = self.connect(channel, transport, import, threads).await?;
+        let mut connected = self.connect(channel, transport, import, (trap.shards(), threads)).await?;
         if mode == Mode::Hybrid {
             passed("Connected", self.begun);
             connected = pre_copy(channel, connected).await?;
@@ -203,7 +204,7 @@ impl<H: DestinationHost> Destination<'_, H> {
         channel.send(&Message::LanesReady).await?;
         passed("LanesReady", self.begun);
         let pages = memory.layout().total_pages();
-        pager.prefer(recent(channel.receive("what its guest touched last", WORK_PATIENCE).await?, pages)?);
+        pager.prefer(&recent(channel.receive("what its guest touched last", WORK_PATIENCE).await?, pages)?);
         self.load(channel, &guest, servers).await?;
         passed("StateLoaded", self.begun);
         self.resume(channel, &guest).await?;
@@ -227,9 +228,9 @@ impl<H: DestinationHost> Destination<'_, H> {
         description: GuestDescription,
         served: bool,
     ) -> Result<(Arc<H::Guest>, GuestMemory, Trap), SessionError> {
-        let host = self.host.clone();
+        let (host, shards) = (self.host.clone(), self.options.shards);
         let prepared = blocking(move || {
-            let (memory, trap) = host.memory(&description, served)?;
+            let (memory, trap) = host.memory(&description, served, shards)?;
             Ok((Arc::new(host.prepare(&description, &memory)?), memory, trap))
         });
         prepared.await.map_err(|source: GuestError| match source.downcast::<SessionError>() {
@@ -269,15 +270,15 @@ impl<H: DestinationHost> Destination<'_, H> {
         channel: &mut Channel,
         transport: Transport,
         import: Import,
-        threads: usize,
+        (shards, threads): (usize, usize),
     ) -> Result<Connected, SessionError> {
-        let (requests, lanes) = import.request(threads)?;
+        let (requests, lanes) = import.request(shards, threads)?;
         channel.send(&Message::Accept { transport: transport.name().into(), lanes }).await?;
         let (grants, regions) = granted(channel.receive("Granted", WORK_PATIENCE).await?)?;
         let needed: Vec<usize> = requests.iter().map(LaneRequest::streams).collect();
         let streams = self.accept_lanes(&needed).await?;
         let connected = blocking(move || {
-            let lanes = import.connect(requests, &grants, streams)?;
+            let lanes = import.connect(shards, requests, &grants, streams)?;
             Ok(Connected { import, lanes, regions, round: Round::none() })
         });
         connected.await
@@ -289,9 +290,9 @@ impl<H: DestinationHost> Destination<'_, H> {
         connected: Connected,
         trap: Trap,
     ) -> Result<(Pager, Vec<FaultServer>), SessionError> {
-        let Connected { import, lanes: Lanes { shard, servers }, regions, round } = connected;
+        let Connected { import, lanes: Lanes { shards, servers }, regions, round } = connected;
         let config = self.options.pager;
-        let started = blocking(move || import.start(trap, shard, regions, round, config)).await?;
+        let started = blocking(move || import.start(trap, shards, regions, round, config)).await?;
         let servers = servers.into_iter().map(|lane| started.server(lane)).collect();
         Ok((started, servers))
     }

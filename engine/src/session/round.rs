@@ -41,7 +41,8 @@ pub(super) async fn pre_copy(
     let watched = EndsWith(watch.clone());
     let work = blocking(move || {
         let Connected { import, lanes, regions, round } = &mut connected;
-        *round = import.pre_copy(&mut lanes.shard, *regions, &watch)?;
+        let first = lanes.shards.first_mut().ok_or(SessionError::Protocol("no lanes"))?;
+        *round = import.pre_copy(first, *regions, &watch)?;
         Ok(connected)
     });
     tokio::pin!(work);

@@ -24,6 +24,12 @@ impl Distribution {
         self.sum_ns = self.sum_ns.saturating_add(ns);
     }
 
+    /// Adds all of another.
+    pub(crate) fn add(&mut self, other: &Self) {
+        self.buckets.iter_mut().zip(other.buckets).for_each(|(bucket, more)| *bucket += more);
+        self.sum_ns = self.sum_ns.saturating_add(other.sum_ns);
+    }
+
     /// How many there are.
     pub fn count(&self) -> u64 {
         // A peer may have said anything.

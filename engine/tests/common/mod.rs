@@ -6,7 +6,7 @@
 use std::time::Duration;
 
 use postcopy_engine::memory::{GuestMemory, MemoryLayout, PAGE_SIZE};
-use postcopy_engine::pager::{Pager, PagerState, PagerStatus};
+use postcopy_engine::pager::{Pager, PagerState, PagerStatus, Shards};
 use postcopy_transport::{HostMemory, Transport};
 
 /// Content of a page: zero for every third, else different in every word.
@@ -48,6 +48,11 @@ pub(crate) fn check(memory: &HostMemory, page: u64) {
 /// The transports that this machine has.
 pub(crate) fn available() -> impl Iterator<Item = Transport> {
     Transport::ALL.into_iter().filter(|transport| transport.available().is_ok())
+}
+
+/// The same, each with one shard and with several.
+pub(crate) fn available_shards() -> impl Iterator<Item = (Transport, Shards)> {
+    available().flat_map(|transport| [1, 3].map(|count| (transport, Shards::new(count).unwrap())))
 }
 
 /// Waits until the pager has ended, however.

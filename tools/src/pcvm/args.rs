@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use postcopy_engine::pager::{HugePages, PagerConfig};
+use postcopy_engine::pager::{HugePages, PagerConfig, Shards};
 use postcopy_engine::planner::Policy;
 use postcopy_engine::session::Mode;
 use postcopy_tools::device::DeviceArgs;
@@ -162,6 +162,11 @@ pub(crate) struct HostArgs {
     pub(crate) policy: Policy,
     #[command(flatten)]
     pub(crate) bulk_wait: BulkWaitArgs,
+    /// Threads that bring the memory of a guest that arrives, 1 to 16: each has a part of it, two
+    /// lanes, and a processor to itself while it is busy. More pay where faults or the wire ask for more
+    /// than one processor.
+    #[arg(long, default_value = "1", value_name = "N")]
+    pub(crate) shards: Shards,
 }
 
 impl HostArgs {

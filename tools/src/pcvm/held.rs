@@ -109,7 +109,8 @@ pub(crate) fn qemu_command(args: &ReceiveArgs) -> anyhow::Result<Option<QemuComm
         }
         (Vmm::Qemu, Some((program, arguments))) => {
             let library = handover_library(args.handover_library.as_deref())?;
-            Ok(Some(QemuCommand { program: program.clone(), arguments: arguments.to_vec(), library }))
+            let (program, arguments) = (program.clone(), arguments.to_vec());
+            Ok(Some(QemuCommand { program, arguments, library, shards: args.host.shards }))
         }
     }
 }

@@ -206,6 +206,7 @@ pub(crate) fn run(args: &RunArgs) -> anyhow::Result<()> {
         transports: args.wire.transports(),
         endpoint: args.wire.device.endpoint(None),
         pager: args.host.pager(),
+        shards: args.host.shards,
         memory_limit: None,
     };
     runtime()?.block_on(async {
@@ -231,6 +232,7 @@ pub(crate) fn receive(args: &ReceiveArgs) -> anyhow::Result<()> {
         transports: args.wire.transports(),
         endpoint: args.wire.device.endpoint(None),
         pager: args.host.pager(),
+        shards: args.host.shards,
         memory_limit: args.memory_limit,
     };
     let command = qemu_command(args)?;

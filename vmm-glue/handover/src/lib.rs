@@ -10,6 +10,9 @@
 //!  [{"base_host_virt_addr":…,"size":…,"offset":…,"page_size":4096}]  + userfaultfd, memory file
 //! ```
 //!
+//! Where `POSTCOPY_SHARDS` asks for several userfaultfds, 16 at most, one for each thread of the pager,
+//! all of them come before the memory's file.
+//!
 //! The pager answers with one byte. Without that answer this process ends: a guest whose faults
 //! nobody serves would read zeros in place of its memory. For the same reason the userfaultfd stays
 //! open here for ever: if the pager dies, the guest waits.
@@ -23,6 +26,8 @@ use std::time::Duration;
 
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 
+/// Most userfaultfds of one mapping: the engine has as many shards at most.
+const MOST: usize = 16;
 /// What is smaller is no guest's memory.
 const LEAST: usize = 1 << 20;
 /// How long the pager may take to answer.
@@ -85,7 +90,9 @@ fn is_guest_memory(length: usize, protection: c_int, flags: c_int, file: c_int) 
 /// Hands the mapping to the pager, if there is to be one.
 fn hand_over(at: *mut c_void, length: usize, file: RawFd, offset: i64) {
     let Some(pager) = std::env::var_os("POSTCOPY_HANDOVER") else { return };
-    let handed = userfaultfd().and_then(|userfaultfd| {
+    let userfaultfds =
+        shards().and_then(|count| (0..count).map(|_| userfaultfd()).collect::<Result<Vec<_>, _>>());
+    let handed = userfaultfds.and_then(|userfaultfds| {
         let mut pager = UnixStream::connect(&pager)?;
         pager.set_read_timeout(Some(PATIENCE))?;
         let layout = format!(
@@ -95,11 +102,11 @@ fn hand_over(at: *mut c_void, length: usize, file: RawFd, offset: i64) {
         // SAFETY: as above: the descriptor is open, and stays so until mmap returns to its caller.
         let memory = unsafe { BorrowedFd::borrow_raw(file) };
         // SAFETY: just opened, and never closed.
-        let fault = unsafe { BorrowedFd::borrow_raw(userfaultfd) };
-        let both = [fault, memory];
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
+        let faults = userfaultfds.iter().map(|fault| unsafe { BorrowedFd::borrow_raw(*fault) });
+        let all: Vec<_> = faults.chain([memory]).collect();
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST + 1))];
         let mut control = SendAncillaryBuffer::new(&mut space);
-        control.push(SendAncillaryMessage::ScmRights(&both));
+        control.push(SendAncillaryMessage::ScmRights(&all));
         sendmsg(&pager, &[IoSlice::new(layout.as_bytes())], &mut control, SendFlags::NOSIGNAL)?;
         pager.read_exact(&mut [0])
     });
@@ -112,6 +119,14 @@ fn hand_over(at: *mut c_void, length: usize, file: RawFd, offset: i64) {
         // SAFETY: ends the process at once; QEMU has no guest yet, and its exit handlers may expect one.
         unsafe { libc::_exit(1) };
     }
+}
+
+/// How many userfaultfds the pager wants.
+fn shards() -> std::io::Result<usize> {
+    let Some(asked) = std::env::var_os("POSTCOPY_SHARDS") else { return Ok(1) };
+    let count = asked.to_str().and_then(|text| text.parse().ok()).filter(|count| (1..=MOST).contains(count));
+    count
+        .ok_or_else(|| std::io::Error::other(format!("POSTCOPY_SHARDS={}: not 1 to {MOST}", asked.display())))
 }
 
 /// A userfaultfd of this process that is never closed and not set up yet. Faults that the kernel

@@ -7,6 +7,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::Duration;
 
+use postcopy_engine::pager::MAX_SHARDS;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use serde::Deserialize;
 
@@ -15,9 +16,10 @@ use super::QemuError;
 /// The longest layout that is read.
 const LONGEST: usize = 4096;
 
-/// A mapping in another process, and the descriptor that traps its faults.
+/// A mapping in another process, and the descriptors that trap its faults.
 pub(super) struct Handover {
-    pub(super) userfaultfd: OwnedFd,
+    /// One for each shard.
+    pub(super) userfaultfds: Vec<OwnedFd>,
     pub(super) file: File,
     /// Address there.
     pub(super) base: u64,
@@ -45,7 +47,7 @@ pub(super) fn take(listener: &UnixListener) -> Result<Handover, QemuError> {
 
 fn receive(stream: &UnixStream) -> std::io::Result<Handover> {
     let mut text = [0; LONGEST];
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_SHARDS + 1))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let received = recvmsg(stream, &mut [IoSliceMut::new(&mut text)], &mut control, RecvFlags::CMSG_CLOEXEC)?;
     let mut files = Vec::new();
@@ -60,9 +62,8 @@ fn receive(stream: &UnixStream) -> std::io::Result<Handover> {
     if mapping.offset != 0 {
         return Err(whole("a mapping that does not start with its file"));
     }
-    let mut files = files.into_iter();
-    let (Some(userfaultfd), Some(file), None) = (files.next(), files.next(), files.next()) else {
-        return Err(whole("not its two descriptors"));
-    };
-    Ok(Handover { userfaultfd, file: file.into(), base: mapping.base_host_virt_addr, bytes: mapping.size })
+    let file = files.pop().filter(|_| !files.is_empty());
+    let file = file.ok_or_else(|| whole("not a userfaultfd and the memory's file"))?.into();
+    let Mapping { base_host_virt_addr: base, size: bytes, .. } = *mapping;
+    Ok(Handover { userfaultfds: files, file, base, bytes })
 }

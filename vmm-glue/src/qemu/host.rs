@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
 
 use postcopy_engine::memory::{Gpa, GuestMemory, MemoryLayout, MemoryRegion};
-use postcopy_engine::pager::Trap;
+use postcopy_engine::pager::{Shards, Trap};
 use postcopy_engine::session::{DestinationHost, GuestDescription, GuestError};
 use serde_json::json;
 
@@ -30,6 +30,8 @@ pub struct QemuCommand {
     pub arguments: Vec<OsString>,
     /// `libpostcopy_handover.so`.
     pub library: PathBuf,
+    /// Threads that are to bring its memory.
+    pub shards: Shards,
 }
 
 /// A started QEMU without a guest.
@@ -123,6 +125,7 @@ impl DestinationHost for QemuHost {
         &self,
         description: &GuestDescription,
         _served: bool,
+        _shards: Shards,
     ) -> Result<(GuestMemory, Trap), GuestError> {
         let facts = described(description)?;
         let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
@@ -130,7 +133,7 @@ impl DestinationHost for QemuHost {
         facts.fits(&waiting.facts)?;
         let handover = waiting.handover.take().ok_or("a guest was let in before, and did not come")?;
         let memory = GuestMemory::of_file(description.layout.clone(), handover.file)?;
-        let trap = Trap::adopt(handover.userfaultfd, handover.base, &memory)?;
+        let trap = Trap::adopt(handover.userfaultfds, handover.base, &memory)?;
         Ok((memory, trap))
     }
 

@@ -81,6 +81,7 @@ impl Process {
             .arg(chardev)
             .env("LD_PRELOAD", preload)
             .env("POSTCOPY_HANDOVER", &socket)
+            .env("POSTCOPY_SHARDS", command.shards.count().to_string())
             .stdin(Stdio::null())
             .stderr(Stdio::piped())
             .spawn();

@@ -1,6 +1,11 @@
 //! The trap under memory that may be given back, and what it refuses.
 
+use std::os::fd::AsFd;
+
+use userfaultfd::EventBuffer;
+
 use super::*;
+use crate::planner::Run;
 
 #[test]
 fn hugetlbfs_is_refused_with_what_to_do() {
@@ -13,7 +18,7 @@ fn hugetlbfs_is_refused_with_what_to_do() {
     assert!(said.contains("hugetlbfs") && said.contains("without hugetlb=on"), "{said}");
 }
 /// Memory whose trap was made as for another process, and a page of it with content.
-fn adopted() -> (GuestMemory, Trap) {
+fn adopted() -> (GuestMemory, PartTrap) {
     let layout = crate::memory::MemoryLayout::pc(8 << 12, 8 << 12).unwrap();
     let memory = GuestMemory::new(layout).unwrap();
     // SAFETY: a system call without pointers, which gives a new descriptor.
@@ -21,7 +26,8 @@ fn adopted() -> (GuestMemory, Trap) {
     assert!(opened >= 0, "{}", io::Error::last_os_error());
     // SAFETY: the descriptor is new and nobody else's.
     let opened = unsafe { OwnedFd::from_raw_fd(opened as i32) };
-    let trap = Trap::adopt(opened, memory.guest().base() as u64, &memory).unwrap();
+    let trap = Trap::adopt(vec![opened], memory.guest().base() as u64, &memory).unwrap();
+    let trap = trap.parts()[0].clone();
     assert!(memory.landing().write(1 << 12, b"content"));
     trap.publish(Run::one(PageIndex(1))).unwrap();
     (memory, trap)
@@ -46,7 +52,7 @@ fn first(memory: &GuestMemory) -> u8 {
 }
 
 /// The next event.
-fn next(trap: &Trap) -> TrapEvent {
+fn next(trap: &PartTrap) -> TrapEvent {
     let (mut buffer, mut seen) = (EventBuffer::new(1), Vec::new());
     while seen.is_empty() {
         trap.take(&mut buffer, &mut seen).unwrap();

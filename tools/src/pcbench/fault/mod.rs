@@ -19,7 +19,7 @@ use std::time::Duration;
 use anyhow::{Context, ensure};
 use clap::{Args, ValueEnum};
 use postcopy_engine::memory::{GuestMemory, MemoryLayout, PAGE_SIZE};
-use postcopy_engine::pager::PagerConfig;
+use postcopy_engine::pager::{PagerConfig, Shards};
 use postcopy_engine::planner::Policy;
 use postcopy_engine::stats::{PagerReport, Percentiles};
 use postcopy_tools::device::DeviceArgs;
@@ -92,6 +92,9 @@ pub(crate) struct FaultArgs {
     /// Threads that touch, each its own part.
     #[arg(long, default_value_t = 1, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=64))]
     pub(crate) threads: u8,
+    /// Threads of the pager, 1 to 16, each with a part of the memory and two lanes.
+    #[arg(long, default_value = "1", value_name = "N")]
+    pub(crate) shards: Shards,
     /// Threads serve their own faults, or the pager's thread does.
     #[arg(long, value_enum, default_value_t = Choice::Both)]
     pub(crate) self_service: Choice,
@@ -208,6 +211,8 @@ struct FaultReport {
     pattern: Pattern,
     access: Access,
     threads: u8,
+    /// Threads of the pager.
+    shards: usize,
     rounds: u32,
     /// One raw 4 KiB read at a time on a lane of the same transport.
     raw_read: Percentiles,
@@ -268,6 +273,7 @@ fn measure(args: &FaultArgs) -> anyhow::Result<FaultReport> {
         pattern: args.pattern,
         access: args.access,
         threads: args.threads,
+        shards: args.shards.count(),
         rounds: args.rounds,
         raw_read: raw[raw.len() / 2],
         raw_bulk_mb_s: bulk[bulk.len() / 2],

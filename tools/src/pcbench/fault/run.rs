@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use postcopy_engine::memory::{GuestMemory, PAGE_SIZE};
-use postcopy_engine::pager::{FaultServer, Pager, PagerStatus, Round, Trap};
+use postcopy_engine::pager::{FaultServer, FaultsTo, Pager, PagerStatus, Round, Trap};
 use postcopy_engine::stats::Percentiles;
 
 use super::source::{Hold, Opened, Source};
@@ -22,14 +22,12 @@ pub(super) fn run(
     patience: Duration,
 ) -> anyhow::Result<Outcome> {
     let memory = guest_memory(args.bytes())?;
-    let trap = match case.self_service {
-        true => Trap::register_for_self_service(&memory)?,
-        false => Trap::register(&memory)?,
-    };
+    let told = if case.self_service { FaultsTo::Threads } else { FaultsTo::Pager };
+    let trap = Trap::register(&memory, told, args.shards)?;
     let threads = usize::from(args.threads);
     let Opened { import, lanes, regions, mut hold } =
-        source.open(args, &memory, if case.self_service { threads } else { 0 })?;
-    let pager = import.start(trap, lanes.shard, regions, Round::none(), args.pager(case))?;
+        source.open(args, &memory, trap.shards(), if case.self_service { threads } else { 0 })?;
+    let pager = import.start(trap, lanes.shards, regions, Round::none(), args.pager(case))?;
     let mut servers: Vec<_> = lanes.servers.into_iter().map(|lane| Some(pager.server(lane))).collect();
     servers.resize_with(threads, || None);
     let watch = Watch::new(&pager, patience);

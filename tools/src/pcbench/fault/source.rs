@@ -77,7 +77,7 @@ impl Source {
         Ok(Self::Here(memory))
     }
 
-    /// Opens the memory for a pager, and for `servers` threads that serve their own faults.
+    /// Opens the memory for a pager of so many shards, and for `servers` threads that serve their own faults.
     ///
     /// Errors: a side cannot set lanes up; the server is not there, refuses, hangs, or speaks another
     /// language.
@@ -85,6 +85,7 @@ impl Source {
         &self,
         args: &FaultArgs,
         memory: &GuestMemory,
+        shards: usize,
         servers: usize,
     ) -> anyhow::Result<Opened> {
         match self {
@@ -92,16 +93,16 @@ impl Source {
                 let endpoint = args.endpoint(None);
                 let mut export = Export::new(args.transport, source, &endpoint)?;
                 let import = Import::new(args.transport, memory, &endpoint)?;
-                let shard = import.connect_local(&mut export)?;
+                let shards = import.connect_local(&mut export, shards)?;
                 let servers = (0..servers).map(|_| import.connect_one_local(&mut export));
-                let lanes = Lanes { shard, servers: servers.collect::<Result<_, _>>()? };
+                let lanes = Lanes { shards, servers: servers.collect::<Result<_, _>>()? };
                 let regions = export.regions();
                 Ok(Opened { import, lanes, regions, hold: Hold::Here(Box::new(export)) })
             }
             Self::There { server, patience } => {
                 let mut control = Control::open(*server, *patience)?;
                 let import = Import::new(args.transport, memory, &args.endpoint(control.local()))?;
-                let (requests, blobs) = import.request(servers)?;
+                let (requests, blobs) = import.request(shards, servers)?;
                 let spin_us = args.spin.map(|spin| u32::try_from(spin).unwrap_or(u32::MAX));
                 let paging = Paging { memory: args.bytes(), spin_us };
                 let granted = control.ask(args.transport, &blobs, false, Some(paging))?;
@@ -110,7 +111,7 @@ impl Source {
                 let streams = streams.map(|count| dialed.by_ref().take(count).collect()).collect();
                 let grants =
                     granted.grants.iter().map(|grant| unhex(grant)).collect::<Result<Vec<_>, _>>()?;
-                let lanes = import.connect(requests, &grants, streams)?;
+                let lanes = import.connect(shards, requests, &grants, streams)?;
                 control.ready()?;
                 let map = granted.map.as_deref().context("the server gave no page map")?;
                 let regions = [whole(&granted.region, args.bytes())?, parse_region(map)?];

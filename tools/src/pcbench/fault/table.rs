@@ -15,13 +15,14 @@ pub(super) fn table(report: &FaultReport) -> String {
     }
     let _ = writeln!(
         out,
-        "{} of {} MiB, {:?} {:?}, {} thread(s), medians of {} rounds\n\
+        "{} of {} MiB, {:?} {:?}, {} thread(s), {} shard(s), medians of {} rounds\n\
          raw 4 KiB read: p50 {:.1} µs, p99 {:.1} µs; raw bulk: {:.0} MB/s\n",
         report.transport,
         report.memory_bytes >> 20,
         report.pattern,
         report.access,
         report.threads,
+        report.shards,
         report.rounds,
         raw.p50_us,
         raw.p99_us,

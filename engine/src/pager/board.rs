@@ -1,0 +1,108 @@
+//! Where shards tell how far they are, and the pager's status is put together of it.
+//!
+//! A shard comes here ten times a second and at its end, never on the way of a fault.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::watch;
+
+use super::{Collapsed, PagerError, PagerState, PagerStatus, Waited};
+use crate::stats::{PagerReport, StageReport, Stages};
+
+/// What the shards have told.
+pub(super) struct Board {
+    told: Mutex<Told>,
+    status: watch::Sender<PagerStatus>,
+}
+
+struct Told {
+    reports: Vec<PagerReport>,
+    /// Of those shards that have ended.
+    ended: usize,
+    stopped: bool,
+    failed: Option<Arc<PagerError>>,
+    stages: Stages,
+    /// By thread: how often, how long.
+    waited: BTreeMap<i32, (u64, Duration)>,
+}
+
+impl Told {
+    fn state(&self) -> PagerState {
+        match &self.failed {
+            Some(error) => PagerState::Failed(error.clone()),
+            None if self.ended < self.reports.len() => PagerState::Running,
+            None if self.stopped => PagerState::Stopped,
+            None => PagerState::Resident,
+        }
+    }
+
+    fn report(&self) -> PagerReport {
+        let mut all = PagerReport::default();
+        self.reports.iter().for_each(|report| all.add(report));
+        all
+    }
+}
+
+/// How a shard ended.
+pub(super) struct End<'a> {
+    pub(super) state: PagerState,
+    pub(super) report: PagerReport,
+    pub(super) stages: &'a Stages,
+    pub(super) waited: Vec<Waited>,
+}
+
+impl Board {
+    /// For so many shards.
+    pub(super) fn new(shards: usize) -> (Self, watch::Receiver<PagerStatus>) {
+        let (status, watched) = watch::channel(PagerStatus::default());
+        let told = Told {
+            reports: vec![PagerReport::default(); shards],
+            ended: 0,
+            stopped: false,
+            failed: None,
+            stages: Stages::default(),
+            waited: BTreeMap::new(),
+        };
+        (Self { told: Mutex::new(told), status }, watched)
+    }
+
+    /// A shard has got so far.
+    pub(super) fn tell(&self, shard: usize, report: PagerReport) {
+        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        told.reports[shard] = report;
+        // Under the lock, so that nobody sees an earlier sum after a later one.
+        self.status.send_modify(|status| status.report = told.report());
+    }
+
+    /// A shard has ended. The first that fails is the pager's failure: part of the guest's memory
+    /// does not come, whatever the others do.
+    pub(super) fn end(&self, shard: usize, end: End<'_>) {
+        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        told.reports[shard] = end.report;
+        told.ended += 1;
+        match end.state {
+            PagerState::Failed(error) => drop(told.failed.get_or_insert(error)),
+            PagerState::Stopped => told.stopped = true,
+            PagerState::Resident | PagerState::Running => {}
+        }
+        told.stages.add(end.stages);
+        for waited in end.waited {
+            let (times, total) = told.waited.entry(waited.thread).or_default();
+            *times += waited.times;
+            *total += waited.total;
+        }
+        let (state, mut report) = (told.state(), told.report());
+        report.stages = StageReport::from(&told.stages);
+        let each = told.waited.iter();
+        let waited =
+            each.map(|(thread, (times, total))| Waited { thread: *thread, times: *times, total: *total });
+        self.status.send_replace(PagerStatus { state, report, waited: waited.collect() });
+    }
+
+    /// So much was put together to huge pages, after the end.
+    pub(super) fn collapsed(&self, collapsed: Collapsed) {
+        self.status.send_modify(|status| status.report.huge_pages = collapsed);
+    }
+}
