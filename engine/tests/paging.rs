@@ -113,20 +113,21 @@ fn who_waited_for_pages_is_told_and_how_long() {
     for (transport, shards) in available_shards() {
         let (mut export, _memory) = source(transport);
         let (memory, pager) = destination(transport, &mut export, shards);
-        let guest = memory.guest().clone();
+        let (guest, begun) = (memory.guest().clone(), std::time::Instant::now());
         let touched = std::thread::spawn(move || {
-            let begun = std::time::Instant::now();
             [5, 2000, 4000].into_iter().for_each(|page| check(&guest, page));
-            (rustix::thread::gettid().as_raw_nonzero().get(), begun.elapsed())
+            rustix::thread::gettid().as_raw_nonzero().get()
         });
-        let (thread, spent) = touched.join().unwrap();
+        let thread = touched.join().unwrap();
         export.describe_pages(None).unwrap();
         let waited = end_of(&pager).waited;
+        // A wait is over when the pager has seen that it is, which may be a moment after the thread went on.
+        let most = 3 * begun.elapsed();
         assert_eq!(
             waited.iter().map(|waited| (waited.thread, waited.times)).collect::<Vec<_>>(),
             [(thread, 3)]
         );
-        assert!(!waited[0].total.is_zero() && waited[0].total <= spent, "{waited:?} of {spent:?}");
+        assert!(!waited[0].total.is_zero() && waited[0].total <= most, "{waited:?} of {most:?}");
     }
 }
 
