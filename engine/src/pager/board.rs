@@ -2,13 +2,13 @@
 //!
 //! A shard comes here ten times a second and at its end, never on the way of a fault.
 
-use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
 
 use tokio::sync::watch;
 
-use super::{Collapsed, PagerError, PagerState, PagerStatus, Waited};
+use super::timing::Timing;
+use super::waits::Waits;
+use super::{Collapsed, PagerError, PagerState, PagerStatus};
 use crate::stats::{PagerReport, StageReport, Stages};
 
 /// What the shards have told.
@@ -24,8 +24,7 @@ struct Told {
     stopped: bool,
     failed: Option<Arc<PagerError>>,
     stages: Stages,
-    /// By thread: how often, how long.
-    waited: BTreeMap<i32, (u64, Duration)>,
+    waits: Waits,
 }
 
 impl Told {
@@ -46,11 +45,10 @@ impl Told {
 }
 
 /// How a shard ended.
-pub(super) struct End<'a> {
+pub(super) struct End {
     pub(super) state: PagerState,
     pub(super) report: PagerReport,
-    pub(super) stages: &'a Stages,
-    pub(super) waited: Vec<Waited>,
+    pub(super) timing: Timing,
 }
 
 impl Board {
@@ -63,7 +61,7 @@ impl Board {
             stopped: false,
             failed: None,
             stages: Stages::default(),
-            waited: BTreeMap::new(),
+            waits: Waits::default(),
         };
         (Self { told: Mutex::new(told), status }, watched)
     }
@@ -78,7 +76,7 @@ impl Board {
 
     /// A shard has ended. The first that fails is the pager's failure: part of the guest's memory
     /// does not come, whatever the others do.
-    pub(super) fn end(&self, shard: usize, end: End<'_>) {
+    pub(super) fn end(&self, shard: usize, end: End) {
         let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
         told.reports[shard] = end.report;
         told.ended += 1;
@@ -87,18 +85,11 @@ impl Board {
             PagerState::Stopped => told.stopped = true,
             PagerState::Resident | PagerState::Running => {}
         }
-        told.stages.add(end.stages);
-        for waited in end.waited {
-            let (times, total) = told.waited.entry(waited.thread).or_default();
-            *times += waited.times;
-            *total += waited.total;
-        }
+        told.stages.add(&end.timing.stages);
+        told.waits.add_all(&end.timing.waits);
         let (state, mut report) = (told.state(), told.report());
         report.stages = StageReport::from(&told.stages);
-        let each = told.waited.iter();
-        let waited =
-            each.map(|(thread, (times, total))| Waited { thread: *thread, times: *times, total: *total });
-        self.status.send_replace(PagerStatus { state, report, waited: waited.collect() });
+        self.status.send_replace(PagerStatus { state, report, waited: told.waits.sums() });
     }
 
     /// So much was put together to huge pages, after the end.

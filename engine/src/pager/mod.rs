@@ -36,7 +36,7 @@ pub use server::{FaultFailed, FaultServer};
 pub use shards::{MAX_SHARDS, Shards};
 pub use sigbus::SelfService;
 use tokio::sync::watch;
-pub use trap::{FaultsTo, Trap, TrapEvent};
+pub use trap::{FaultsTo, Trap};
 pub use waits::Waited;
 
 use self::board::Board;

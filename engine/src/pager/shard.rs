@@ -87,11 +87,10 @@ pub(super) fn supervise(mut shard: Shard, number: usize, board: &Board) {
             PagerState::Failed(Arc::new(PagerError::Panicked(said.into())))
         }
     };
-    let (report, waited) = (shard.report(), shard.timing.waits.sums());
-    let stages = std::mem::take(&mut shard.timing.stages);
+    let (report, timing) = (shard.report(), std::mem::take(&mut shard.timing));
     // The lanes close before anybody learns of the end, so the source may go when they do.
     drop(shard);
-    board.end(number, End { state, report, stages: &stages, waited });
+    board.end(number, End { state, report, timing });
 }
 
 impl Shard {

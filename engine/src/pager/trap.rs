@@ -59,7 +59,7 @@ enum Whose {
 
 /// What the kernel tells of the guest mapping.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum TrapEvent {
+pub(super) enum TrapEvent {
     /// Somebody waits for a page.
     Fault {
         /// Which of the part's.

@@ -52,6 +52,15 @@ impl Waits {
         *total += time;
     }
 
+    /// Adds those of another that are over.
+    pub(super) fn add_all(&mut self, other: &Self) {
+        for (thread, (more_times, more)) in &other.over {
+            let (times, total) = self.over.entry(*thread).or_default();
+            *times += more_times;
+            *total += *more;
+        }
+    }
+
     /// By thread, in ascending order.
     pub(super) fn sums(&self) -> Vec<Waited> {
         let each = self.over.iter();
