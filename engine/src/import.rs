@@ -10,7 +10,9 @@ use postcopy_transport::{
 use crate::export::{Export, LANES};
 use crate::memory::{GuestMemory, PAGE_SIZE};
 use crate::pagemap::map_bytes;
-use crate::pager::{Pager, PagerConfig, PagerError, Round, RoundWatch, SourceMemory, Trap, read_once};
+use crate::pager::{
+    Landing, LandingMemory, Pager, PagerConfig, PagerError, Round, RoundWatch, SourceMemory, Trap, read_once,
+};
 
 /// The lanes of a migration.
 pub struct Lanes {
@@ -20,31 +22,42 @@ pub struct Lanes {
     pub servers: Vec<AnyLane>,
 }
 
-/// Landing memory, registered.
+/// Where pages land, registered.
 pub struct Import {
     importer: Importer,
     memory: GuestMemory,
     map_memory: HostMemory,
-    pinned: bool,
+    landing: LandingMemory,
 }
 
 impl Import {
-    /// Registers the landing mapping of `memory` and room for the page map.
+    /// Registers where pages land, of `memory` or in a pool for so many shards, and room for the page map.
     ///
     /// Errors: the transport is not available, or memory can not be registered.
     pub fn new(
         transport: Transport,
         memory: &GuestMemory,
+        (landing, shards): (Landing, usize),
         options: &EndpointOptions,
     ) -> Result<Self, SetupError> {
-        let failed = |source| SetupError::Io { operation: "making room for the page map", source };
+        let failed = |source| SetupError::Io { operation: "making room for what arrives", source };
         // Behind the map, the headers that shards read at the same time.
         let bytes = usize::try_from(map_bytes(memory.layout().total_pages()) + PAGE_SIZE);
         let bytes = bytes.map_err(|error| failed(std::io::Error::other(error)))?;
         let map_memory = HostMemory::anonymous("page-map-landing", bytes).map_err(failed)?;
-        let importer = Importer::new(transport, &[memory.landing().clone(), map_memory.clone()], options)?;
-        let pinned = options.pins_memory(transport);
-        Ok(Self { importer, memory: memory.clone(), map_memory, pinned })
+        let lands = match landing {
+            Landing::InPlace => memory.landing().clone(),
+            Landing::Pool => {
+                HostMemory::anonymous("landing-pool", LandingMemory::pool_bytes(shards)).map_err(failed)?
+            }
+        };
+        let importer = Importer::new(transport, &[lands.clone(), map_memory.clone()], options)?;
+        let region = importer.regions()[0];
+        let landing = match landing {
+            Landing::InPlace => LandingMemory::InPlace { region, populated: options.pins_memory(transport) },
+            Landing::Pool => LandingMemory::Pool { region, memory: lands, shards },
+        };
+        Ok(Self { importer, memory: memory.clone(), map_memory, landing })
     }
 
     /// Starts the two lanes of each of so many shards, and one for each of `servers` threads: what to
@@ -115,7 +128,8 @@ impl Import {
     /// Reads the source's memory once, while its guest runs there, over the bulk one of `lanes`, which a
     /// shard will have.
     ///
-    /// Errors: the lane fails, the source's regions do not fit, or `watch` ended the round.
+    /// Errors: the lane fails, the source's regions do not fit, pages land in a pool, or `watch` ended the
+    /// round.
     pub fn pre_copy(
         &self,
         lanes: &mut [AnyLane; LANES],
@@ -128,14 +142,12 @@ impl Import {
     }
 
     fn source(&self, regions: [RemoteRegion; 2], round: Round) -> SourceMemory {
-        let local = self.importer.regions();
         SourceMemory {
             memory: regions[0],
             map: regions[1],
-            landing: local[0],
-            map_landing: local[1],
+            landing: self.landing.clone(),
+            map_landing: self.importer.regions()[1],
             map_memory: self.map_memory.clone(),
-            populated: self.pinned,
             round,
         }
     }

@@ -10,7 +10,7 @@ use postcopy_engine::export::Export;
 use postcopy_engine::import::Import;
 use postcopy_engine::memory::{GuestMemory, PAGE_SIZE};
 use postcopy_engine::pager::{
-    Collapsed, FaultsTo, HugePages, Pager, PagerConfig, PagerState, Round, Shards, Trap,
+    Collapsed, FaultsTo, HugePages, Landing, Pager, PagerConfig, PagerState, Round, Shards, Trap,
 };
 use postcopy_transport::{EndpointOptions, HUGE_PAGE, HostMemory, Transport};
 
@@ -35,7 +35,7 @@ fn arrived(source: &GuestMemory, pages: u64, huge_pages: HugePages) -> (GuestMem
     let mut export = Export::new(Transport::Tcp, source, &options).unwrap();
     export.describe_pages(None).unwrap();
     let memory = empty(pages);
-    let import = Import::new(Transport::Tcp, &memory, &options).unwrap();
+    let import = Import::new(Transport::Tcp, &memory, (Landing::InPlace, 1), &options).unwrap();
     let trap = Trap::register(&memory, FaultsTo::Pager, Shards::ONE).unwrap();
     let lanes = import.connect_local(&mut export, 1).unwrap();
     let config = PagerConfig { huge_pages, ..PagerConfig::default() };

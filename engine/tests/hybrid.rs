@@ -7,14 +7,14 @@ mod common;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use common::{available_shards, check, content, empty, end_of, filled};
+use common::{available_setups, check, content, empty, end_of, filled};
 use postcopy_engine::export::Export;
 use postcopy_engine::import::Import;
 use postcopy_engine::memory::{GuestMemory, PAGE_SIZE};
 use postcopy_engine::page_set::PageSet;
 use postcopy_engine::pagemap::Dirty;
 use postcopy_engine::pager::{
-    FaultsTo, Pager, PagerConfig, PagerError, PagerState, RoundWatch, SelfService, Shards, Trap,
+    FaultsTo, Landing, Pager, PagerConfig, PagerError, PagerState, RoundWatch, SelfService, Shards, Trap,
 };
 use postcopy_transport::{EndpointOptions, HostMemory, Transport};
 
@@ -73,7 +73,7 @@ fn moved(
 ) -> (GuestMemory, Pager, Import) {
     let memory = empty(PAGES);
     let trap = Trap::register(&memory, told, shards);
-    let import = Import::new(transport, &memory, &EndpointOptions::default()).unwrap();
+    let import = Import::new(transport, &memory, (Landing::InPlace, 1), &EndpointOptions::default()).unwrap();
     let mut lanes = import.connect_local(export, shards.count()).unwrap();
     let stop = AtomicBool::new(false);
     let round = std::thread::scope(|scope| {
@@ -94,7 +94,8 @@ fn moved(
 
 #[test]
 fn what_was_written_during_the_round_crosses_again_and_nothing_else_does() {
-    for (transport, shards) in available_shards() {
+    for (transport, setup) in available_setups().filter(|(_, setup)| setup.landing == Landing::InPlace) {
+        let shards = setup.shards;
         let source = filled(PAGES);
         let mut export = Export::new(transport, &source, &EndpointOptions::default()).unwrap();
         let (memory, pager, _import) = moved(transport, &mut export, &source, FaultsTo::Pager, shards);
@@ -125,7 +126,8 @@ fn what_was_written_during_the_round_crosses_again_and_nothing_else_does() {
 
 #[test]
 fn threads_that_serve_themselves_take_kept_pages_without_the_wire() {
-    for (transport, shards) in available_shards() {
+    for (transport, setup) in available_setups().filter(|(_, setup)| setup.landing == Landing::InPlace) {
+        let shards = setup.shards;
         let source = filled(PAGES);
         let mut export = Export::new(transport, &source, &EndpointOptions::default()).unwrap();
         let (memory, pager, import) = moved(transport, &mut export, &source, FaultsTo::Threads, shards);
@@ -145,7 +147,7 @@ fn threads_that_serve_themselves_take_kept_pages_without_the_wire() {
             for (thread, lane) in (0u64..).zip(lanes) {
                 let (guest, pager) = (memory.guest().clone(), &pager);
                 scope.spawn(move || {
-                    let _service = SelfService::of_this_thread(pager.server(lane));
+                    let _service = SelfService::of_this_thread(pager.server(lane).unwrap());
                     for step in 0..PAGES {
                         check_moved(&guest, (step * 1_009 + thread * 777) % PAGES);
                     }
@@ -167,7 +169,8 @@ fn a_source_that_cannot_tell_what_was_written_moves_it_all_again() {
     let mut export = Export::new(Transport::Shm, &source, &EndpointOptions::default()).unwrap();
     let memory = empty(PAGES);
     let trap = Trap::register(&memory, FaultsTo::Pager, Shards::ONE).unwrap();
-    let import = Import::new(Transport::Shm, &memory, &EndpointOptions::default()).unwrap();
+    let import =
+        Import::new(Transport::Shm, &memory, (Landing::InPlace, 1), &EndpointOptions::default()).unwrap();
     let mut lanes = import.connect_local(&mut export, 1).unwrap();
     export.describe_running().unwrap();
     let round = import.pre_copy(&mut lanes[0], export.regions(), &RoundWatch::default()).unwrap();
@@ -187,7 +190,8 @@ fn a_round_that_nobody_waits_for_ends() {
     let source = filled(PAGES);
     let mut export = Export::new(Transport::Shm, &source, &EndpointOptions::default()).unwrap();
     let memory = empty(PAGES);
-    let import = Import::new(Transport::Shm, &memory, &EndpointOptions::default()).unwrap();
+    let import =
+        Import::new(Transport::Shm, &memory, (Landing::InPlace, 1), &EndpointOptions::default()).unwrap();
     let mut lanes = import.connect_local(&mut export, 1).unwrap();
     let watch = RoundWatch::default();
     // Nothing describes the source's pages: the round waits for that, until it is told to stop.
@@ -196,4 +200,18 @@ fn a_round_that_nobody_waits_for_ends() {
         watch.stop();
         assert!(matches!(round.join().unwrap(), Err(PagerError::RoundEnded)));
     });
+}
+
+#[test]
+fn a_round_is_refused_where_pages_land_in_a_pool() {
+    let source = filled(PAGES);
+    let mut export = Export::new(Transport::Shm, &source, &EndpointOptions::default()).unwrap();
+    let memory = empty(PAGES);
+    let import =
+        Import::new(Transport::Shm, &memory, (Landing::Pool, 1), &EndpointOptions::default()).unwrap();
+    let mut lanes = import.connect_local(&mut export, 1).unwrap();
+    export.describe_running().unwrap();
+    let refused = import.pre_copy(&mut lanes[0], export.regions(), &RoundWatch::default());
+    let said = refused.unwrap_err().to_string();
+    assert!(said.contains("--landing in-place"), "{said}");
 }

@@ -11,7 +11,9 @@ use std::time::Duration;
 use common::{check, empty, end_of, filled};
 use postcopy_engine::memory::{GuestMemory, PAGE_SIZE};
 use postcopy_engine::pagemap::{Of, PageMap};
-use postcopy_engine::pager::{FaultsTo, Pager, PagerConfig, PagerState, Round, Shards, SourceMemory, Trap};
+use postcopy_engine::pager::{
+    FaultsTo, LandingMemory, Pager, PagerConfig, PagerState, Round, Shards, SourceMemory, Trap,
+};
 use postcopy_transport::sim::{Countdown, SimLane, SimLink, SimOptions};
 use postcopy_transport::{AnyLane, HostMemory};
 
@@ -45,10 +47,9 @@ fn world(options: SimOptions, urgent: (Wrap, u64), bulk: (Wrap, u64)) -> World {
     let source = SourceMemory {
         memory: remote,
         map: map_remote,
-        landing,
+        landing: LandingMemory::InPlace { region: landing, populated: false },
         map_landing: map_local,
         map_memory: map_landing,
-        populated: false,
         round: Round::none(),
     };
     let trap = Trap::register(&memory, FaultsTo::Pager, Shards::ONE).unwrap();

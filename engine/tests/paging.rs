@@ -6,12 +6,12 @@ mod common;
 
 use std::time::Duration;
 
-use common::{available_shards, check, content, empty, end_of, filled};
+use common::{Setup, available_setups, check, content, empty, end_of, filled};
 use postcopy_engine::export::Export;
 use postcopy_engine::import::Import;
 use postcopy_engine::memory::{GuestMemory, PAGE_SIZE};
 use postcopy_engine::pager::{
-    FaultsTo, Pager, PagerConfig, PagerError, PagerState, PagerStatus, Round, Shards, Trap,
+    FaultsTo, Landing, Pager, PagerConfig, PagerError, PagerState, PagerStatus, Round, Shards, Trap,
 };
 use postcopy_transport::{EndpointOptions, Transport};
 
@@ -23,11 +23,13 @@ fn source(transport: Transport) -> (Export, GuestMemory) {
     (Export::new(transport, &memory, &EndpointOptions::default()).unwrap(), memory)
 }
 
-fn destination(transport: Transport, export: &mut Export, shards: Shards) -> (GuestMemory, Pager) {
+fn destination(transport: Transport, export: &mut Export, setup: Setup) -> (GuestMemory, Pager) {
     let memory = empty(PAGES);
-    let trap = Trap::register(&memory, FaultsTo::Pager, shards).unwrap();
-    let import = Import::new(transport, &memory, &EndpointOptions::default()).unwrap();
-    let lanes = import.connect_local(export, shards.count()).unwrap();
+    let trap = Trap::register(&memory, FaultsTo::Pager, setup.shards).unwrap();
+    let import =
+        Import::new(transport, &memory, (setup.landing, setup.shards.count()), &EndpointOptions::default())
+            .unwrap();
+    let lanes = import.connect_local(export, setup.shards.count()).unwrap();
     let pager = import.start(trap, lanes, export.regions(), Round::none(), PagerConfig::default()).unwrap();
     (memory, pager)
 }
@@ -35,10 +37,10 @@ fn destination(transport: Transport, export: &mut Export, shards: Shards) -> (Gu
 #[test]
 fn threads_that_touch_while_it_drains_see_every_byte_right_and_zero_pages_never_cross() {
     let mut met = [0, 0];
-    for (transport, shards) in available_shards() {
+    for (transport, setup) in available_setups() {
         let (mut export, _memory) = source(transport);
         export.describe_pages(None).unwrap();
-        let (memory, pager) = destination(transport, &mut export, shards);
+        let (memory, pager) = destination(transport, &mut export, setup);
         std::thread::scope(|scope| {
             for thread in 0..3u64 {
                 let guest = memory.guest().clone();
@@ -70,9 +72,9 @@ fn threads_that_touch_while_it_drains_see_every_byte_right_and_zero_pages_never_
 
 #[test]
 fn without_a_page_map_faults_are_still_served() {
-    for (transport, shards) in available_shards() {
+    for (transport, setup) in available_setups() {
         let (mut export, _memory) = source(transport);
-        let (memory, pager) = destination(transport, &mut export, shards);
+        let (memory, pager) = destination(transport, &mut export, setup);
         for page in [5, 1, 3, 4000, PAGES - 1] {
             check(memory.guest(), page);
         }
@@ -85,7 +87,7 @@ fn without_a_page_map_faults_are_still_served() {
 #[test]
 fn latencies_are_told_while_the_guest_still_faults() {
     let (mut export, _memory) = source(Transport::Shm);
-    let (memory, pager) = destination(Transport::Shm, &mut export, Shards::ONE);
+    let (memory, pager) = destination(Transport::Shm, &mut export, Setup::default());
     let status = pager.status();
     for turn in 1..=3 {
         for page in [turn, 100 * turn, 1000 * turn] {
@@ -110,9 +112,9 @@ fn latencies_are_told_while_the_guest_still_faults() {
 
 #[test]
 fn who_waited_for_pages_is_told_and_how_long() {
-    for (transport, shards) in available_shards() {
+    for (transport, setup) in available_setups() {
         let (mut export, _memory) = source(transport);
-        let (memory, pager) = destination(transport, &mut export, shards);
+        let (memory, pager) = destination(transport, &mut export, setup);
         let (guest, begun) = (memory.guest().clone(), std::time::Instant::now());
         let touched = std::thread::spawn(move || {
             [5, 2000, 4000].into_iter().for_each(|page| check(&guest, page));
@@ -133,9 +135,9 @@ fn who_waited_for_pages_is_told_and_how_long() {
 
 #[test]
 fn what_the_guest_wrote_is_never_overwritten() {
-    for (transport, shards) in available_shards() {
+    for (transport, setup) in available_setups() {
         let (mut export, _memory) = source(transport);
-        let (memory, pager) = destination(transport, &mut export, shards);
+        let (memory, pager) = destination(transport, &mut export, setup);
         for page in (0..PAGES).step_by(7) {
             assert!(memory.guest().write(page * PAGE_SIZE + 100, b"written at the destination"));
         }
@@ -156,7 +158,7 @@ fn what_the_guest_wrote_is_never_overwritten() {
 #[test]
 fn a_lost_source_fails_the_pager_and_the_guest_waits_instead_of_reading_zeros() {
     let (mut export, _memory) = source(Transport::Tcp);
-    let (memory, pager) = destination(Transport::Tcp, &mut export, Shards::ONE);
+    let (memory, pager) = destination(Transport::Tcp, &mut export, Setup::default());
     check(memory.guest(), 1);
     drop(export);
     let end = end_of(&pager);
@@ -176,4 +178,20 @@ fn a_lost_source_fails_the_pager_and_the_guest_waits_instead_of_reading_zeros() 
     assert!(seen.is_err(), "the guest read {seen:?} in place of its memory");
     // Ending the process ends the waiting thread; the pager, and its trap, live until then.
     std::mem::forget(pager);
+}
+
+#[test]
+fn more_threads_than_a_pool_has_places_wait_at_once_and_all_are_served() {
+    for shards in [1, 3] {
+        let (mut export, _memory) = source(Transport::Tcp);
+        let setup = Setup { landing: Landing::Pool, shards: Shards::new(shards).unwrap() };
+        let (memory, pager) = destination(Transport::Tcp, &mut export, setup);
+        std::thread::scope(|scope| {
+            for thread in 0..200 {
+                let guest = memory.guest().clone();
+                scope.spawn(move || check(&guest, thread * 20));
+            }
+        });
+        drop(pager.stop());
+    }
 }

@@ -7,12 +7,13 @@ mod common;
 use std::os::fd::BorrowedFd;
 use std::time::Duration;
 
-use common::{available_shards, check, content, empty, end_of, filled};
+use common::{Setup, available_setups, check, content, empty, end_of, filled};
 use postcopy_engine::export::Export;
 use postcopy_engine::import::Import;
 use postcopy_engine::memory::{GuestMemory, PAGE_SIZE};
 use postcopy_engine::pager::{
-    FaultsTo, Pager, PagerConfig, PagerError, PagerState, PagerStatus, Round, SelfService, Shards, Trap,
+    FaultsTo, Landing, Pager, PagerConfig, PagerError, PagerState, PagerStatus, Round, SelfService, Shards,
+    Trap,
 };
 use postcopy_transport::{AnyLane, Completion, EndpointOptions, Lane, LaneError, Read, Transport};
 
@@ -31,11 +32,13 @@ struct Destination {
     lanes: Vec<AnyLane>,
 }
 
-fn destination(transport: Transport, export: &mut Export, threads: usize, shards: Shards) -> Destination {
+fn destination(transport: Transport, export: &mut Export, threads: usize, setup: Setup) -> Destination {
     let memory = empty(PAGES);
-    let trap = Trap::register(&memory, FaultsTo::Threads, shards).unwrap();
-    let import = Import::new(transport, &memory, &EndpointOptions::default()).unwrap();
-    let lanes = import.connect_local(export, shards.count()).unwrap();
+    let trap = Trap::register(&memory, FaultsTo::Threads, setup.shards).unwrap();
+    let import =
+        Import::new(transport, &memory, (setup.landing, setup.shards.count()), &EndpointOptions::default())
+            .unwrap();
+    let lanes = import.connect_local(export, setup.shards.count()).unwrap();
     let pager = import.start(trap, lanes, export.regions(), Round::none(), PagerConfig::default()).unwrap();
     let lanes = (0..threads).map(|_| import.connect_one_local(export).unwrap()).collect();
     Destination { memory, pager, lanes }
@@ -43,16 +46,17 @@ fn destination(transport: Transport, export: &mut Export, threads: usize, shards
 
 #[test]
 fn threads_serve_themselves_while_it_drains_and_see_every_byte_right() {
-    for (transport, shards) in available_shards() {
+    for (transport, setup) in available_setups() {
         for round in 0..3u64 {
             let (mut export, _memory) = source(transport);
-            let Destination { memory, pager, lanes } = destination(transport, &mut export, 2, shards);
+            let Destination { memory, pager, lanes } = destination(transport, &mut export, 2, setup);
             export.describe_pages(None).unwrap();
             std::thread::scope(|scope| {
                 // Two threads with a lane each, and one that the shard serves.
                 let lanes = lanes.into_iter().map(Some).chain([None]);
                 for (thread, lane) in lanes.enumerate() {
-                    let (guest, server) = (memory.guest().clone(), lane.map(|lane| pager.server(lane)));
+                    let (guest, server) =
+                        (memory.guest().clone(), lane.map(|lane| pager.server(lane).unwrap()));
                     scope.spawn(move || {
                         let _service = server.map(SelfService::of_this_thread);
                         for step in 0..PAGES {
@@ -82,8 +86,9 @@ fn threads_serve_themselves_while_it_drains_and_see_every_byte_right() {
 #[test]
 fn what_a_serving_thread_wrote_is_never_overwritten() {
     let (mut export, _memory) = source(Transport::Tcp);
-    let Destination { memory, pager, mut lanes } = destination(Transport::Tcp, &mut export, 1, Shards::ONE);
-    let service = SelfService::of_this_thread(pager.server(lanes.pop().unwrap()));
+    let Destination { memory, pager, mut lanes } =
+        destination(Transport::Tcp, &mut export, 1, Setup::default());
+    let service = SelfService::of_this_thread(pager.server(lanes.pop().unwrap()).unwrap());
     export.describe_pages(None).unwrap();
     for page in (0..PAGES).step_by(7) {
         assert!(memory.guest().write(page * PAGE_SIZE + 100, b"written at the destination"));
@@ -122,9 +127,10 @@ fn assert_waits(memory: &GuestMemory, page: u64, server: Option<postcopy_engine:
 #[test]
 fn a_lost_source_lets_no_thread_read_zeros() {
     let (mut export, _memory) = source(Transport::Tcp);
-    let Destination { memory, pager, mut lanes } = destination(Transport::Tcp, &mut export, 1, Shards::ONE);
+    let Destination { memory, pager, mut lanes } =
+        destination(Transport::Tcp, &mut export, 1, Setup::default());
     check(memory.guest(), 1);
-    let server = pager.server(lanes.pop().unwrap());
+    let server = pager.server(lanes.pop().unwrap()).unwrap();
     drop(export);
     let PagerState::Failed(error) = end_of(&pager).state else { panic!("the lanes are gone") };
     assert!(error.to_string().contains("the guest waits"), "{error}");
@@ -171,7 +177,8 @@ fn a_pager_thread_that_panics_lets_no_thread_read_zeros() {
         let (mut export, _memory) = source(Transport::Tcp);
         let memory = empty(PAGES);
         let trap = Trap::register(&memory, told, Shards::new(shards).unwrap()).unwrap();
-        let import = Import::new(Transport::Tcp, &memory, &EndpointOptions::default()).unwrap();
+        let import =
+            Import::new(Transport::Tcp, &memory, (Landing::InPlace, 1), &EndpointOptions::default()).unwrap();
         let mut lanes = import.connect_local(&mut export, shards).unwrap();
         let [urgent, bulk] = lanes.remove(0);
         lanes.insert(0, [AnyLane::Other(Box::new(Panics(urgent))), bulk]);

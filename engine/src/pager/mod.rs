@@ -8,6 +8,7 @@
 mod board;
 mod claims;
 mod huge_pages;
+mod landing;
 mod map_reader;
 mod rest;
 mod round;
@@ -21,14 +22,15 @@ mod trap;
 mod waits;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::Receiver;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 pub(crate) use huge_pages::is_huge;
 pub use huge_pages::{Collapsed, HugePages};
-use postcopy_transport::{AnyLane, HostMemory, LaneError, LocalRegion, Read, ReadError, RemoteRegion, Token};
+pub use landing::{Landing, LandingMemory};
+use postcopy_transport::{AnyLane, HostMemory, LaneError, LocalRegion, ReadError, RemoteRegion};
 pub(crate) use round::read_once;
 pub use round::{Round, RoundWatch};
 use rustix::event::{EventfdFlags, eventfd};
@@ -171,34 +173,21 @@ pub struct SourceMemory {
     /// Its page map.
     pub map: RemoteRegion,
     /// Where guest memory lands.
-    pub landing: LocalRegion,
+    pub landing: LandingMemory,
     /// Where the page map lands.
     pub map_landing: LocalRegion,
     /// The memory behind `map_landing`.
     pub map_memory: HostMemory,
-    /// Whether landing memory is populated already (pinned by its registration).
-    pub populated: bool,
     /// What of it is here already.
     pub round: Round,
 }
 
 impl SourceMemory {
-    fn check(&self, pages: u64) -> Result<(), PagerError> {
-        let fits = self.memory.len() == pages * PAGE_SIZE && self.landing.slice(0, 1).is_some();
+    /// For memory of so many pages, cut for so many shards.
+    fn check(&self, pages: u64, shards: usize) -> Result<(), PagerError> {
+        let fits = self.memory.len() == pages * PAGE_SIZE && self.landing.fits(pages, shards);
         fits.then_some(()).ok_or(PagerError::Peer("its memory region has the wrong size"))
     }
-
-    /// The read that brings `run`, or `None` if the source's or this side's memory ends before.
-    fn read_of(&self, token: Token, run: Run) -> Option<Read> {
-        read_between(self.landing, self.memory, token, run)
-    }
-}
-
-/// The read that brings `run` of the guest's memory.
-fn read_between(landing: LocalRegion, memory: RemoteRegion, token: Token, run: Run) -> Option<Read> {
-    let len = run.count * PAGE_SIZE as u32;
-    let local = landing.slice(run.first.offset(), len)?;
-    Read::new(token, local, memory.slice(run.first.offset(), len)?)
 }
 
 /// A running pager.
@@ -211,6 +200,9 @@ pub struct Pager {
     trap: Trap,
     memory: HostMemory,
     spin: Duration,
+    landing: LandingMemory,
+    /// Threads that serve themselves.
+    servers: AtomicUsize,
     _signals: Vec<sigbus::Registration>,
 }
 
@@ -251,7 +243,7 @@ impl Pager {
         config: PagerConfig,
     ) -> Result<Self, PagerError> {
         let pages = memory.layout().total_pages();
-        source.check(pages)?;
+        source.check(pages, trap.shards())?;
         if lanes.len() != trap.shards() {
             let source = std::io::Error::other(format!("{} shards, {} pairs", trap.shards(), lanes.len()));
             return Err(PagerError::System { operation: "giving each shard its lanes", source });
@@ -269,8 +261,18 @@ impl Pager {
             signals.push(registered.map_err(failed("handling SIGBUS"))?);
         }
         let (huge_pages, spin, memory) = (config.huge_pages, config.spin, memory.guest().clone());
-        let (threads, shards) = (Vec::new(), shards.into());
-        let mut pager = Self { status, huge_pages, threads, shards, trap, memory, spin, _signals: signals };
+        let mut pager = Self {
+            status,
+            huge_pages,
+            threads: Vec::new(),
+            shards: shards.into(),
+            trap,
+            memory,
+            spin,
+            landing: source.landing.clone(),
+            servers: AtomicUsize::new(0),
+            _signals: signals,
+        };
         pager.start_threads(pages, source, notes.into_iter().zip(lanes), config, &Arc::new(board))?;
         Ok(pager)
     }
@@ -290,7 +292,8 @@ impl Pager {
             let round = source.round.of(shared.part);
             let precopied = [round.pages(), round.bytes];
             let map = MapReader::of_frozen(pages, source, (at, shared.part), round.held)?;
-            let shard = shard::Shard::new(shared.clone(), notes, map, precopied, lanes, config);
+            let ways = shard::Ways { lanes, place: source.landing.of_shard(at), map };
+            let shard = shard::Shard::new(shared.clone(), notes, ways, precopied, config);
             let board = board.clone();
             let work = move || {
                 shard::supervise(shard, at, &board);
@@ -320,8 +323,13 @@ impl Pager {
 
     /// Lets a thread serve its own faults over `lane`, which nobody else uses. The trap must be one
     /// [whose threads are told](FaultsTo::Threads).
-    pub fn server(&self, lane: AnyLane) -> FaultServer {
-        FaultServer::new(self.shards.clone(), lane, self.spin)
+    ///
+    /// Errors: there are 64 such threads already.
+    pub fn server(&self, lane: AnyLane) -> Result<FaultServer, PagerError> {
+        let none =
+            || failed("giving a thread a place to land in")(std::io::Error::other("there are no more"));
+        let place = self.landing.of_server(self.servers.fetch_add(1, Ordering::Relaxed));
+        Ok(FaultServer::new(self.shards.clone(), lane, place.ok_or_else(none)?, self.spin))
     }
 
     /// Has these pages read before others, the first first: the guest touched them just before it was

@@ -10,13 +10,14 @@
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
-use postcopy_transport::{AnyLane, Lane, LaneError, Read};
+use postcopy_transport::{AnyLane, Lane, LaneError, LocalRegion, Read};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
+use super::landing::LandingMemory;
 use super::map_reader::{Landed, MapReader};
 use super::shards::Part;
 use super::token::{is_map, run_of, token_of};
-use super::{PagerError, SourceMemory};
+use super::{PagerError, SourceMemory, failed};
 use crate::memory::{PAGE_SIZE, PageIndex};
 use crate::page_set::PageSet;
 use crate::planner::{MAX_READ_PAGES, News, Run};
@@ -73,6 +74,7 @@ impl RoundWatch {
 /// Where a round stands.
 struct Reader<'a> {
     source: &'a SourceMemory,
+    landing: LocalRegion,
     lane: &'a mut AnyLane,
     map: MapReader,
     zero: PageSet,
@@ -87,18 +89,33 @@ struct Reader<'a> {
 
 /// Reads all of the source's `pages` once over `lane`, but for those that its map calls zero.
 ///
-/// Errors: the lane fails, the source breaks the protocol, or `watch` says to stop.
+/// Errors: the lane fails, the source breaks the protocol, reads land in a pool, or `watch` says to stop.
 pub(crate) fn read_once(
     source: &SourceMemory,
     pages: u64,
     lane: &mut AnyLane,
     watch: &RoundWatch,
 ) -> Result<Round, PagerError> {
-    source.check(pages)?;
+    source.check(pages, 1)?;
+    let LandingMemory::InPlace { region, .. } = source.landing else {
+        let stays = "what it brings stays where it lands: have pages land in place (--landing in-place)";
+        return Err(failed("the round of pre-copy")(std::io::Error::other(stays)));
+    };
     let map = MapReader::of_running(pages, source)?;
     let round = Round { held: PageSet::new(pages, false), bytes: 0 };
     let zero = PageSet::new(pages, false);
-    let mut reader = Reader { source, lane, map, zero, round, pages, known: 0, next: 0, waiting: Vec::new() };
+    let mut reader = Reader {
+        source,
+        landing: region,
+        lane,
+        map,
+        zero,
+        round,
+        pages,
+        known: 0,
+        next: 0,
+        waiting: Vec::new(),
+    };
     let mut completions = Vec::new();
     while !reader.finished() {
         if watch.stop.load(Ordering::Relaxed) {
@@ -135,7 +152,9 @@ impl Reader<'_> {
                 self.waiting.extend(self.map.next());
                 break;
             };
-            let read = self.source.read_of(token_of(run), run);
+            let (at, len) = (run.first.offset(), run.count * PAGE_SIZE as u32);
+            let sides = self.landing.slice(at, len).zip(self.source.memory.slice(at, len));
+            let read = sides.and_then(|(local, remote)| Read::new(token_of(run), local, remote));
             self.waiting.push(read.ok_or(PagerError::Peer("its memory region has the wrong size"))?);
         }
         let posted = self.lane.post(&self.waiting).map_err(|error| self.failed(error))?;

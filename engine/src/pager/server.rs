@@ -9,15 +9,16 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
-use postcopy_transport::{AnyLane, Completion, Lane, LaneError, LocalRegion, Read, RemoteRegion, Token};
+use postcopy_transport::{AnyLane, Completion, Lane, LaneError, Read, RemoteRegion, Token};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::claims::{Claim, Claims};
+use super::landing::Place;
 use super::shards::Part;
 use super::trap::PartTrap;
-use super::{PagerError, SourceMemory, StopSignal, read_between};
-use crate::memory::PageIndex;
-use crate::planner::Run;
+use super::{PagerError, SourceMemory, StopSignal};
+use crate::memory::{PAGE_SIZE, PageIndex};
+use crate::planner::{LaneId, Run};
 
 /// How long a page that somebody else brings is waited for by giving way, before sleeping between
 /// the looks.
@@ -57,8 +58,7 @@ pub(super) struct Shared {
     pub(super) claims: Claims,
     pub(super) trap: PartTrap,
     pub(super) memory: RemoteRegion,
-    pub(super) landing: LocalRegion,
-    /// Whether landing memory is populated already (pinned by its registration).
+    /// Whether the guest's memory has all its pages already (pinned by its registration).
     pub(super) populated: bool,
     pub(super) stop: StopSignal,
     pub(super) notes: Sender<Note>,
@@ -76,8 +76,7 @@ impl Shared {
             claims: Claims::new(part.pages),
             trap,
             memory: source.memory,
-            landing: source.landing,
-            populated: source.populated,
+            populated: source.landing.populated(),
             stop: StopSignal::new()?,
             notes,
             draining: AtomicBool::new(false),
@@ -85,11 +84,14 @@ impl Shared {
         Ok((shared, heard))
     }
 
-    /// The read that brings `run` of the part, or `None` if the source's or this side's memory ends
-    /// before.
-    pub(super) fn read_of(&self, token: Token, run: Run) -> Option<Read> {
+    /// The read that brings `run` of the part over `lane`, or `None` if there is no place for it to land
+    /// now.
+    pub(super) fn read_of(&self, token: Token, run: Run, lane: LaneId, place: &mut Place) -> Option<Read> {
         let run = Run { first: self.part.global(run.first), ..run };
-        read_between(self.landing, self.memory, token, run)
+        let local = place.take(lane, run)?;
+        let remote = self.memory.slice(run.first.offset(), run.count * PAGE_SIZE as u32);
+        let read = remote.and_then(|remote| Read::new(token, local, remote));
+        Some(read.expect("the part lies in the source's memory, and a read in the part"))
     }
 
     /// Has the shard bring a page, and waits until it is there.
@@ -130,6 +132,7 @@ pub struct FaultServer {
     /// In the order of their parts.
     shards: Arc<[Arc<Shared>]>,
     lane: AnyLane,
+    place: Place,
     /// How long to poll for the answer before sleeping.
     spin: Duration,
     /// Whether spinning keeps a background read from the processor.
@@ -140,9 +143,9 @@ pub struct FaultServer {
 }
 
 impl FaultServer {
-    pub(super) fn new(shards: Arc<[Arc<Shared>]>, lane: AnyLane, spin: Duration) -> Self {
+    pub(super) fn new(shards: Arc<[Arc<Shared>]>, lane: AnyLane, place: Place, spin: Duration) -> Self {
         let crowded = postcopy_transport::is_crowded();
-        Self { shards, lane, spin, crowded, completions: Vec::with_capacity(1), thread: None }
+        Self { shards, lane, place, spin, crowded, completions: Vec::with_capacity(1), thread: None }
     }
 
     /// Whether it reads the memory of `shared`.
@@ -184,9 +187,8 @@ impl FaultServer {
     }
 
     fn bring(&mut self, shared: &Shared, page: PageIndex, seen: Instant) -> Result<(), PagerError> {
-        let read = shared
-            .read_of(Token(page.0), Run::one(page))
-            .ok_or(PagerError::StrayFault(shared.part.global(page)))?;
+        let read = shared.read_of(Token(page.0), Run::one(page), LaneId::Urgent, &mut self.place);
+        let read = read.expect("a server has one read in flight, and a place for it");
         let posted = self.lane.post(&[read]).map_err(failed)?;
         assert!(posted == 1, "a server has one read in flight, and every lane room for that");
         let posted = Instant::now();
@@ -196,7 +198,7 @@ impl FaultServer {
         let completed = Instant::now();
         let result = self.completions.pop().map_or(Ok(()), |completion| completion.result);
         result.map_err(|source| PagerError::Read { page: shared.part.global(page), source })?;
-        shared.trap.publish(Run::one(page))?;
+        self.place.publish(&shared.trap, Run::one(page))?;
         let published = Instant::now();
         let last = shared.claims.published(Run::one(page));
         drop(shared.notes.send(Note::Served(page, Stamps { seen, posted, completed, published })));

@@ -19,6 +19,7 @@ use rustix::fd::AsFd;
 use userfaultfd::EventBuffer;
 
 use super::board::{Board, End};
+use super::landing::Place;
 use super::map_reader::{Landed, MAP_PATIENCE, MapReader};
 use super::rest::Rest;
 use super::server::{Note, Shared};
@@ -51,6 +52,10 @@ pub(super) struct Shard {
     map_due: Instant,
     /// Urgent, bulk.
     lanes: [AnyLane; 2],
+    /// Where reads land.
+    place: Place,
+    /// Runs to be read that had no place to land yet, by lane.
+    unplaced: [VecDeque<Run>; 2],
     /// Reads that their lane had no room for yet, by lane.
     waiting: [Vec<Read>; 2],
     timing: Timing,
@@ -72,6 +77,14 @@ pub(super) struct Shard {
     done: bool,
     /// Something has happened since progress was published.
     unreported: bool,
+}
+
+/// The ways to the source.
+pub(super) struct Ways {
+    /// Urgent, bulk.
+    pub(super) lanes: [AnyLane; 2],
+    pub(super) place: Place,
+    pub(super) map: MapReader,
 }
 
 /// Runs the loop and tells how it ended, also when it panicked.
@@ -98,9 +111,8 @@ impl Shard {
     pub(super) fn new(
         shared: Arc<Shared>,
         notes: Receiver<Note>,
-        map: MapReader,
+        Ways { lanes, place, map }: Ways,
         precopied: [u64; 2],
-        lanes: [AnyLane; 2],
         config: PagerConfig,
     ) -> Self {
         let pages = shared.part.pages;
@@ -112,6 +124,8 @@ impl Shard {
             map,
             map_due: Instant::now(),
             lanes,
+            place,
+            unplaced: [VecDeque::new(), VecDeque::new()],
             waiting: [Vec::new(), Vec::new()],
             timing: Timing::default(),
             start: Instant::now(),
@@ -320,6 +334,7 @@ impl Shard {
     fn drain(&mut self, now: Instant) -> Result<bool, PagerError> {
         let bulk = LaneId::Bulk as usize;
         let room = self.lanes[bulk].room().saturating_sub(self.waiting[bulk].len());
+        let room = room.min(self.place.room(LaneId::Bulk)).saturating_sub(self.unplaced[bulk].len());
         let when = self.nanos(now);
         self.planner.drain(room.saturating_sub(1), when, &mut self.actions);
         // Over the urgent lane: it is little, and spares faults the wire.
@@ -350,8 +365,8 @@ impl Shard {
             }
         }
         self.actions = actions;
-        self.post(LaneId::Urgent as usize)?;
-        self.post(LaneId::Bulk as usize)
+        self.post(LaneId::Urgent)?;
+        self.post(LaneId::Bulk)
     }
 
     /// Has those pages of a run read that no other thread has claimed.
@@ -362,23 +377,26 @@ impl Shard {
             let taken = self.taken.iter().map(|page| Run::one(*page));
             self.planner.split(lane, run, self.pieces.iter().copied().chain(taken));
         }
-        for piece in self.pieces.drain(..) {
-            let read = self.shared.read_of(token_of(piece), piece).expect("the planner stays inside memory");
-            self.waiting[lane as usize].push(read);
-        }
+        self.unplaced[lane as usize].extend(self.pieces.drain(..));
         self.elsewhere.extend(self.taken.drain(..).map(|page| (page, lane)));
     }
 
-    fn post(&mut self, lane: usize) -> Result<(), PagerError> {
+    fn post(&mut self, way: LaneId) -> Result<(), PagerError> {
+        let lane = way as usize;
+        while let Some(&run) = self.unplaced[lane].front() {
+            let Some(read) = self.shared.read_of(token_of(run), run, way, &mut self.place) else { break };
+            self.waiting[lane].push(read);
+            self.unplaced[lane].pop_front();
+        }
         if self.waiting[lane].is_empty() {
             return Ok(());
         }
         let posted = self.lanes[lane].post(&self.waiting[lane]);
         let posted = posted.map_err(|error| self.lane_failed(lane, error))?;
         self.waiting[lane].drain(..posted);
-        if lane == LaneId::Urgent as usize && posted > 0 {
+        if way == LaneId::Urgent && posted > 0 {
             let faults = self.waiting[lane].iter().filter(|read| !is_map(read.token())).count();
-            self.timing.posted(faults);
+            self.timing.posted(faults + self.unplaced[lane].len());
         }
         Ok(())
     }

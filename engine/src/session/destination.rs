@@ -19,7 +19,9 @@ use super::{GuestError, STEP_PATIENCE, SessionError, WORK_PATIENCE, blocking};
 use crate::export::MAX_SERVERS;
 use crate::import::{Import, Lanes};
 use crate::memory::GuestMemory;
-use crate::pager::{FaultServer, FaultsTo, Pager, PagerConfig, PagerState, PagerStatus, Round, Shards, Trap};
+use crate::pager::{
+    FaultServer, FaultsTo, Landing, Pager, PagerConfig, PagerState, PagerStatus, Round, Shards, Trap,
+};
 
 /// How often the source hears of progress.
 pub(super) const PROGRESS: Duration = Duration::from_millis(100);
@@ -98,6 +100,8 @@ pub struct ReceiveOptions {
     pub pager: PagerConfig,
     /// How many threads it has. A stock QEMU's are as many as it was started for.
     pub shards: Shards,
+    /// Where pages land. A hybrid migration needs it in place.
+    pub landing: Landing,
     /// The most guest memory to accept, in bytes. `None`: no limit of our own.
     pub memory_limit: Option<u64>,
 }
@@ -193,7 +197,7 @@ impl<H: DestinationHost> Destination<'_, H> {
         self.options.pager.huge_pages = self.options.pager.huge_pages.resolved(description.huge_pages);
         let threads = self.host.serving_threads(&description).min(MAX_SERVERS);
         let (guest, memory, trap) = self.prepare(description, threads > 0).await?;
-        let (transport, import) = self.import(&offered, &memory).await?;
+        let (transport, import) = self.import(&offered, &memory, trap.shards()).await?;
         passed("Prepared", self.begun);
         let mut connected = self.connect(channel, transport, import, (trap.shards(), threads)).await?;
         if mode == Mode::Hybrid {
@@ -244,14 +248,16 @@ impl<H: DestinationHost> Destination<'_, H> {
         &self,
         offered: &[Transport],
         memory: &GuestMemory,
+        shards: usize,
     ) -> Result<(Transport, Import), SessionError> {
         let ours = |transport: &&Transport| {
             self.options.transports.is_empty() || self.options.transports.contains(transport)
         };
+        let landing = (self.options.landing, shards);
         let mut refusals = Vec::new();
         for transport in offered.iter().filter(ours).copied() {
             let (memory, endpoint) = (memory.clone(), self.options.endpoint.clone());
-            match blocking(move || Import::new(transport, &memory, &endpoint)).await {
+            match blocking(move || Import::new(transport, &memory, landing, &endpoint)).await {
                 Ok(import) => return Ok((transport, import)),
                 Err(error) => {
                     tracing::warn!(%transport, %error, "a transport does not work here");
@@ -293,7 +299,7 @@ impl<H: DestinationHost> Destination<'_, H> {
         let Connected { import, lanes: Lanes { shards, servers }, regions, round } = connected;
         let config = self.options.pager;
         let started = blocking(move || import.start(trap, shards, regions, round, config)).await?;
-        let servers = servers.into_iter().map(|lane| started.server(lane)).collect();
+        let servers = servers.into_iter().map(|lane| started.server(lane)).collect::<Result<_, _>>()?;
         Ok((started, servers))
     }
 

@@ -6,7 +6,7 @@
 use std::time::Duration;
 
 use postcopy_engine::memory::{GuestMemory, MemoryLayout, PAGE_SIZE};
-use postcopy_engine::pager::{Pager, PagerState, PagerStatus, Shards};
+use postcopy_engine::pager::{Landing, Pager, PagerState, PagerStatus, Shards};
 use postcopy_transport::{HostMemory, Transport};
 
 /// Content of a page: zero for every third, else different in every word.
@@ -50,9 +50,18 @@ pub(crate) fn available() -> impl Iterator<Item = Transport> {
     Transport::ALL.into_iter().filter(|transport| transport.available().is_ok())
 }
 
-/// The same, each with one shard and with several.
-pub(crate) fn available_shards() -> impl Iterator<Item = (Transport, Shards)> {
-    available().flat_map(|transport| [1, 3].map(|count| (transport, Shards::new(count).unwrap())))
+/// How a destination is set up.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Setup {
+    pub(crate) shards: Shards,
+    pub(crate) landing: Landing,
+}
+
+/// The same, each with one shard and with several, and with pages landing in place and in a pool.
+pub(crate) fn available_setups() -> impl Iterator<Item = (Transport, Setup)> {
+    let setups = [(1, Landing::InPlace), (3, Landing::InPlace), (1, Landing::Pool), (3, Landing::Pool)];
+    let setup = |(count, landing)| Setup { shards: Shards::new(count).unwrap(), landing };
+    available().flat_map(move |transport| setups.map(setup).map(|setup| (transport, setup)))
 }
 
 /// Waits until the pager has ended, however.

@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use postcopy_engine::pager::{HugePages, PagerConfig, Shards};
+use postcopy_engine::pager::{HugePages, Landing, PagerConfig, Shards};
 use postcopy_engine::planner::Policy;
 use postcopy_engine::session::Mode;
 use postcopy_tools::device::DeviceArgs;
@@ -167,6 +167,11 @@ pub(crate) struct HostArgs {
     /// than one processor.
     #[arg(long, default_value = "1", value_name = "N")]
     pub(crate) shards: Shards,
+    /// Where pages of a guest that arrives land: `in-place`, in its memory, which an RDMA device then
+    /// has to know and pin as a whole; or in a `pool` of a few MiB, from which they are copied. Hybrid
+    /// migrations need them in place.
+    #[arg(long, default_value_t, value_name = "in-place|pool")]
+    pub(crate) landing: Landing,
 }
 
 impl HostArgs {

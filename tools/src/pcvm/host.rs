@@ -207,6 +207,7 @@ pub(crate) fn run(args: &RunArgs) -> anyhow::Result<()> {
         endpoint: args.wire.device.endpoint(None),
         pager: args.host.pager(),
         shards: args.host.shards,
+        landing: args.host.landing,
         memory_limit: None,
     };
     runtime()?.block_on(async {
@@ -233,6 +234,7 @@ pub(crate) fn receive(args: &ReceiveArgs) -> anyhow::Result<()> {
         endpoint: args.wire.device.endpoint(None),
         pager: args.host.pager(),
         shards: args.host.shards,
+        landing: args.host.landing,
         memory_limit: args.memory_limit,
     };
     let command = qemu_command(args)?;

@@ -10,7 +10,7 @@ impl Shard {
     /// Publishes what has landed. What another thread brought, it has published.
     pub(super) fn publish(&mut self, run: Run) -> Result<(), PagerError> {
         if !self.shared.claims.is_resident(run.first) {
-            self.shared.trap.publish(run)?;
+            self.place.publish(&self.shared.trap, run)?;
             self.shared.claims.published(run);
         }
         self.timing.waits.end(run);

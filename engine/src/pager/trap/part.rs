@@ -5,10 +5,12 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use postcopy_transport::HostMemory;
 use userfaultfd::{Error as UffdError, Event, EventBuffer, RegisterMode, Uffd};
 
 use super::{TrapEvent, Whose, failed};
 use crate::memory::{PAGE_SIZE, PageIndex};
+use crate::page_set::PageSet;
 use crate::pager::PagerError;
 use crate::pager::shards::Part;
 use crate::planner::Run;
@@ -23,6 +25,8 @@ pub(in crate::pager) struct PartTrap {
     whose: Whose,
     /// Events that were read while a page was being published.
     early: Arc<Mutex<Vec<TrapEvent>>>,
+    /// Pages that were given back, where that is told: what has landed for them since is stale.
+    given_back: Arc<Mutex<PageSet>>,
 }
 
 impl PartTrap {
@@ -33,7 +37,9 @@ impl PartTrap {
         let (start, mode) = (base as *mut libc::c_void, RegisterMode::MISSING | RegisterMode::MINOR);
         uffd.register_with_mode(start, part.bytes() as usize, mode)
             .map_err(|error| PagerError::Userfault { operation: "UFFDIO_REGISTER", source: errno(error) })?;
-        Ok(Self { uffd: Arc::new(uffd), part, base, whose, early: Arc::default() })
+        let told = if whose == Whose::Theirs { part.pages } else { 0 };
+        let given_back = Arc::new(Mutex::new(PageSet::new(told, false)));
+        Ok(Self { uffd: Arc::new(uffd), part, base, whose, early: Arc::default(), given_back })
     }
 
     /// Which part it is.
@@ -58,7 +64,7 @@ impl PartTrap {
         seen: &mut Vec<TrapEvent>,
     ) -> Result<(), PagerError> {
         if self.whose == Whose::Theirs {
-            seen.append(&mut self.early());
+            seen.append(&mut lock(&self.early));
         }
         let events = match self.uffd.read_events(buffer) {
             Ok(events) => events,
@@ -71,17 +77,17 @@ impl PartTrap {
                     seen.push(TrapEvent::Fault { page: page(addr as u64), thread: thread_id.as_raw() });
                 }
                 Ok(Event::Remove { start, end }) => {
-                    seen.push(TrapEvent::Discarded { first: page(start as u64), end: page(end as u64) });
+                    let [first, end] = [start, end].map(|at| page(at as u64).0.min(self.part.pages));
+                    if self.whose == Whose::Theirs {
+                        lock(&self.given_back).put(first, end, true);
+                    }
+                    seen.push(TrapEvent::Discarded { first: PageIndex(first), end: PageIndex(end) });
                 }
                 Ok(_) => {}
                 Err(error) => return wait_or(error),
             }
         }
         Ok(())
-    }
-
-    fn early(&self) -> MutexGuard<'_, Vec<TrapEvent>> {
-        self.early.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The address space is being changed. Where the change is told of, it ends when that was heard.
@@ -91,7 +97,7 @@ impl PartTrap {
         }
         let mut heard = Vec::new();
         self.take(&mut EventBuffer::new(1), &mut heard)?;
-        self.early().append(&mut heard);
+        lock(&self.early).append(&mut heard);
         Ok(())
     }
 
@@ -118,6 +124,57 @@ impl PartTrap {
             }
         }
         Ok(())
+    }
+
+    /// Copies a run that has landed at `offset` of `pool` into the guest, and wakes who waits for it.
+    pub(in crate::pager) fn copy_in(
+        &self,
+        run: Run,
+        pool: &HostMemory,
+        offset: u64,
+    ) -> Result<(), PagerError> {
+        let len = u64::from(run.count) * PAGE_SIZE;
+        let from = pool.at(offset, len as usize).ok_or_else(|| failed("UFFDIO_COPY", Some(libc::EINVAL)))?;
+        let mut done = 0;
+        while done < len {
+            let at = run.first.offset() + done;
+            let rest = self.not_given_back(PageIndex::containing(at), len - done);
+            if rest == 0 {
+                self.publish_zero(PageIndex::containing(at), false)?;
+                done += PAGE_SIZE;
+                continue;
+            }
+            let source = from.wrapping_add(done as usize);
+            // SAFETY: `rest` bytes from `source` lie in the pool, which is borrowed, and the run lies in the
+            // registered guest mapping; the kernel fills only pages that are not there (EEXIST otherwise).
+            let copied = unsafe { self.uffd.copy(source.cast(), self.address(at), rest as usize, true) };
+            match copied {
+                Ok(copied) => done += copied as u64,
+                Err(UffdError::PartiallyCopied(copied)) if (1..rest as usize).contains(&copied) => {
+                    done += copied as u64;
+                }
+                // The address space is being changed.
+                Err(UffdError::PartiallyCopied(_)) => self.let_change()?,
+                Err(error) => match errno(error).raw_os_error() {
+                    Some(libc::EEXIST) => {
+                        self.wake(PageIndex::containing(at))?;
+                        done += PAGE_SIZE;
+                    }
+                    code => return Err(failed("UFFDIO_COPY", code)),
+                },
+            }
+        }
+        Ok(())
+    }
+
+    /// How many bytes of so many from this page on have not been given back.
+    fn not_given_back(&self, page: PageIndex, len: u64) -> u64 {
+        if self.whose != Whose::Theirs {
+            return len;
+        }
+        let end = page.0 + len / PAGE_SIZE;
+        let first = lock(&self.given_back).first(page.0, end, true);
+        (first.unwrap_or(end) - page.0) * PAGE_SIZE
     }
 
     /// Maps a page of zeros into the guest, and wakes who waits for it.
@@ -200,6 +257,10 @@ impl AsFd for PartTrap {
         // SAFETY: the descriptor is owned by `self.uffd`, which the borrow cannot outlive.
         unsafe { BorrowedFd::borrow_raw(self.uffd.as_raw_fd()) }
     }
+}
+
+fn lock<T>(shared: &Mutex<T>) -> MutexGuard<'_, T> {
+    shared.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn wait_or(error: UffdError) -> Result<(), PagerError> {

@@ -106,3 +106,22 @@ fn what_is_published_while_pages_are_given_back_is_published_and_both_are_told()
     assert!(memory.guest().read(2 << 12, &mut seen));
     assert_eq!(&seen, b"more");
 }
+
+#[test]
+fn what_landed_in_a_pool_for_a_page_that_was_given_back_since_is_not_shown() {
+    let (memory, trap) = adopted();
+    let pool = postcopy_transport::HostMemory::anonymous("pool", 4 << 12).unwrap();
+    (0..4).for_each(|page| assert!(pool.write(page << 12, &[page as u8 + 1; 1 << 12])));
+    std::thread::scope(|scope| {
+        // Page 1 was published before, and is free again.
+        scope.spawn(|| give_back(&memory));
+        let pending = rustix::event::PollFd::new(&trap, rustix::event::PollFlags::IN);
+        rustix::event::poll(&mut [pending], None).unwrap();
+        trap.copy_in(Run { first: PageIndex(0), count: 4 }, &pool, 0).unwrap();
+    });
+    let mut pages = [9; 4 << 12];
+    assert!(memory.guest().read(0, &mut pages));
+    let expected: Vec<u8> = [1, 0, 3, 4].iter().flat_map(|byte| [*byte; 1 << 12]).collect();
+    assert!(pages[..] == expected[..]);
+    assert_eq!(next(&trap), TrapEvent::Discarded { first: PageIndex(1), end: PageIndex(2) });
+}

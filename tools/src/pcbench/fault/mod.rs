@@ -19,7 +19,7 @@ use std::time::Duration;
 use anyhow::{Context, ensure};
 use clap::{Args, ValueEnum};
 use postcopy_engine::memory::{GuestMemory, MemoryLayout, PAGE_SIZE};
-use postcopy_engine::pager::{PagerConfig, Shards};
+use postcopy_engine::pager::{Landing, PagerConfig, Shards};
 use postcopy_engine::planner::Policy;
 use postcopy_engine::stats::{PagerReport, Percentiles};
 use postcopy_tools::device::DeviceArgs;
@@ -95,6 +95,9 @@ pub(crate) struct FaultArgs {
     /// Threads of the pager, 1 to 16, each with a part of the memory and two lanes.
     #[arg(long, default_value = "1", value_name = "N")]
     pub(crate) shards: Shards,
+    /// Where pages land: in the memory itself, or in a pool from which they are copied in.
+    #[arg(long, default_value_t, value_name = "in-place|pool")]
+    pub(crate) landing: Landing,
     /// Threads serve their own faults, or the pager's thread does.
     #[arg(long, value_enum, default_value_t = Choice::Both)]
     pub(crate) self_service: Choice,
@@ -213,6 +216,7 @@ struct FaultReport {
     threads: u8,
     /// Threads of the pager.
     shards: usize,
+    landing: Landing,
     rounds: u32,
     /// One raw 4 KiB read at a time on a lane of the same transport.
     raw_read: Percentiles,
@@ -274,6 +278,7 @@ fn measure(args: &FaultArgs) -> anyhow::Result<FaultReport> {
         access: args.access,
         threads: args.threads,
         shards: args.shards.count(),
+        landing: args.landing,
         rounds: args.rounds,
         raw_read: raw[raw.len() / 2],
         raw_bulk_mb_s: bulk[bulk.len() / 2],

@@ -28,7 +28,8 @@ pub(super) fn run(
     let Opened { import, lanes, regions, mut hold } =
         source.open(args, &memory, trap.shards(), if case.self_service { threads } else { 0 })?;
     let pager = import.start(trap, lanes.shards, regions, Round::none(), args.pager(case))?;
-    let mut servers: Vec<_> = lanes.servers.into_iter().map(|lane| Some(pager.server(lane))).collect();
+    let mut servers: Vec<_> =
+        lanes.servers.into_iter().map(|lane| pager.server(lane).map(Some)).collect::<Result<_, _>>()?;
     servers.resize_with(threads, || None);
     let watch = Watch::new(&pager, patience);
     let timed = match time(args, case, &memory, servers, &mut hold, watch) {

@@ -92,7 +92,7 @@ impl Source {
             Self::Here(source) => {
                 let endpoint = args.endpoint(None);
                 let mut export = Export::new(args.transport, source, &endpoint)?;
-                let import = Import::new(args.transport, memory, &endpoint)?;
+                let import = Import::new(args.transport, memory, (args.landing, shards), &endpoint)?;
                 let shards = import.connect_local(&mut export, shards)?;
                 let servers = (0..servers).map(|_| import.connect_one_local(&mut export));
                 let lanes = Lanes { shards, servers: servers.collect::<Result<_, _>>()? };
@@ -101,7 +101,8 @@ impl Source {
             }
             Self::There { server, patience } => {
                 let mut control = Control::open(*server, *patience)?;
-                let import = Import::new(args.transport, memory, &args.endpoint(control.local()))?;
+                let endpoint = args.endpoint(control.local());
+                let import = Import::new(args.transport, memory, (args.landing, shards), &endpoint)?;
                 let (requests, blobs) = import.request(shards, servers)?;
                 let spin_us = args.spin.map(|spin| u32::try_from(spin).unwrap_or(u32::MAX));
                 let paging = Paging { memory: args.bytes(), spin_us };

@@ -15,7 +15,7 @@ pub(super) fn table(report: &FaultReport) -> String {
     }
     let _ = writeln!(
         out,
-        "{} of {} MiB, {:?} {:?}, {} thread(s), {} shard(s), medians of {} rounds\n\
+        "{} of {} MiB, {:?} {:?}, {} thread(s), {} shard(s), landing {}, medians of {} rounds\n\
          raw 4 KiB read: p50 {:.1} µs, p99 {:.1} µs; raw bulk: {:.0} MB/s\n",
         report.transport,
         report.memory_bytes >> 20,
@@ -23,6 +23,7 @@ pub(super) fn table(report: &FaultReport) -> String {
         report.access,
         report.threads,
         report.shards,
+        report.landing,
         report.rounds,
         raw.p50_us,
         raw.p99_us,
