@@ -183,15 +183,14 @@ impl QemuGuest {
         Self::launch(command, place, false)
     }
 
-    /// Starts `pcvm receive`, whose pager has so many threads, with such a QEMU, which waits for a guest;
-    /// says where.
-    pub fn receive(place: Place, args: &[String], address: IpAddr, shards: usize) -> (Self, SocketAddr) {
+    /// Starts `pcvm receive` with `options` and such a QEMU, which waits for a guest; says where.
+    pub fn receive(place: Place, args: &[String], address: IpAddr, options: &[&str]) -> (Self, SocketAddr) {
         let to = SocketAddr::new(address, free_port());
         let listen = to.to_string();
         let mut command = Command::new(program("pcvm"));
         command.args(["receive", "--vmm", "qemu", "--listen", &listen, "--control"]).arg(&place.control);
         let qemu = std::env::var("POSTCOPY_QEMU_THERE").unwrap_or_else(|_| QEMU.to_owned());
-        command.args(["--shards", &shards.to_string(), "--", &qemu]).args(args);
+        command.args(options).args(["--", &qemu]).args(args);
         (Self::launch(command, place, true), to)
     }
 

@@ -32,11 +32,11 @@ struct Lab {
 impl Lab {
     /// Boots a guest of 256 MiB that walks and rewrites `mb` MiB of it in random order.
     fn boot(name: &str, mb: u32, more: &str) -> Self {
-        Self::boot_by(name, mb, more, 1, &[])
+        Self::boot_by(name, mb, more, 1, [&[], &[]])
     }
 
-    /// As [`Lab::boot`], with so many vCPUs and more arguments for both processes.
-    fn boot_by(name: &str, mb: u32, more: &str, cpus: u32, host: &[&str]) -> Self {
+    /// As [`Lab::boot`], with so many vCPUs and more arguments for each of the processes.
+    fn boot_by(name: &str, mb: u32, more: &str, cpus: u32, hosts: [&[&str]; 2]) -> Self {
         let (scratch, address) = (Scratch::new(name), variable("LAB_RDMA_ADDR"));
         let ports = free_ports();
         let listen = ports.map(|port| format!("{address}:{port}"));
@@ -44,8 +44,8 @@ impl Lab {
         let load = format!("pcguest.mb={mb} pcguest.pattern=random pcguest.access=write {more}");
         let cpus = cpus.to_string();
         let run = ["run", "--kernel", &kernel, "--initrd", &initrd, "--memory", "256M", "--cpus", &cpus];
-        let run = [&run[..], &["--cmdline", &load, "--again", "--listen", &listen[0]], host].concat();
-        let receive = [&["receive", "--listen", &listen[1], "--again"], host].concat();
+        let run = [&run[..], &["--cmdline", &load, "--again", "--listen", &listen[0]], hosts[0]].concat();
+        let receive = [&["receive", "--listen", &listen[1], "--again"], hosts[1]].concat();
         let source = Pcvm::start(&scratch, "a", &run);
         let destination = Pcvm::start(&scratch, "b", &receive);
         source.wait_until("the guest walks its memory", |source| !walks(&source.console()).is_empty());
@@ -123,8 +123,10 @@ fn twenty_moves_over(transport: &str) {
 #[ignore = "needs the lab: scripts/test runs it there"]
 fn vcpus_serve_their_own_faults_over_each_transport() {
     let cpus = std::thread::available_parallelism().unwrap().get().min(2) as u32;
-    let mut lab = Lab::boot_by("self-service", 64, "", cpus, &["--self-service", "on", "--shards", "2"]);
-    for transport in ["tcp", "verbs", "shm", "tcp"] {
+    let here = ["--self-service", "on", "--shards", "2"];
+    let there = [&here[..], &["--landing", "pool"]].concat();
+    let mut lab = Lab::boot_by("self-service", 64, "", cpus, [&here, &there]);
+    for transport in ["verbs", "verbs", "shm", "tcp"] {
         let report = lab.go(transport);
         assert_eq!(report["pager"]["shards"], 2, "{report}");
         let served = report["pager"]["self_served_faults"].as_u64().unwrap();

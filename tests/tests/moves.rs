@@ -17,11 +17,12 @@ fn rounds(console: &str) -> Vec<u64> {
     rounds
 }
 
-fn moves_over(transport: &str, mode: &str, shards: u64) {
-    let scratch = Scratch::new(&format!("moves-{transport}-{mode}-{shards}"));
+fn moves_over(transport: &str, mode: &str, (shards, landing): (u64, &str)) {
+    let scratch = Scratch::new(&format!("moves-{transport}-{mode}-{shards}-{landing}"));
     let port = free_port();
     let source = Pcvm::run_tiny(&scratch, "a");
-    let destination = Pcvm::receive(&scratch, "b", port, &["--shards", &shards.to_string()]);
+    let destination =
+        Pcvm::receive(&scratch, "b", port, &["--shards", &shards.to_string(), "--landing", landing]);
     let report = source.migrate(&format!("127.0.0.1:{port}"), &["--transport", transport, "--mode", mode]);
     assert_eq!(number(&report, "/pager/shards"), shards);
     assert_eq!((&report["transport"], &report["mode"]), (&transport.into(), &mode.into()));
@@ -62,28 +63,35 @@ fn moves_over(transport: &str, mode: &str, shards: u64) {
 
 #[test]
 fn over_tcp() {
-    moves_over("tcp", "postcopy", 1);
+    moves_over("tcp", "postcopy", (1, "in-place"));
 }
 
 #[test]
 fn over_shared_memory() {
-    moves_over("shm", "postcopy", 1);
+    moves_over("shm", "postcopy", (1, "in-place"));
 }
 
 #[test]
 fn hybrid_over_tcp() {
-    moves_over("tcp", "hybrid", 1);
+    moves_over("tcp", "hybrid", (1, "in-place"));
 }
 
 #[test]
 fn hybrid_over_shared_memory() {
-    moves_over("shm", "hybrid", 1);
+    moves_over("shm", "hybrid", (1, "in-place"));
 }
 
 #[test]
 fn memory_by_several_threads() {
     for (transport, mode) in [("tcp", "postcopy"), ("shm", "hybrid")] {
-        moves_over(transport, mode, 3);
+        moves_over(transport, mode, (3, "in-place"));
+    }
+}
+
+#[test]
+fn memory_that_lands_in_a_pool() {
+    for (transport, shards) in [("tcp", 1), ("shm", 1), ("tcp", 3)] {
+        moves_over(transport, "postcopy", (shards, "pool"));
     }
 }
 

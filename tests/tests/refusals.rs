@@ -248,3 +248,17 @@ fn a_control_socket_that_is_not_there_or_taken() {
     assert_refused(&out, &["another process is controlled by"]);
     source.wait_for_progress();
 }
+
+#[test]
+fn a_round_of_pre_copy_where_pages_land_in_a_pool() {
+    let scratch = Scratch::new("pool-hybrid");
+    let port = free_port();
+    let source = Pcvm::run_tiny(&scratch, "a");
+    let destination = Pcvm::receive(&scratch, "b", port, &["--again", "--landing", "pool"]);
+    let out = source.try_migrate(&format!("127.0.0.1:{port}"), &["--mode", "hybrid"]);
+    assert_refused(&out, &["--landing in-place"]);
+    source.wait_for_progress();
+    assert_eq!(source.status()["state"], "running");
+    source.migrate(&format!("127.0.0.1:{port}"), &["--mode", "postcopy"]);
+    destination.wait_for_progress();
+}

@@ -26,20 +26,20 @@ const NOBODY: SocketAddr = SocketAddr::new(LOOPBACK, 9);
 const LOOPBACK: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 
 fn wait_there(scratch: &Scratch, name: &str, machine: &Plain, address: IpAddr) -> (QemuGuest, SocketAddr) {
-    wait_there_with(scratch, name, machine, address, 1)
+    wait_there_with(scratch, name, machine, address, &[])
 }
 
-/// With so many threads that bring its memory.
+/// With these options.
 fn wait_there_with(
     scratch: &Scratch,
     name: &str,
     machine: &Plain,
     address: IpAddr,
-    shards: usize,
+    options: &[&str],
 ) -> (QemuGuest, SocketAddr) {
     let place = Place::apart(scratch, name);
     let args = machine.args(&place);
-    QemuGuest::receive(place, &args, address, shards)
+    QemuGuest::receive(place, &args, address, options)
 }
 
 fn runs(guest: &QemuGuest) -> bool {
@@ -55,7 +55,8 @@ fn moves(name: &str, transport: &str, count: usize) {
     guest.wait_for_reports(2);
     for at in 1..=count {
         let shards = 1 + at % 3;
-        let (next, to) = wait_there_with(&scratch, &format!("q{at}"), &machine, address, shards);
+        let options = ["--shards", &shards.to_string(), "--landing", ["in-place", "pool"][at % 2]];
+        let (next, to) = wait_there_with(&scratch, &format!("q{at}"), &machine, address, &options);
         let report = guest.migrate(&next, to, transport);
         assert_eq!(report["pager"]["shards"], shards, "{report}");
         let pages = &report["pager"]["pages"];
