@@ -3,8 +3,8 @@
 use std::net::TcpStream;
 
 use postcopy_transport::{
-    AnyLane, EndpointOptions, HostMemory, Importer, LaneClass, LaneRequest, RemoteRegion, SetupError,
-    Transport,
+    AnyLane, EndpointOptions, HostMemory, Importer, LaneClass, LaneRequest, LocalRegion, RemoteRegion,
+    SetupError, Transport,
 };
 
 use crate::export::{Export, LANES};
@@ -25,7 +25,9 @@ pub struct Lanes {
 /// Where pages land, registered.
 pub struct Import {
     importer: Importer,
-    memory: GuestMemory,
+    /// What pages land for, if it is of this process.
+    memory: Option<GuestMemory>,
+    pages: u64,
     map_memory: HostMemory,
     landing: LandingMemory,
 }
@@ -40,24 +42,50 @@ impl Import {
         (landing, shards): (Landing, usize),
         options: &EndpointOptions,
     ) -> Result<Self, SetupError> {
-        let failed = |source| SetupError::Io { operation: "making room for what arrives", source };
-        // Behind the map, the headers that shards read at the same time.
-        let bytes = usize::try_from(map_bytes(memory.layout().total_pages()) + PAGE_SIZE);
-        let bytes = bytes.map_err(|error| failed(std::io::Error::other(error)))?;
-        let map_memory = HostMemory::anonymous("page-map-landing", bytes).map_err(failed)?;
-        let lands = match landing {
-            Landing::InPlace => memory.landing().clone(),
+        let pages = memory.layout().total_pages();
+        match landing {
             Landing::Pool => {
-                HostMemory::anonymous("landing-pool", LandingMemory::pool_bytes(shards)).map_err(failed)?
+                let import = Self::for_others(transport, pages, shards, options)?;
+                Ok(Self { memory: Some(memory.clone()), ..import })
             }
-        };
-        let importer = Importer::new(transport, &[lands.clone(), map_memory.clone()], options)?;
-        let region = importer.regions()[0];
-        let landing = match landing {
-            Landing::InPlace => LandingMemory::InPlace { region, populated: options.pins_memory(transport) },
-            Landing::Pool => LandingMemory::Pool { region, memory: lands, shards },
-        };
-        Ok(Self { importer, memory: memory.clone(), map_memory, landing })
+            Landing::InPlace => {
+                let populated = options.pins_memory(transport);
+                let landing = |region, _| LandingMemory::InPlace { region, populated };
+                let import = Self::register(transport, (memory.landing().clone(), pages), landing, options)?;
+                Ok(Self { memory: Some(memory.clone()), ..import })
+            }
+        }
+    }
+
+    /// Registers a pool, for so many shards, and room for the page map of so many pages: of memory that
+    /// another program has, and this process has not ([`Trap::adopt_anonymous`]).
+    ///
+    /// Errors: as [`Import::new`].
+    pub fn for_others(
+        transport: Transport,
+        pages: u64,
+        shards: usize,
+        options: &EndpointOptions,
+    ) -> Result<Self, SetupError> {
+        let pool = HostMemory::anonymous("landing-pool", LandingMemory::pool_bytes(shards));
+        let pool = pool.map_err(no_room)?;
+        let landing = |region, memory| LandingMemory::Pool { region, memory, shards };
+        Self::register(transport, (pool, pages), landing, options)
+    }
+
+    fn register(
+        transport: Transport,
+        (memory, pages): (HostMemory, u64),
+        landing: impl FnOnce(LocalRegion, HostMemory) -> LandingMemory,
+        options: &EndpointOptions,
+    ) -> Result<Self, SetupError> {
+        // Behind the map, the headers that shards read at the same time.
+        let bytes = usize::try_from(map_bytes(pages) + PAGE_SIZE);
+        let bytes = bytes.map_err(|error| no_room(std::io::Error::other(error)))?;
+        let map_memory = HostMemory::anonymous("page-map-landing", bytes).map_err(no_room)?;
+        let importer = Importer::new(transport, &[memory.clone(), map_memory.clone()], options)?;
+        let landing = landing(importer.regions()[0], memory);
+        Ok(Self { importer, memory: None, pages, map_memory, landing })
     }
 
     /// Starts the two lanes of each of so many shards, and one for each of `servers` threads: what to
@@ -122,7 +150,7 @@ impl Import {
 
     /// Pages of guest memory.
     pub fn total_pages(&self) -> u64 {
-        self.memory.layout().total_pages()
+        self.pages
     }
 
     /// Reads the source's memory once, while its guest runs there, over the bulk one of `lanes`, which a
@@ -163,6 +191,10 @@ impl Import {
         round: Round,
         config: PagerConfig,
     ) -> Result<Pager, PagerError> {
-        Pager::start(trap, &self.memory, &self.source(regions, round), lanes, config)
+        Pager::start(trap, self.memory.as_ref(), &self.source(regions, round), lanes, config)
     }
+}
+
+fn no_room(source: std::io::Error) -> SetupError {
+    SetupError::Io { operation: "making room for what arrives", source }
 }

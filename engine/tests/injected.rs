@@ -55,7 +55,7 @@ fn world(options: SimOptions, urgent: (Wrap, u64), bulk: (Wrap, u64)) -> World {
     let trap = Trap::register(&memory, FaultsTo::Pager, Shards::ONE).unwrap();
     // Virtual time wakes nobody, so the pager must not sleep.
     let config = PagerConfig { spin: Duration::from_secs(3600), ..Default::default() };
-    let pager = Pager::start(trap, &memory, &source, vec![[urgent, bulk]], config).unwrap();
+    let pager = Pager::start(trap, Some(&memory), &source, vec![[urgent, bulk]], config).unwrap();
     let over = Arc::new(AtomicBool::new(false));
     let stop = over.clone();
     std::thread::spawn(move || {

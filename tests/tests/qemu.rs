@@ -117,8 +117,9 @@ fn moves_by_pcvm(transport: &str, mode: &str, vhost: bool) {
         let report = move_under_a_balloon(&guest, &next, to, (transport, mode));
         assert_eq!(report["pager"]["shards"], shards, "{report}");
         println!(
-            "{transport} {mode} move {at} ({landing}): downtime {} µs, resident {} µs, {} network faults, {} pages kept, \
+            "{transport} {mode} move {at} ({landing}): set up {} µs, downtime {} µs, resident {} µs, {} network faults, {} pages kept, \
              {} given back",
+            report["setup_us"],
             report["downtime_us"],
             report["resident_us"],
             report["pager"]["pages"]["network_faults"],

@@ -198,7 +198,8 @@ pub struct Pager {
     /// One for each shard, in the order of their parts.
     shards: Arc<[Arc<Shared>]>,
     trap: Trap,
-    memory: HostMemory,
+    /// The guest mapping, if it is of this process.
+    memory: Option<HostMemory>,
     spin: Duration,
     landing: LandingMemory,
     /// Threads that serve themselves.
@@ -231,18 +232,19 @@ impl StopSignal {
 }
 
 impl Pager {
-    /// Starts a thread for each shard of the trap. `lanes` are as many pairs of urgent and bulk.
+    /// Starts a thread for each shard of the trap. `memory` is what it is under, unless that is another
+    /// program's and this one has it not; `lanes` are as many pairs of urgent and bulk.
     ///
     /// Errors: the source's regions do not fit the guest's memory, there are not as many lanes, or the
     /// system refuses a thread or a descriptor.
     pub fn start(
         trap: Trap,
-        memory: &GuestMemory,
+        memory: Option<&GuestMemory>,
         source: &SourceMemory,
         lanes: Vec<[AnyLane; 2]>,
         config: PagerConfig,
     ) -> Result<Self, PagerError> {
-        let pages = memory.layout().total_pages();
+        let pages = trap.pages();
         source.check(pages, trap.shards())?;
         if lanes.len() != trap.shards() {
             let source = std::io::Error::other(format!("{} shards, {} pairs", trap.shards(), lanes.len()));
@@ -260,7 +262,8 @@ impl Pager {
             let registered = sigbus::register(shared.clone());
             signals.push(registered.map_err(failed("handling SIGBUS"))?);
         }
-        let (huge_pages, spin, memory) = (config.huge_pages, config.spin, memory.guest().clone());
+        let (huge_pages, spin) = (config.huge_pages, config.spin);
+        let memory = memory.map(|memory| memory.guest().clone());
         let mut pager = Self {
             status,
             huge_pages,
@@ -305,8 +308,8 @@ impl Pager {
         Ok(())
     }
 
-    /// Begins to put memory together to huge pages, if it is all here and [`HugePages::On`] was
-    /// chosen. Goes on when the pager is dropped; [`PagerReport::huge_pages`] says how far it is. No
+    /// Begins to put memory of this process together to huge pages, if it is all here and
+    /// [`HugePages::On`] was chosen. Goes on when the pager is dropped; [`PagerReport::huge_pages`] says how far it is. No
     /// device may have the memory pinned any more.
     pub fn collapse(&mut self) {
         let resident = matches!(self.status.borrow().state, PagerState::Resident);
@@ -315,8 +318,9 @@ impl Pager {
         }
         // Their work is done.
         let ended: Vec<_> = self.threads.drain(..).filter_map(|thread| thread.join().ok()).collect();
-        let Some(board) = ended.into_iter().next_back() else { return };
-        if let Err(error) = huge_pages::begin(self.memory.clone(), board) {
+        let last = ended.into_iter().next_back();
+        let Some((board, memory)) = last.zip(self.memory.clone()) else { return };
+        if let Err(error) = huge_pages::begin(memory, board) {
             tracing::warn!(%error, "memory stays in small pages: no thread for the work");
         }
     }

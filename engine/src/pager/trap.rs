@@ -110,19 +110,34 @@ impl Trap {
     pub fn adopt(descriptors: Vec<OwnedFd>, base: u64, memory: &GuestMemory) -> Result<Self, PagerError> {
         refuse_hugetlbfs(memory.guest().file())?;
         let failed = |source: io::Error| PagerError::System { operation: "taking guest memory over", source };
-        let none = || failed(io::Error::other(format!("1 to {MAX_SHARDS} userfaultfds are needed")));
-        let shards = Shards::new(descriptors.len()).ok_or_else(none)?;
+        let shards = shards_of(&descriptors)?;
         let all = rustix::fs::FallocateFlags::PUNCH_HOLE | rustix::fs::FallocateFlags::KEEP_SIZE;
         let emptied = rustix::fs::fallocate(memory.guest().file(), all, 0, memory.guest().len() as u64);
         emptied.map_err(|errno| failed(errno.into()))?;
         // Memory may be too small for all of them.
         let each = shards.cut(memory.layout().total_pages()).zip(descriptors);
         let parts = each.map(|(part, descriptor)| {
-            rustix::io::ioctl_fionbio(&descriptor, true).map_err(|errno| failed(errno.into()))?;
             set_up(&descriptor, NEEDED | FeatureFlags::EVENT_REMOVE)?;
-            // SAFETY: the descriptor is owned and given up here, so `uffd` is its only owner.
-            let uffd = unsafe { Uffd::from_raw_fd(descriptor.into_raw_fd()) };
-            PartTrap::over(uffd, part, base, Whose::Theirs)
+            PartTrap::over(owned(descriptor)?, part, base, Whose::Theirs)
+        });
+        Ok(Self { parts: parts.collect::<Result<_, _>>()? })
+    }
+
+    /// Registers memory of another process that has no file behind it: `pages` from `base` there, by
+    /// userfaultfds that were made there, one for each shard. They may be set up already, as a Firecracker's
+    /// is; what it gives back is heard of if they were asked for that (UFFD_FEATURE_EVENT_REMOVE), and is
+    /// asked for if not. None of the memory may have been touched. What is read for it lands in a pool.
+    ///
+    /// Errors: none or too many descriptors, one that is no userfaultfd, or a range that cannot be registered.
+    pub fn adopt_anonymous(descriptors: Vec<OwnedFd>, base: u64, pages: u64) -> Result<Self, PagerError> {
+        let shards = shards_of(&descriptors)?;
+        let parts = shards.cut(pages).zip(descriptors).map(|(part, descriptor)| {
+            match set_up(&descriptor, FeatureFlags::THREAD_ID | FeatureFlags::EVENT_REMOVE) {
+                // It is set up.
+                Err(PagerError::Userfault { source, .. }) if source.raw_os_error() == Some(libc::EINVAL) => {}
+                other => other?,
+            }
+            PartTrap::over_anonymous(owned(descriptor)?, part, base)
         });
         Ok(Self { parts: parts.collect::<Result<_, _>>()? })
     }
@@ -142,9 +157,29 @@ impl Trap {
         self.parts.len()
     }
 
+    /// Pages of all parts.
+    pub(super) fn pages(&self) -> u64 {
+        self.parts.iter().map(|part| part.part().pages).sum()
+    }
+
     pub(super) fn parts(&self) -> &[PartTrap] {
         &self.parts
     }
+}
+
+/// So many as there are descriptors.
+fn shards_of(descriptors: &[OwnedFd]) -> Result<Shards, PagerError> {
+    let none = || io::Error::other(format!("1 to {MAX_SHARDS} userfaultfds are needed"));
+    let operation = "taking guest memory over";
+    Shards::new(descriptors.len()).ok_or_else(|| PagerError::System { operation, source: none() })
+}
+
+/// A userfaultfd that another process has made, never to be waited on.
+fn owned(descriptor: OwnedFd) -> Result<Uffd, PagerError> {
+    let failed = |errno: rustix::io::Errno| failed("FIONBIO", Some(errno.raw_os_error()));
+    rustix::io::ioctl_fionbio(&descriptor, true).map_err(failed)?;
+    // SAFETY: the descriptor is owned and given up here, so the result is its only owner.
+    Ok(unsafe { Uffd::from_raw_fd(descriptor.into_raw_fd()) })
 }
 
 /// UFFDIO_API and its argument, of linux/userfaultfd.h: the binding does this only for descriptors

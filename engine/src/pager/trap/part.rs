@@ -23,6 +23,8 @@ pub(in crate::pager) struct PartTrap {
     /// Address of the part's first byte in the process that has the guest mapping.
     base: u64,
     whose: Whose,
+    /// No file is behind it: pages can only be copied in.
+    anonymous: bool,
     /// Events that were read while a page was being published.
     early: Arc<Mutex<Vec<TrapEvent>>>,
     /// Pages that were given back, where that is told: what has landed for them since is stale.
@@ -33,13 +35,37 @@ impl PartTrap {
     /// Registers `part` of the guest mapping, which starts at `guest`, with a userfaultfd that is set
     /// up and has nothing registered.
     pub(super) fn over(uffd: Uffd, part: Part, guest: u64, whose: Whose) -> Result<Self, PagerError> {
+        Self::registered(uffd, part, guest, whose, RegisterMode::MISSING | RegisterMode::MINOR)
+    }
+
+    /// As [`PartTrap::over`], for a mapping of another process that has no file behind it.
+    pub(super) fn over_anonymous(uffd: Uffd, part: Part, guest: u64) -> Result<Self, PagerError> {
+        let trap = Self::registered(uffd, part, guest, Whose::Theirs, RegisterMode::MISSING)?;
+        Ok(Self { anonymous: true, ..trap })
+    }
+
+    fn registered(
+        uffd: Uffd,
+        part: Part,
+        guest: u64,
+        whose: Whose,
+        mode: RegisterMode,
+    ) -> Result<Self, PagerError> {
         let base = guest.wrapping_add(part.offset());
-        let (start, mode) = (base as *mut libc::c_void, RegisterMode::MISSING | RegisterMode::MINOR);
+        let start = base as *mut libc::c_void;
         uffd.register_with_mode(start, part.bytes() as usize, mode)
             .map_err(|error| PagerError::Userfault { operation: "UFFDIO_REGISTER", source: errno(error) })?;
         let told = if whose == Whose::Theirs { part.pages } else { 0 };
         let given_back = Arc::new(Mutex::new(PageSet::new(told, false)));
-        Ok(Self { uffd: Arc::new(uffd), part, base, whose, early: Arc::default(), given_back })
+        Ok(Self {
+            uffd: Arc::new(uffd),
+            part,
+            base,
+            whose,
+            anonymous: false,
+            early: Arc::default(),
+            given_back,
+        })
     }
 
     /// Which part it is.
@@ -192,6 +218,8 @@ impl PartTrap {
             match zeroed {
                 Ok(_) => return Ok(()),
                 Err(error) => match errno(error).raw_os_error() {
+                    // It is here already.
+                    Some(libc::EEXIST) if self.anonymous => return self.wake(page),
                     Some(libc::EEXIST) => return self.publish(Run::one(page)),
                     Some(libc::EAGAIN) => self.let_change()?,
                     code => return Err(failed("UFFDIO_ZEROPAGE", code)),
