@@ -33,7 +33,8 @@ pub struct Import {
 }
 
 impl Import {
-    /// Registers where pages land, of `memory` or in a pool for so many shards, and room for the page map.
+    /// Registers where pages land, of `memory` or in a pool for so many shards, and room for the page map. With a
+    /// round of pre-copy before it they must land in place.
     ///
     /// Errors: the transport is not available, or memory can not be registered.
     pub fn new(
@@ -43,12 +44,12 @@ impl Import {
         options: &EndpointOptions,
     ) -> Result<Self, SetupError> {
         let pages = memory.layout().total_pages();
-        match landing {
+        match landing.resolved(transport, false) {
             Landing::Pool => {
                 let import = Self::for_others(transport, pages, shards, options)?;
                 Ok(Self { memory: Some(memory.clone()), ..import })
             }
-            Landing::InPlace => {
+            Landing::Auto | Landing::InPlace => {
                 let populated = options.pins_memory(transport);
                 let landing = |region, _| LandingMemory::InPlace { region, populated };
                 let import = Self::register(transport, (memory.landing().clone(), pages), landing, options)?;

@@ -7,7 +7,7 @@
 use std::collections::HashMap;
 use std::str::FromStr;
 
-use postcopy_transport::{HostMemory, LocalRegion, LocalSlice};
+use postcopy_transport::{HostMemory, LocalRegion, LocalSlice, Transport};
 use serde::Serialize;
 
 use super::PagerError;
@@ -20,17 +20,33 @@ use crate::planner::{LaneId, MAX_READ_PAGES, Run};
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Landing {
-    /// In the guest's memory, all of which is registered: no copy.
+    /// In a pool, unless a round of pre-copy or a device asks for in place.
     #[default]
+    Auto,
+    /// In the guest's memory, all of which is registered: no copy.
     InPlace,
     /// In a pool of some MiB that is registered in its stead: nothing of the guest is pinned, and
     /// registration takes no time, for a copy of each page.
     Pool,
 }
 
+impl Landing {
+    /// In place or in a pool: what was chosen, else what suits. A device writes memory that is registered
+    /// by itself, and a round of pre-copy stays where it lands; else the pool's copy costs less than the page
+    /// faults that landing in place takes.
+    pub fn resolved(self, transport: Transport, round: bool) -> Self {
+        match self {
+            Self::Auto if round || transport == Transport::Verbs => Self::InPlace,
+            Self::Auto => Self::Pool,
+            chosen => chosen,
+        }
+    }
+}
+
 impl std::fmt::Display for Landing {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
+            Self::Auto => "auto",
             Self::InPlace => "in-place",
             Self::Pool => "pool",
         })
@@ -41,8 +57,9 @@ impl FromStr for Landing {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let known = [Self::InPlace, Self::Pool].into_iter().find(|landing| landing.to_string() == text);
-        known.ok_or_else(|| "in-place or pool is needed".into())
+        let known =
+            [Self::Auto, Self::InPlace, Self::Pool].into_iter().find(|landing| landing.to_string() == text);
+        known.ok_or_else(|| "auto, in-place or pool is needed".into())
     }
 }
 
@@ -200,7 +217,7 @@ mod tests {
 
     #[test]
     fn a_choice_is_read_as_it_is_written() {
-        for landing in [Landing::InPlace, Landing::Pool] {
+        for landing in [Landing::Auto, Landing::InPlace, Landing::Pool] {
             assert_eq!(landing.to_string().parse(), Ok(landing));
         }
         assert!("heap".parse::<Landing>().is_err());

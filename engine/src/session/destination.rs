@@ -197,7 +197,7 @@ impl<H: DestinationHost> Destination<'_, H> {
         self.options.pager.huge_pages = self.options.pager.huge_pages.resolved(description.huge_pages);
         let threads = self.host.serving_threads(&description).min(MAX_SERVERS);
         let (guest, memory, trap) = self.prepare(description, threads > 0).await?;
-        let (transport, import) = self.import(&offered, &memory, trap.shards()).await?;
+        let (transport, import) = self.import(&offered, &memory, (trap.shards(), mode)).await?;
         passed("Prepared", self.begun);
         let mut connected = self.connect(channel, transport, import, (trap.shards(), threads)).await?;
         if mode == Mode::Hybrid {
@@ -248,16 +248,16 @@ impl<H: DestinationHost> Destination<'_, H> {
         &self,
         offered: &[Transport],
         memory: &GuestMemory,
-        shards: usize,
+        (shards, mode): (usize, Mode),
     ) -> Result<(Transport, Import), SessionError> {
         let ours = |transport: &&Transport| {
             self.options.transports.is_empty() || self.options.transports.contains(transport)
         };
-        let landing = (self.options.landing, shards);
         let mut refusals = Vec::new();
         for transport in offered.iter().filter(ours).copied() {
+            let landing = self.options.landing.resolved(transport, mode == Mode::Hybrid);
             let (memory, endpoint) = (memory.clone(), self.options.endpoint.clone());
-            match blocking(move || Import::new(transport, &memory, landing, &endpoint)).await {
+            match blocking(move || Import::new(transport, &memory, (landing, shards), &endpoint)).await {
                 Ok(import) => return Ok((transport, import)),
                 Err(error) => {
                     tracing::warn!(%transport, %error, "a transport does not work here");

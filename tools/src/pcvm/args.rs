@@ -169,8 +169,8 @@ pub(crate) struct HostArgs {
     pub(crate) shards: Shards,
     /// Where pages of a guest that arrives land: `in-place`, in its memory, which an RDMA device then
     /// has to know and pin as a whole; or in a `pool` of a few MiB, from which they are copied. Hybrid
-    /// migrations need them in place.
-    #[arg(long, default_value_t, value_name = "in-place|pool")]
+    /// migrations need them in place. `auto`: in place for those and over verbs, else in a pool.
+    #[arg(long, default_value_t, value_name = "auto|in-place|pool")]
     pub(crate) landing: Landing,
 }
 

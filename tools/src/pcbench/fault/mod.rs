@@ -95,8 +95,9 @@ pub(crate) struct FaultArgs {
     /// Threads of the pager, 1 to 16, each with a part of the memory and two lanes.
     #[arg(long, default_value = "1", value_name = "N")]
     pub(crate) shards: Shards,
-    /// Where pages land: in the memory itself, or in a pool from which they are copied in.
-    #[arg(long, default_value_t, value_name = "in-place|pool")]
+    /// Where pages land: in the memory itself, or in a pool from which they are copied in. `auto`: in place
+    /// over verbs, else in a pool.
+    #[arg(long, default_value_t, value_name = "auto|in-place|pool")]
     pub(crate) landing: Landing,
     /// Threads serve their own faults, or the pager's thread does.
     #[arg(long, value_enum, default_value_t = Choice::Both)]
@@ -278,7 +279,7 @@ fn measure(args: &FaultArgs) -> anyhow::Result<FaultReport> {
         access: args.access,
         threads: args.threads,
         shards: args.shards.count(),
-        landing: args.landing,
+        landing: args.landing.resolved(args.transport, false),
         rounds: args.rounds,
         raw_read: raw[raw.len() / 2],
         raw_bulk_mb_s: bulk[bulk.len() / 2],
