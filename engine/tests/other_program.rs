@@ -8,7 +8,7 @@ mod common;
 
 use std::io::{IoSlice, IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::process::{Child, Command};
 use std::time::Duration;
@@ -111,8 +111,9 @@ fn of_firecracker(at: *mut std::ffi::c_void, len: usize) -> OwnedFd {
     let uffd: Uffd =
         made.require_features(features).non_blocking(true).user_mode_only(false).create().unwrap();
     uffd.register_with_mode(at, len, RegisterMode::MISSING).unwrap();
-    // SAFETY: a duplicate that nobody else owns. The first is kept open: the program must not run on without.
-    let copy = unsafe { OwnedFd::from_raw_fd(libc::dup(uffd.as_raw_fd())) };
+    // SAFETY: the descriptor is open, and the borrow ends before `uffd` does.
+    let copy = unsafe { BorrowedFd::borrow_raw(uffd.as_raw_fd()) }.try_clone_to_owned().unwrap();
+    // Open for ever: the program must not run on without it.
     std::mem::forget(uffd);
     copy
 }
@@ -131,8 +132,19 @@ fn start(userfaultfds: usize) -> (Child, UnixStream, Trap) {
     drop(std::fs::remove_file(&socket));
     let listener = UnixListener::bind(&socket).unwrap();
     let mut command = Command::new(std::env::current_exe().unwrap());
-    let child = command.arg("other-program").arg(&socket).arg(userfaultfds.to_string()).spawn().unwrap();
-    let (stream, _) = listener.accept().unwrap();
+    let mut child = command.arg("other-program").arg(&socket).arg(userfaultfds.to_string()).spawn().unwrap();
+    listener.set_nonblocking(true).unwrap();
+    let stream = loop {
+        match listener.accept() {
+            Ok((stream, _)) => break stream,
+            Err(error) => assert_eq!(error.kind(), std::io::ErrorKind::WouldBlock, "{error}"),
+        }
+        assert!(child.try_wait().unwrap().is_none(), "the other program has ended");
+        std::thread::sleep(Duration::from_millis(1));
+    };
+    // It ends within that, or not at all.
+    stream.set_nonblocking(false).unwrap();
+    stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
     std::fs::remove_file(&socket).unwrap();
     let mut text = [0; 4096];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(16))];
