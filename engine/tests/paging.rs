@@ -195,3 +195,27 @@ fn more_threads_than_a_pool_has_places_wait_at_once_and_all_are_served() {
         drop(pager.stop());
     }
 }
+
+#[test]
+fn a_page_that_the_kernel_takes_out_of_the_mapping_is_shown_again_as_the_guest_left_it() {
+    for (transport, setup) in available_setups() {
+        let (mut export, _memory) = source(transport);
+        let (memory, pager) = destination(transport, &mut export, setup);
+        let guest = memory.guest().clone();
+        let pages = [4, 7, 2000, PAGES - 3];
+        pages.iter().for_each(|page| check(&guest, *page));
+        assert!(guest.write(7 * PAGE_SIZE, b"written here"));
+        // As reclaim does to pages of a file that are mapped and not locked.
+        guest.unmap_pages().unwrap();
+        let (said, heard) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            let mut seen = [0; 12];
+            assert!(guest.read(7 * PAGE_SIZE, &mut seen));
+            [4, 2000, PAGES - 3].iter().for_each(|page| check(&guest, *page));
+            said.send(seen).unwrap();
+        });
+        let seen = heard.recv_timeout(Duration::from_secs(10)).expect("it is here: nobody need wait for it");
+        assert_eq!(&seen, b"written here");
+        drop(pager.stop());
+    }
+}

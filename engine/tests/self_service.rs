@@ -110,6 +110,27 @@ fn what_a_serving_thread_wrote_is_never_overwritten() {
     drop(service);
 }
 
+#[test]
+fn a_page_that_the_kernel_takes_out_of_the_mapping_is_shown_again_to_who_serves_itself_and_to_who_does_not() {
+    for (transport, setup) in available_setups() {
+        let (mut export, _memory) = source(transport);
+        let Destination { memory, pager, mut lanes } = destination(transport, &mut export, 1, setup);
+        for server in [lanes.pop().map(|lane| pager.server(lane).unwrap()), None] {
+            let guest = memory.guest().clone();
+            let (said, heard) = std::sync::mpsc::channel();
+            std::thread::spawn(move || {
+                let _service = server.map(SelfService::of_this_thread);
+                check(&guest, 7);
+                guest.unmap_pages().unwrap();
+                check(&guest, 7);
+                said.send(()).unwrap();
+            });
+            heard.recv_timeout(Duration::from_secs(10)).expect("it is here: nobody need wait for it");
+        }
+        drop(pager.stop());
+    }
+}
+
 /// Asserts that a touch of `page` gets no answer: a reader of zeros would be heard at once.
 fn assert_waits(memory: &GuestMemory, page: u64, server: Option<postcopy_engine::pager::FaultServer>) {
     let guest = memory.guest().clone();

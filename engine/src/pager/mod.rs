@@ -183,9 +183,9 @@ pub struct SourceMemory {
 }
 
 impl SourceMemory {
-    /// For memory of so many pages, cut for so many shards.
-    fn check(&self, pages: u64, shards: usize) -> Result<(), PagerError> {
-        let fits = self.memory.len() == pages * PAGE_SIZE && self.landing.fits(pages, shards);
+    /// For memory of so many pages.
+    fn check(&self, pages: u64) -> Result<(), PagerError> {
+        let fits = self.memory.len() == pages * PAGE_SIZE;
         fits.then_some(()).ok_or(PagerError::Peer("its memory region has the wrong size"))
     }
 }
@@ -245,10 +245,13 @@ impl Pager {
         config: PagerConfig,
     ) -> Result<Self, PagerError> {
         let pages = trap.pages();
-        source.check(pages, trap.shards())?;
-        if lanes.len() != trap.shards() {
+        source.check(pages)?;
+        if lanes.len() != trap.shards() || !source.landing.fits(pages, trap.shards()) {
             let source = std::io::Error::other(format!("{} shards, {} pairs", trap.shards(), lanes.len()));
-            return Err(PagerError::System { operation: "giving each shard its lanes", source });
+            return Err(PagerError::System {
+                operation: "giving each shard its lanes and landing place",
+                source,
+            });
         }
         let (board, status) = Board::new(trap.shards());
         let (mut shards, mut notes) = (Vec::new(), Vec::new());

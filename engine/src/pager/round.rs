@@ -96,7 +96,7 @@ pub(crate) fn read_once(
     lane: &mut AnyLane,
     watch: &RoundWatch,
 ) -> Result<Round, PagerError> {
-    source.check(pages, 1)?;
+    source.check(pages)?;
     let LandingMemory::InPlace { region, .. } = source.landing else {
         let stays = "what it brings stays where it lands: have pages land in place (--landing in-place)";
         return Err(failed("the round of pre-copy")(std::io::Error::other(stays)));

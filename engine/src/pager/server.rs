@@ -173,7 +173,7 @@ impl FaultServer {
             Claim::Read => self.bring(shared, page, seen),
             Claim::Zero => publish_here(shared, page, || shared.trap.publish_zero(page, shared.populated)),
             Claim::Kept => publish_here(shared, page, || shared.trap.publish(Run::one(page))),
-            Claim::Resident => Ok(()),
+            Claim::Resident => shared.trap.show_again(page),
             Claim::Taken => {
                 shared.claims.leave();
                 shared.await_resident(page);
@@ -188,7 +188,7 @@ impl FaultServer {
 
     fn bring(&mut self, shared: &Shared, page: PageIndex, seen: Instant) -> Result<(), PagerError> {
         let read = shared.read_of(Token(page.0), Run::one(page), LaneId::Urgent, &mut self.place);
-        let read = read.expect("a server has one read in flight, and a place for it");
+        let read = read.ok_or_else(|| failed(LaneError::Closed))?;
         let posted = self.lane.post(&[read]).map_err(failed)?;
         assert!(posted == 1, "a server has one read in flight, and every lane room for that");
         let posted = Instant::now();

@@ -229,11 +229,11 @@ impl PartTrap {
     }
 
     /// Shows a page that was published before to who waits for it: he was late to ask, or has
-    /// discarded it since.
+    /// discarded it since, or the kernel has taken it out of the mapping (reclaim).
     pub(in crate::pager) fn show_again(&self, page: PageIndex) -> Result<(), PagerError> {
         match self.whose {
             Whose::Theirs => self.publish_zero(page, false),
-            Whose::Pager | Whose::Threads => self.wake(page),
+            Whose::Pager | Whose::Threads => self.publish(Run::one(page)),
         }
     }
 
