@@ -42,21 +42,41 @@ await_qemu() {
 # The ways in which a migration ends, as its events say.
 is_over() { [[ $(<"$work/$1.events") =~ \"status\":\ \"(completed|failed|cancelled)\" ]]; }
 
-# migrate_qemu FROM KIND PORT: sets `migration` to QEMU's account of the move. Waits for QEMU's
-# events: asking it again and again would take processor time from what is measured.
+# listen NAME: keeps a client at NAME's monitor, whose words, events among them, are in NAME.events. Sets
+# `orders` to the descriptor that takes its orders, and `listener` to its process, which ends when that closes.
+listen() {
+    rm -f "$work/$1.orders"
+    mkfifo "$work/$1.orders"
+    : >"$work/$1.events"
+    socat -t 1 - "UNIX-CONNECT:$work/$1.qmp" <"$work/$1.orders" >>"$work/$1.events" & listener=$!
+    exec {orders}>"$work/$1.orders"
+    echo '{"execute":"qmp_capabilities"}' >&"$orders"
+}
+
+# event_us NAME EVENT: when that happened at NAME, in microseconds.
+event_us() {
+    jq -r --arg event "$2" 'select(.event == $event) | .timestamp | .seconds * 1000000 + .microseconds' \
+        "$work/$1.events" | head -n 1
+}
+
+# migrate_qemu FROM TO KIND PORT: sets `migration` to QEMU's account of the move, and `downtime_ms` to what
+# lies between the guest's stop at FROM and its start at TO, as their events say. (QEMU's account of a
+# post-copy's downtime ends when the state has been sent.) Waits for QEMU's events: asking it again and again
+# would take processor time from what is measured.
 migrate_qemu() {
-    local from=$1 monitor listener
-    rm -f "$work/$from.orders"
-    mkfifo "$work/$from.orders"
-    : >"$work/$from.events"
-    socat -t 1 - "UNIX-CONNECT:$work/$from.qmp" <"$work/$from.orders" >>"$work/$from.events" & listener=$!
-    exec {monitor}>"$work/$from.orders"
-    printf '%s\n' '{"execute":"qmp_capabilities"}' \
-        "{\"execute\":\"migrate\",\"arguments\":{\"uri\":\"tcp:$LAB_RDMA_ADDR:$3\"}}" >&"$monitor"
-    [[ $2 == qemu-precopy* ]] || echo '{"execute":"migrate-start-postcopy"}' >&"$monitor"
+    local from=$1 to=$2 orders listener to_orders to_listener
+    listen "$to"
+    to_orders=$orders to_listener=$listener
+    listen "$from"
+    echo "{\"execute\":\"migrate\",\"arguments\":{\"uri\":\"tcp:$LAB_RDMA_ADDR:$4\"}}" >&"$orders"
+    [[ $3 == qemu-precopy* ]] || echo '{"execute":"migrate-start-postcopy"}' >&"$orders"
     wait_for "QEMU's migration is over" "$from" is_over "$from"
-    exec {monitor}>&-
+    # The second has inherited the first's orders.
+    exec {orders}>&-
     wait "$listener" || true
+    exec {to_orders}>&-
+    wait "$to_listener" || true
     migration=$(qmp "$from" query-migrate)
     [[ $(jq -r '.return.status' <<<"$migration") == completed ]] || fail "QEMU's migration: $migration"
+    downtime_ms=$(jq -n "($(event_us "$to" RESUME) - $(event_us "$from" STOP)) / 1000")
 }
