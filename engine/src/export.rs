@@ -45,7 +45,8 @@ impl Export {
     ) -> Result<Self, SetupError> {
         let map = PageMap::new(memory.layout().total_pages())
             .map_err(|source| SetupError::Io { operation: "making the page map", source })?;
-        let memory = memory.guest().clone();
+        // Not the guest's own: pages leave that and come back while it is watched (`touched`).
+        let memory = memory.landing().clone();
         let exporter = Exporter::new(transport, &[memory.clone(), map.memory().clone()], options)?;
         Ok(Self { exporter, map, memory, pinned: options.pins_memory(transport) })
     }
@@ -96,8 +97,8 @@ impl Export {
         }
     }
 
-    /// Starts to fill the page map while the guest runs, for a round of pre-copy. What the guest writes
-    /// must be logged already.
+    /// Starts to fill the page map while the guest runs: for a round of pre-copy, where what the guest writes must
+    /// be logged already; and so that less is left to be done when it is frozen.
     ///
     /// Errors: the system refuses a thread.
     pub fn describe_running(&mut self) -> Result<(), SetupError> {

@@ -189,8 +189,8 @@ impl GuestMemory {
         &self.guest
     }
 
-    /// The mapping that the wire lands in. Only the pager writes it, and only pages that it has
-    /// not published.
+    /// The mapping of the wire: at the source reads are served from it; at the destination they land in it, and
+    /// only the pager writes it, and only pages that it has not published.
     pub fn landing(&self) -> &HostMemory {
         &self.landing
     }

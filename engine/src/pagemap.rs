@@ -17,6 +17,7 @@
 //! and again when it is frozen. The highest bit of `known` says that the guest is frozen, so that
 //! what was true of a running guest is never taken for the end of it.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
@@ -94,7 +95,8 @@ pub struct Dirty {
 
 /// Of which guest a map is filled.
 pub enum Of {
-    /// One that runs on: a hint, for the round of pre-copy.
+    /// One that runs on: a hint, for the round of pre-copy. Its pages are mapped when it is over, which
+    /// spares the next time half of its work.
     Running,
     /// One that is frozen and stays so. If there was a round, what it has written since that began.
     Frozen(Option<Dirty>),
@@ -148,12 +150,13 @@ impl PageMap {
                 Of::Frozen(dirty) => (FROZEN, dirty.map(|dirty| (dirty.discards, dirty.tell))),
             };
             let dirty = dirty.and_then(|(discards, tell)| Some((discards, tell()?)));
+            let mut content = Content { memory: &memory, stretch: 0..0 };
             for first in (0..pages).step_by(STEP_PAGES as usize) {
                 if stop.load(Ordering::Relaxed) {
                     return;
                 }
                 let end = (first + STEP_PAGES).min(pages);
-                zeros.fetch_add(scan_step(&memory, &map, first, end, dirty.as_ref()), Ordering::Relaxed);
+                zeros.fetch_add(scan_step(&mut content, &map, first, end, dirty.as_ref()), Ordering::Relaxed);
                 publish_known(&map, end | frozen);
             }
         };
@@ -182,7 +185,7 @@ impl Drop for PageMap {
 /// back: if not, a page that was not written is what the map said then, and is not looked at. Zero comes
 /// before clean: a page that was zero in the round did not cross, and need not.
 fn scan_step(
-    memory: &HostMemory,
+    content: &mut Content<'_>,
     map: &HostMemory,
     first: u64,
     end: u64,
@@ -197,7 +200,7 @@ fn scan_step(
         let clean = dirty.is_some_and(|(_, dirty)| !dirty.has(page));
         let same = clean && dirty.is_some_and(|(discards, _)| !discards);
         let zero =
-            if same { bits[at] >> shift & 3 == Said::Zero as u8 } else { is_zero(memory, PageIndex(page)) };
+            if same { bits[at] >> shift & 3 == Said::Zero as u8 } else { content.is_zero(PageIndex(page)) };
         let said = match zero {
             true => Said::Zero,
             false if clean => Said::Clean,
@@ -211,14 +214,31 @@ fn scan_step(
     zeros
 }
 
-/// Whether every byte of the page is zero. Most pages that are not show it in their first bytes.
-fn is_zero(memory: &HostMemory, page: PageIndex) -> bool {
-    let mut chunk = [0u8; CHUNK];
-    (0..PAGE_SIZE).step_by(CHUNK).all(|at| {
-        let inside = memory.read(page.offset() + at, &mut chunk);
-        assert!(inside, "the page lies in guest memory");
-        chunk == [0; CHUNK]
-    })
+/// The content of memory, looked at in ascending order.
+struct Content<'a> {
+    memory: &'a HostMemory,
+    /// Bytes of the file that have content, as far as was asked: what lies before them is a hole.
+    stretch: Range<u64>,
+}
+
+impl Content<'_> {
+    /// Whether every byte of the page is zero. A hole is not touched: that would fill it. Most pages that are not
+    /// zero show it in their first bytes.
+    fn is_zero(&mut self, page: PageIndex) -> bool {
+        let offset = page.offset();
+        if offset >= self.stretch.end {
+            // Where it cannot be told, each page is looked at.
+            let next = self.memory.next_content(offset).unwrap_or(Some(offset..offset + PAGE_SIZE));
+            self.stretch = next.unwrap_or(u64::MAX..u64::MAX);
+        }
+        let mut chunk = [0u8; CHUNK];
+        offset + PAGE_SIZE <= self.stretch.start
+            || (0..PAGE_SIZE).step_by(CHUNK).all(|at| {
+                let inside = self.memory.read(offset + at, &mut chunk);
+                assert!(inside, "the page lies in guest memory");
+                chunk == [0; CHUNK]
+            })
+    }
 }
 
 /// Sets `known`, after everything that was written to the bits.

@@ -251,8 +251,8 @@ impl<'a> Source<'a> {
         }
         if self.options.mode == Mode::Hybrid {
             self.watched = Watched::begin(self.guest.clone()).await?;
-            export.describe_running()?;
         }
+        export.describe_running()?;
         let regions = export.regions().map(|region| region.to_bytes());
         channel.send(&Message::Granted { lanes, regions }).await?;
         for (lane, streams) in streams.into_iter().enumerate() {
