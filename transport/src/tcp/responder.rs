@@ -15,7 +15,6 @@ use super::wire::{OP_READ, REQUEST_BYTES, RESPONSE_BYTES, Request, Response, STA
 use crate::lane::LaneClass;
 use crate::memory::HostMemory;
 use crate::region::MAX_READ;
-use crate::sched::GiveWay;
 
 /// Requests taken from the socket at once.
 const BATCH: usize = 32;
@@ -58,14 +57,11 @@ impl Responder {
         class: LaneClass,
         spin: Duration,
     ) -> io::Result<Self> {
-        // Where cores are few, who serves the drain leaves them to who serves a fault.
-        let gives_way = class == LaneClass::Bulk && crate::is_crowded();
         let spin = if class == LaneClass::Urgent { spin } else { Duration::ZERO };
         stream.set_nodelay(true)?;
         stream.set_nonblocking(false)?;
         let serving = stream.try_clone()?;
         let thread = std::thread::Builder::new().name(format!("lane-{lane}")).spawn(move || {
-            let _way = gives_way.then(GiveWay::begin);
             if let Err(error) = serve(&serving, &exports, spin) {
                 tracing::debug!(lane, %error, "responder ended");
             }
