@@ -15,9 +15,9 @@ use crate::planner::News;
 
 /// Bytes of the map's header.
 const HEADER: u32 = 16;
-/// Bytes of the map read at once: covers 65,536 pages, 256 MiB of guest memory. A fault may wait behind
-/// it.
-const STRETCH: u64 = 16 << 10;
+/// Bytes of the map read at once: covers 2048 pages, 8 MiB of guest memory. A fault may wait behind it, and
+/// behind what is done for each of these pages.
+const STRETCH: u64 = 512;
 /// How long to wait for the source's page map to grow: it tells nobody when it does. Doubled each time
 /// that it has not, up to the most.
 pub(super) const MAP_PATIENCE: Duration = Duration::from_micros(500);
@@ -41,6 +41,8 @@ pub(super) struct MapReader {
     part: Part,
     /// Pages of the guest below this one are known, from the part's first on.
     known: u64,
+    /// As far as the map went when its header was read.
+    said: u64,
     /// The guest stands still: what a map of a running one says does not count.
     frozen: bool,
     patience: Duration,
@@ -75,11 +77,12 @@ impl MapReader {
             return Err(PagerError::Peer("its page map has the wrong size"));
         }
         let (known, frozen, patience, state) = (part.first, true, MAP_PATIENCE, State::Idle);
-        let bytes = 0;
+        let (said, bytes) = (known, 0);
         Ok(Self {
             pages,
             part,
             known,
+            said,
             frozen,
             patience,
             held,
@@ -108,6 +111,9 @@ impl MapReader {
     pub(super) fn next(&mut self) -> Option<Read> {
         if self.finished() || !matches!(self.state, State::Idle) {
             return None;
+        }
+        if self.known < self.said {
+            return Some(self.bits());
         }
         self.state = State::Header;
         Some(self.read(0, self.header_at, HEADER))
@@ -142,15 +148,21 @@ impl MapReader {
             return Ok(self.nothing_new());
         }
         // The next stretch begins at a whole byte; a known end inside a byte is the end of memory.
-        let to = known.pages.min(self.part.end()).min(self.known + STRETCH * PAGES_A_BYTE);
-        if to <= self.known || (to < self.pages && !to.is_multiple_of(PAGES_A_BYTE)) {
+        let said = known.pages.min(self.part.end());
+        if said <= self.known || (said < self.pages && !said.is_multiple_of(PAGES_A_BYTE)) {
             return Ok(self.nothing_new());
         }
-        let from = self.known;
+        self.said = said;
+        Ok(Landed::Read(self.bits()))
+    }
+
+    /// Reads on in what the map is known to say.
+    fn bits(&mut self) -> Read {
+        let (from, to) = (self.known, self.said.min(self.known + STRETCH * PAGES_A_BYTE));
         self.state = State::Bits { from, to };
         let len = (to - from).div_ceil(PAGES_A_BYTE) as u32;
         let at = BITS_OFFSET + from / PAGES_A_BYTE;
-        Ok(Landed::Read(self.read(at, at, len)))
+        self.read(at, at, len)
     }
 
     fn nothing_new(&mut self) -> Landed {

@@ -330,7 +330,7 @@ impl Shard {
     }
 
     /// Asks for more of the page map, keeps the bulk lane filled with pages that it says have content, and
-    /// where there is nothing else to do shows what is here already.
+    /// shows some of what is here already: the wire carries the rest meanwhile.
     fn drain(&mut self, now: Instant) -> Result<bool, PagerError> {
         let bulk = LaneId::Bulk as usize;
         let room = self.lanes[bulk].room().saturating_sub(self.waiting[bulk].len());
@@ -342,9 +342,7 @@ impl Shard {
             let next = self.map.next();
             self.waiting[LaneId::Urgent as usize].extend(next);
         }
-        if self.actions.is_empty() && self.arrived.is_empty() {
-            self.planner.show_kept(&mut self.actions);
-        }
+        self.planner.show_kept(&mut self.actions);
         let any = !self.actions.is_empty();
         self.carry_out()?;
         self.shared.draining.store(self.lanes[bulk].in_flight() > 0, Ordering::Relaxed);

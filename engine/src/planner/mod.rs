@@ -53,12 +53,15 @@ use serde::{Deserialize, Serialize};
 
 use crate::memory::PageIndex;
 
-/// Kept pages that a fault on one of them publishes with it: its block of 64 KiB, as the kernel itself
-/// maps around a fault (fault_around_bytes).
+/// A fault on a kept page publishes what else is kept of its block of 64 KiB with it, as far as nothing lies
+/// between: as much as the kernel itself maps around a fault (fault_around_bytes). The rest of its block of so
+/// many pages is shown before others.
 const KEPT_AROUND: u64 = 16;
+const KEPT_NEARBY: u64 = 64;
 
-/// Kept pages that are shown at once where nothing else is to be done: a fault may wait behind them.
+/// Kept pages that are shown in one turn, and runs of them: a fault may wait behind them.
 const KEPT_AT_ONCE: u64 = 32;
+const KEPT_RUNS: usize = 8;
 
 /// What the source's page map says of pages that it did not cover before.
 #[derive(Clone, Debug, Default)]
@@ -178,6 +181,8 @@ pub struct Planner {
     swept: u64,
     /// What the guest touched just before it was frozen, as the source says.
     recent: VecDeque<Run>,
+    /// Of that, what is here since the round of pre-copy is shown first.
+    recent_kept: VecDeque<Run>,
     /// Kept pages below this one were shown.
     shown: u64,
     /// Reads under way, oldest first. Bounded by the window and by the faults that can wait.
@@ -197,6 +202,7 @@ impl Planner {
             known: 0,
             swept: 0,
             recent: VecDeque::new(),
+            recent_kept: VecDeque::new(),
             shown: 0,
             flights: Vec::new(),
             bulk_in_flight: 0,
@@ -266,6 +272,9 @@ impl Planner {
                 let run = self.pages.kept_around(page, KEPT_AROUND);
                 self.pages.publish_kept(run);
                 actions.push(Action::PublishKept(run));
+                let first = PageIndex(page.0 / KEPT_NEARBY * KEPT_NEARBY);
+                let count = KEPT_NEARBY.min(self.pages.total() - first.0) as u32;
+                self.recent_kept.push_front(Run { first, count });
             }
             PageState::Resident => {
                 self.counts.minor_faults += 1;
@@ -333,18 +342,37 @@ impl Planner {
         let inside = runs.iter().all(|run| run.count > 0 && run.end() <= self.pages.total());
         if inside {
             self.recent.extend(runs);
+            self.recent_kept.extend(runs);
         }
         inside
     }
 
     /// Shows the guest some more of what is here since the round of pre-copy.
     pub fn show_kept(&mut self, actions: &mut Vec<Action>) {
-        let run = self.pages.kept_up(self.shown, self.known, KEPT_AT_ONCE);
-        self.shown = run.map_or(self.known, Run::end);
-        if let Some(run) = run {
+        let mut left = KEPT_AT_ONCE;
+        for _ in 0..KEPT_RUNS {
+            let Some(run) = self.next_kept(left) else { return };
             self.pages.publish_kept(run);
             actions.push(Action::PublishKept(run));
+            left -= u64::from(run.count);
         }
+    }
+
+    /// What was touched last, as far as the map covers it, then in ascending order.
+    fn next_kept(&mut self, limit: u64) -> Option<Run> {
+        if limit == 0 {
+            return None;
+        }
+        while let Some(run) = self.recent_kept.front() {
+            let kept = self.pages.kept_up(run.first.0, run.end(), limit);
+            if kept.is_some() || run.end() > self.known {
+                return kept;
+            }
+            self.recent_kept.pop_front();
+        }
+        let run = self.pages.kept_up(self.shown, self.known, limit);
+        self.shown = run.map_or(self.known, Run::end);
+        run
     }
 
     /// The pages of `first..end` that nobody has read yet.

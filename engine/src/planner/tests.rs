@@ -123,7 +123,7 @@ fn a_fault_on_a_kept_page_never_crosses_and_shows_what_is_kept_around_it() {
 }
 
 #[test]
-fn what_was_touched_last_comes_first_and_what_is_kept_is_shown_in_idle_turns() {
+fn what_was_touched_last_comes_first() {
     let mut planner = planner(64, "linear");
     let mut actions = vec![];
     let kept = [10, 11, 40].map(page).into();
@@ -135,11 +135,32 @@ fn what_was_touched_last_comes_first_and_what_is_kept_is_shown_in_idle_turns() {
     planner.drain(4, NOW, &mut actions);
     let first = [run(50, 1), run(20, 1), run(22, 1)].map(|run| Action::Read(Why::Recent, run));
     assert_eq!(actions, [&first[..], &[Action::Read(Why::Drain, run(0, 4))]].concat());
-    for shown in [Some(run(10, 2)), Some(run(40, 1)), None] {
+}
+
+#[test]
+fn what_is_kept_is_shown_near_faults_first_then_as_it_was_touched_then_in_order() {
+    let mut planner = planner(256, "linear");
+    let mut actions = vec![];
+    let kept = [2, 3, 10, 70, 130, 140, 150].map(page).into_iter().chain((200..250).map(page)).collect();
+    planner.map_extended(News { known: 256, kept, ..News::default() }, &mut actions);
+    assert!(planner.prefer(&[run(139, 5), run(10, 1)]));
+    assert!(planner.fault(page(130), NOW, &mut actions));
+    assert_eq!(actions, [Action::PublishKept(run(130, 1))]);
+    let mut shown = vec![];
+    for _ in 0..3 {
         actions.clear();
         planner.show_kept(&mut actions);
-        assert_eq!(actions, Vec::from_iter(shown.map(Action::PublishKept)));
+        let runs = actions.iter().map(|action| match action {
+            Action::PublishKept(run) => *run,
+            other => panic!("{other:?}"),
+        });
+        shown.extend(runs);
+        assert!(actions.len() <= 8);
     }
+    let (near, touched) = ([run(140, 1), run(150, 1)], run(10, 1));
+    let rest = [run(2, 2), run(70, 1), run(200, 26), run(226, 24)];
+    assert_eq!(shown, [&near[..], &[touched], &rest].concat());
+    assert_eq!(planner.counts().kept_pages, 57);
 }
 
 #[test]

@@ -61,11 +61,7 @@ impl Watched {
     /// where it cannot be seen.
     pub(super) async fn watch(mut self, guest: Arc<dyn SourceGuest>) -> Self {
         blocking(move || {
-            let seen = match &mut self.log {
-                Some(log) => written_lately(log.as_mut()),
-                None if guest.runs_on_our_mapping() => touched_lately(&guest),
-                None => Ok(Vec::new()),
-            };
+            let seen = lately(&guest, self.log.as_deref_mut());
             match seen {
                 Ok(sets) => self.recent = likeliest(&sets),
                 // What a log had told and could not hand over is lost: it is not believed any more, and without
@@ -99,22 +95,35 @@ impl Watched {
     }
 }
 
-/// Of a guest whose memory has been read once: only what it writes has to be fetched.
-fn written_lately(log: &mut dyn DirtyLog) -> Result<Vec<PageSet>, GuestError> {
+/// What a guest touches from now on for a while, the likeliest to be touched again first: of one whose memory has
+/// been read once, what it writes, and what it touches all the time; of another whose mapping is ours, what it
+/// touches.
+fn lately(
+    guest: &Arc<dyn SourceGuest>,
+    log: Option<&mut (dyn DirtyLog + 'static)>,
+) -> Result<Vec<PageSet>, GuestError> {
+    let Some(log) = log else {
+        return if guest.runs_on_our_mapping() { touched(guest).map(Vec::from) } else { Ok(Vec::new()) };
+    };
     log.mark()?;
-    std::thread::sleep(2 * WATCH);
-    Ok(vec![log.since_mark()?])
+    if !guest.runs_on_our_mapping() {
+        std::thread::sleep(2 * WATCH);
+        return Ok(vec![log.since_mark()?]);
+    }
+    let [always, _] = touched(guest)?;
+    let written = log.since_mark()?.without(&always);
+    Ok(vec![always, written])
 }
 
-/// What it touches in each of two times, the likelier first.
-fn touched_lately(guest: &Arc<dyn SourceGuest>) -> Result<Vec<PageSet>, GuestError> {
+/// What it touches in both of two times, and what in the second only.
+fn touched(guest: &Arc<dyn SourceGuest>) -> Result<[PageSet; 2], GuestError> {
     let memory = guest.memory();
     let watch = Touched::begin(memory.guest())?;
     std::thread::sleep(WATCH);
     let earlier = watch.again()?;
     std::thread::sleep(WATCH);
     let later = watch.pages()?;
-    Ok(vec![later.common(&earlier), later.without(&earlier)])
+    Ok([later.common(&earlier), later.without(&earlier)])
 }
 
 /// Runs of the pages of these sets, one after the other, as many as are worth it.
