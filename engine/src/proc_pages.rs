@@ -1,6 +1,8 @@
-//! What the kernel says of a process's pages: /proc/PID/pagemap.
+//! What the kernel says of a process's pages: /proc/PID/pagemap, and of its mappings: /proc/PID/smaps.
 
 use std::fs::File;
+use std::io::{BufRead, BufReader};
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
@@ -45,6 +47,34 @@ fn each(process: &Path, base: u64, pages: u64, mut show: impl FnMut(u64, Entry))
         at += count;
     }
     Ok(())
+}
+
+/// Whether some of these addresses of process `pid` are under a trap of userfaultfd for missing or minor faults:
+/// pages that are to be there have not come yet, and another mapping of the same file would show zeros for them.
+///
+/// Errors: this process may not look into that one.
+pub fn is_trapped(pid: i32, addresses: Range<u64>) -> std::io::Result<bool> {
+    let hex = |text: &str| u64::from_str_radix(text, 16).ok();
+    let range = |word: &str| word.split_once('-').and_then(|(from, end)| Some(hex(from)?..hex(end)?));
+    let mut ours = false;
+    // A line at a time: the kernel makes them as they are read, and memory that comes later may be long.
+    for line in BufReader::new(File::open(format!("/proc/{pid}/smaps"))?).lines() {
+        let line = line?;
+        let mut words = line.split_ascii_whitespace();
+        match words.next().unwrap_or_default() {
+            // VM_UFFD_MISSING and VM_UFFD_MINOR, of Documentation/filesystems/proc.rst and fs/proc/task_mmu.c.
+            "VmFlags:" if ours && words.any(|flag| matches!(flag, "um" | "ui")) => return Ok(true),
+            name if name.ends_with(':') => {}
+            first => {
+                let Some(mapping) = range(first) else { continue };
+                if mapping.start >= addresses.end {
+                    return Ok(false);
+                }
+                ours = mapping.end > addresses.start;
+            }
+        }
+    }
+    Ok(false)
 }
 
 /// How many pages of a mapping this process has no mapping for.
@@ -170,5 +200,21 @@ mod tests {
         assert_eq!(log.take().unwrap(), dirty);
         assert!(memory.write(8 << 12, &[3]));
         assert_eq!(log.dirty().unwrap().len(), 1);
+    }
+
+    #[test]
+    fn memory_that_has_not_all_arrived_is_known_by_its_trap() {
+        use crate::memory::{GuestMemory, MemoryLayout};
+        use crate::pager::{FaultsTo, Shards, Trap};
+        let memory = GuestMemory::new(MemoryLayout::pc(64 << 12, 64 << 12).unwrap()).unwrap();
+        let pid = std::process::id() as i32;
+        let addresses =
+            |memory: &HostMemory| memory.base() as u64..memory.base() as u64 + memory.len() as u64;
+        assert!(!is_trapped(pid, addresses(memory.guest())).unwrap());
+        let trap = Trap::register(&memory, FaultsTo::Pager, Shards::ONE).unwrap();
+        assert!(is_trapped(pid, addresses(memory.guest())).unwrap());
+        assert!(!is_trapped(pid, addresses(memory.landing())).unwrap());
+        drop(trap);
+        assert!(!is_trapped(pid, addresses(memory.guest())).unwrap());
     }
 }

@@ -19,11 +19,12 @@ use super::{GuestError, STEP_PATIENCE, SessionError, WORK_PATIENCE, blocking};
 use crate::export::{Export, LANES, MAX_LANES};
 use crate::memory::GuestMemory;
 use crate::pager::is_huge;
+use crate::proc_pages::is_trapped;
 use crate::stats::PagerReport;
 
 /// A running guest that can be moved away. Called from a blocking thread.
 pub trait SourceGuest: Send + Sync + 'static {
-    /// Its memory.
+    /// Its memory. All of it must have arrived here: what a trap hides is read as zeros.
     fn memory(&self) -> GuestMemory;
 
     /// What another VMM needs to know to prepare for it. The layout is filled in by the engine.
@@ -184,6 +185,7 @@ impl<'a> Source<'a> {
     async fn prepare(&mut self) -> Result<(Channel, Export), SessionError> {
         self.enter(Phase::Setup);
         let memory = self.guest.memory();
+        self.check_arrived(&memory).await?;
         let huge_pages = blocking(move || is_huge(memory.guest())).await.unwrap_or_else(|error| {
             tracing::debug!(%error, "what backs the guest's memory is not known");
             false
@@ -202,6 +204,19 @@ impl<'a> Source<'a> {
                 Err(error)
             }
         }
+    }
+
+    /// Refuses a guest of which pages have not come here yet.
+    async fn check_arrived(&self, memory: &GuestMemory) -> Result<(), SessionError> {
+        let guest = memory.guest().clone();
+        let addresses = guest.base() as u64..guest.base() as u64 + guest.len() as u64;
+        let trapped = blocking(move || is_trapped(std::process::id() as i32, addresses)).await;
+        let source: GuestError = match trapped {
+            Ok(false) => return Ok(()),
+            Ok(true) => "it has not all arrived here yet: wait until it has".into(),
+            Err(error) => error.into(),
+        };
+        Err(SessionError::Guest { operation: "looking at the guest's memory", source })
     }
 
     fn offer(&self, huge_pages: bool) -> Result<Message, SessionError> {

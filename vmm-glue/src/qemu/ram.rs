@@ -4,7 +4,7 @@ use std::fs::File;
 use std::os::unix::fs::MetadataExt;
 
 use postcopy_engine::memory::PAGE_SIZE;
-use postcopy_engine::proc_pages::SoftDirty;
+use postcopy_engine::proc_pages::{SoftDirty, is_trapped};
 
 use super::QemuError;
 
@@ -21,10 +21,18 @@ struct Mapped {
 
 /// Opens the file of exactly `bytes` that process `pid` has mapped as its guest's RAM.
 ///
-/// Errors: there is none, or several, or this process may not look into that one.
+/// Errors: there is none, or several, or not all of it has arrived there, or this process may not look into that
+/// one.
 pub(super) fn open(pid: i32, bytes: u64) -> Result<File, QemuError> {
     let look = |what: &str| looking(pid, what);
     let mut found = mappings(pid, bytes)?;
+    for each in &found {
+        if is_trapped(pid, each.start..each.start + each.bytes).map_err(look("its mappings"))? {
+            return Err(QemuError::Unfit(format!(
+                "the memory of process {pid} has not all arrived there yet: wait until its move is over"
+            )));
+        }
+    }
     found.dedup_by(|one, other| one.file == other.file);
     let wanted = only(pid, bytes, &found)?;
     for entry in std::fs::read_dir(format!("/proc/{pid}/fd")).map_err(look("its files"))?.flatten() {
@@ -111,5 +119,13 @@ mod tests {
         let mut seen = [0; 4];
         std::os::unix::fs::FileExt::read_exact_at(&file, &mut seen, 4096).unwrap();
         assert_eq!(&seen, b"here");
+        // Of memory that still arrives another mapping would show zeros.
+        let shards = postcopy_engine::pager::Shards::ONE;
+        let told = postcopy_engine::pager::FaultsTo::Pager;
+        let trap = postcopy_engine::pager::Trap::register(&memory, told, shards).unwrap();
+        let refused = open(std::process::id() as i32, 13 << 12).unwrap_err().to_string();
+        assert!(refused.contains("has not all arrived"), "{refused}");
+        drop(trap);
+        open(std::process::id() as i32, 13 << 12).unwrap();
     }
 }
