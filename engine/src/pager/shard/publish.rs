@@ -38,8 +38,13 @@ impl Shard {
     }
 
     /// Shows a page that was published before to who was late to ask.
+    ///
+    /// Not if another thread is about to publish it: one that began to read it before the map called it zero.
+    /// It may not have landed, and who asked waits for that thread.
     pub(super) fn show_again(&mut self, page: PageIndex) -> Result<(), PagerError> {
-        self.shared.trap.show_again(page)?;
+        if self.shared.claims.is_resident(page) {
+            self.shared.trap.show_again(page)?;
+        }
         self.timing.waits.end(Run::one(page));
         Ok(())
     }
