@@ -5,6 +5,7 @@ use std::io::{BufRead, BufReader};
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::str::SplitAsciiWhitespace;
 
 use postcopy_transport::HostMemory;
 
@@ -54,6 +55,20 @@ fn each(process: &Path, base: u64, pages: u64, mut show: impl FnMut(u64, Entry))
 ///
 /// Errors: this process may not look into that one.
 pub fn is_trapped(pid: i32, addresses: Range<u64>) -> std::io::Result<bool> {
+    let mut trapped = false;
+    each_field(pid, addresses, |name, mut values| {
+        // VM_UFFD_MISSING and VM_UFFD_MINOR, of Documentation/filesystems/proc.rst and fs/proc/task_mmu.c.
+        trapped |= name == "VmFlags:" && values.any(|flag| matches!(flag, "um" | "ui"));
+    })?;
+    Ok(trapped)
+}
+
+/// Shows each field of /proc/PID/smaps, and its values, of the mappings that have some of these addresses.
+pub(crate) fn each_field(
+    pid: i32,
+    addresses: Range<u64>,
+    mut show: impl FnMut(&str, SplitAsciiWhitespace<'_>),
+) -> std::io::Result<()> {
     let hex = |text: &str| u64::from_str_radix(text, 16).ok();
     let range = |word: &str| word.split_once('-').and_then(|(from, end)| Some(hex(from)?..hex(end)?));
     let mut ours = false;
@@ -62,19 +77,21 @@ pub fn is_trapped(pid: i32, addresses: Range<u64>) -> std::io::Result<bool> {
         let line = line?;
         let mut words = line.split_ascii_whitespace();
         match words.next().unwrap_or_default() {
-            // VM_UFFD_MISSING and VM_UFFD_MINOR, of Documentation/filesystems/proc.rst and fs/proc/task_mmu.c.
-            "VmFlags:" if ours && words.any(|flag| matches!(flag, "um" | "ui")) => return Ok(true),
-            name if name.ends_with(':') => {}
+            name if name.ends_with(':') => {
+                if ours {
+                    show(name, words);
+                }
+            }
             first => {
                 let Some(mapping) = range(first) else { continue };
                 if mapping.start >= addresses.end {
-                    return Ok(false);
+                    break;
                 }
                 ours = mapping.end > addresses.start;
             }
         }
     }
-    Ok(false)
+    Ok(())
 }
 
 /// How many pages of a mapping this process has no mapping for.
@@ -208,13 +225,11 @@ mod tests {
         use crate::pager::{FaultsTo, Shards, Trap};
         let memory = GuestMemory::new(MemoryLayout::pc(64 << 12, 64 << 12).unwrap()).unwrap();
         let pid = std::process::id() as i32;
-        let addresses =
-            |memory: &HostMemory| memory.base() as u64..memory.base() as u64 + memory.len() as u64;
-        assert!(!is_trapped(pid, addresses(memory.guest())).unwrap());
+        assert!(!is_trapped(pid, memory.guest().addresses()).unwrap());
         let trap = Trap::register(&memory, FaultsTo::Pager, Shards::ONE).unwrap();
-        assert!(is_trapped(pid, addresses(memory.guest())).unwrap());
-        assert!(!is_trapped(pid, addresses(memory.landing())).unwrap());
+        assert!(is_trapped(pid, memory.guest().addresses()).unwrap());
+        assert!(!is_trapped(pid, memory.landing().addresses()).unwrap());
         drop(trap);
-        assert!(!is_trapped(pid, addresses(memory.guest())).unwrap());
+        assert!(!is_trapped(pid, memory.guest().addresses()).unwrap());
     }
 }

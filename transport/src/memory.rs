@@ -102,6 +102,12 @@ impl HostMemory {
         self.mapping.base()
     }
 
+    /// Addresses of the mapping in this process.
+    pub fn addresses(&self) -> Range<u64> {
+        let base = self.base() as u64;
+        base..base + self.len() as u64
+    }
+
     /// Length in bytes.
     pub fn len(&self) -> usize {
         self.mapping.len()

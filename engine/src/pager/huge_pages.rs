@@ -6,14 +6,14 @@
 //! copying its memory once. A huge page with a hole is left alone, as it would take memory that the
 //! guest never had.
 
-use std::fs::File;
-use std::io::{self, BufRead, BufReader};
+use std::io;
 use std::sync::Arc;
 
 use postcopy_transport::{GiveWay, HUGE_PAGE, HostMemory};
 use serde::{Deserialize, Serialize};
 
 use super::board::Board;
+use crate::proc_pages::each_field;
 
 /// Refusals in a row after which no more are asked for.
 const MAX_REFUSED: u32 = 16;
@@ -54,22 +54,15 @@ pub struct Collapsed {
 ///
 /// Errors: /proc does not say.
 pub(crate) fn is_huge(memory: &HostMemory) -> io::Result<bool> {
-    let start = format!("{:08x}-", memory.base().addr());
-    let (mut ours, mut resident, mut huge) = (false, 0, 0);
-    // A line at a time: the kernel makes them as they are read, and memory that comes later may be long.
-    for line in BufReader::new(File::open("/proc/self/smaps")?).lines() {
-        let line = line?;
-        let mut words = line.split_ascii_whitespace();
-        let (name, value) = (words.next().unwrap_or_default(), words.next());
-        let kib = || value.and_then(|value| value.parse::<u64>().ok()).unwrap_or_default();
+    let (mut resident, mut huge) = (0, 0);
+    each_field(std::process::id() as i32, memory.addresses(), |name, mut values| {
+        let mut kib = || values.next().and_then(|value| value.parse::<u64>().ok()).unwrap_or_default();
         match name {
-            "Rss:" if ours => resident = kib(),
-            "ShmemPmdMapped:" | "FilePmdMapped:" if ours => huge += kib(),
-            _ if name.ends_with(':') => {}
-            _ if ours => break,
-            range => ours = range.starts_with(&start),
+            "Rss:" => resident += kib(),
+            "ShmemPmdMapped:" | "FilePmdMapped:" => huge += kib(),
+            _ => {}
         }
-    }
+    })?;
     Ok(huge > 0 && 2 * huge >= resident)
 }
 

@@ -208,8 +208,7 @@ impl<'a> Source<'a> {
 
     /// Refuses a guest of which pages have not come here yet.
     async fn check_arrived(&self, memory: &GuestMemory) -> Result<(), SessionError> {
-        let guest = memory.guest().clone();
-        let addresses = guest.base() as u64..guest.base() as u64 + guest.len() as u64;
+        let addresses = memory.guest().addresses();
         let trapped = blocking(move || is_trapped(std::process::id() as i32, addresses)).await;
         let source: GuestError = match trapped {
             Ok(false) => return Ok(()),
