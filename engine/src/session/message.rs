@@ -18,8 +18,8 @@ use crate::stats::PagerReport;
 
 /// Longest body of a frame.
 pub(super) const MAX_FRAME: usize = 1 << 20;
-/// Bytes of device state in one message.
-pub(super) const STATE_PIECE: usize = 256 << 10;
+/// Bytes of device state in one message: a few, so that one side sums up a piece while the other takes the one before.
+pub(super) const STATE_PIECE: usize = 64 << 10;
 /// Longest device state. A vCPU has some 10 KiB of it.
 pub(super) const MAX_STATE: usize = 64 << 20;
 /// Length and checksum before the body.
@@ -66,7 +66,7 @@ pub(super) enum Message {
     /// S: a piece of device state. The guest is frozen.
     State(Bytes),
     /// S: that was all of it.
-    StateEnd { length: u64, crc: u32 },
+    StateEnd { length: u64 },
     /// D: the state is loaded; the guest could run.
     StateLoaded { load_us: u64 },
     /// S: the guest is yours. From here on the source never runs it by itself.

@@ -18,7 +18,7 @@ use tokio::net::TcpStream;
 use super::SessionError;
 
 /// Version of the protocol. Peers must have the same.
-pub const PROTOCOL_VERSION: u16 = 7;
+pub const PROTOCOL_VERSION: u16 = 8;
 
 const MAGIC: [u8; 8] = *b"PCOPYMIG";
 pub(super) const PREAMBLE_BYTES: usize = 32;
@@ -114,7 +114,7 @@ mod tests {
     fn golden_bytes() {
         let mut golden = [7u8; 32];
         golden[..8].copy_from_slice(b"PCOPYMIG");
-        golden[8..16].copy_from_slice(&[7, 0, 1, 0, 5, 0, 0, 0]);
+        golden[8..16].copy_from_slice(&[8, 0, 1, 0, 5, 0, 0, 0]);
         assert_eq!(example(Purpose::Lane(5)).encode(), golden);
         assert_eq!(Preamble::decode(&golden).unwrap(), example(Purpose::Lane(5)));
     }
@@ -129,7 +129,7 @@ mod tests {
         let mut newer = good;
         newer[8] = 9;
         let said = Preamble::decode(&newer).unwrap_err().to_string();
-        assert!(said.contains('9') && said.contains('7'), "{said}");
+        assert!(said.contains('9') && said.contains('8'), "{said}");
         for (at, byte) in [(10, 2), (12, 1)] {
             let mut bad = good;
             bad[at] = byte;

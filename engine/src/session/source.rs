@@ -342,7 +342,7 @@ impl<'a> Source<'a> {
         for piece in state.chunks(STATE_PIECE) {
             channel.send(&Message::State(Bytes::copy_from_slice(piece))).await?;
         }
-        channel.send(&Message::StateEnd { length: state.len() as u64, crc: crc32fast::hash(&state) }).await?;
+        channel.send(&Message::StateEnd { length: state.len() as u64 }).await?;
         match channel.receive("StateLoaded", WORK_PATIENCE).await? {
             Message::StateLoaded { load_us } => {
                 self.report.load_us = load_us;
