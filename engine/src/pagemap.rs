@@ -95,8 +95,8 @@ pub struct Dirty {
 
 /// Of which guest a map is filled.
 pub enum Of {
-    /// One that runs on: a hint, for the round of pre-copy. Its pages are mapped when it is over, which
-    /// spares the next time half of its work.
+    /// One that runs on: a hint, for the round of pre-copy and for the next time, which takes most pages as
+    /// they were found.
     Running,
     /// One that is frozen and stays so. If there was a round, what it has written since that began.
     Frozen(Option<Dirty>),
@@ -134,11 +134,13 @@ impl PageMap {
         self.zeros.load(Ordering::Relaxed)
     }
 
-    /// Starts to fill the map from `memory`, from its beginning.
+    /// Starts to fill the map from `memory`, from its beginning. What was found to have content while the guest ran is
+    /// not looked at again: if it is zero now it crosses for nothing.
     ///
     /// Errors: the system refuses a thread.
     pub fn fill(&mut self, memory: &HostMemory, of: Of) -> std::io::Result<()> {
         self.end();
+        let earlier = self.looked_at()?;
         publish_known(&self.map, 0);
         self.stop.store(false, Ordering::Relaxed);
         self.zeros.store(0, Ordering::Relaxed);
@@ -150,7 +152,7 @@ impl PageMap {
                 Of::Frozen(dirty) => (FROZEN, dirty.map(|dirty| (dirty.discards, dirty.tell))),
             };
             let dirty = dirty.and_then(|(discards, tell)| Some((discards, tell()?)));
-            let mut content = Content { memory: &memory, stretch: 0..0 };
+            let mut content = Content { memory: &memory, stretch: 0..0, earlier };
             for first in (0..pages).step_by(STEP_PAGES as usize) {
                 if stop.load(Ordering::Relaxed) {
                     return;
@@ -162,6 +164,14 @@ impl PageMap {
         };
         self.thread = Some(std::thread::Builder::new().name("page-map".into()).spawn(scan)?);
         Ok(())
+    }
+
+    /// Pages below this one were looked at while the guest ran.
+    fn looked_at(&self) -> std::io::Result<u64> {
+        let mut header = [0; 16];
+        let known = self.map.read(0, &mut header).then(|| decode_known(&header, self.pages)).flatten();
+        let known = known.ok_or_else(|| std::io::Error::other("the page map's own header is malformed"))?;
+        Ok(if known.frozen { 0 } else { known.pages })
     }
 
     /// Ends the filling, if it is under way.
@@ -199,8 +209,10 @@ fn scan_step(
         let (at, shift) = (((page - first) / PAGES_A_BYTE) as usize, 2 * (page % PAGES_A_BYTE));
         let clean = dirty.is_some_and(|(_, dirty)| !dirty.has(page));
         let same = clean && dirty.is_some_and(|(discards, _)| !discards);
-        let zero =
-            if same { bits[at] >> shift & 3 == Said::Zero as u8 } else { content.is_zero(PageIndex(page)) };
+        let was_zero = bits[at] >> shift & 3 == Said::Zero as u8;
+        // A page that crossed before is the same unless it was given back: that is looked for. Others may cross in vain.
+        let had_content = page < content.earlier && !was_zero && !clean;
+        let zero = if same { was_zero } else { content.is_zero(PageIndex(page), had_content) };
         let said = match zero {
             true => Said::Zero,
             false if clean => Said::Clean,
@@ -219,12 +231,14 @@ struct Content<'a> {
     memory: &'a HostMemory,
     /// Bytes of the file that have content, as far as was asked: what lies before them is a hole.
     stretch: Range<u64>,
+    /// Pages below this one were looked at while the guest ran.
+    earlier: u64,
 }
 
 impl Content<'_> {
-    /// Whether every byte of the page is zero. A hole is not touched: that would fill it. Most pages that are not
-    /// zero show it in their first bytes.
-    fn is_zero(&mut self, page: PageIndex) -> bool {
+    /// Whether every byte of the page is zero, or, if it `had_content`, whether it has become a hole. A hole is not
+    /// touched: that would fill it. Most pages that are not zero show it in their first bytes.
+    fn is_zero(&mut self, page: PageIndex, had_content: bool) -> bool {
         let offset = page.offset();
         if offset >= self.stretch.end {
             // Where it cannot be told, each page is looked at.
@@ -233,11 +247,12 @@ impl Content<'_> {
         }
         let mut chunk = [0u8; CHUNK];
         offset + PAGE_SIZE <= self.stretch.start
-            || (0..PAGE_SIZE).step_by(CHUNK).all(|at| {
-                let inside = self.memory.read(offset + at, &mut chunk);
-                assert!(inside, "the page lies in guest memory");
-                chunk == [0; CHUNK]
-            })
+            || !had_content
+                && (0..PAGE_SIZE).step_by(CHUNK).all(|at| {
+                    let inside = self.memory.read(offset + at, &mut chunk);
+                    assert!(inside, "the page lies in guest memory");
+                    chunk == [0; CHUNK]
+                })
     }
 }
 
@@ -301,7 +316,8 @@ mod tests {
         finished(&mut map);
         assert_eq!(known(&map, pages), Some(Known { pages, frozen: false }));
         assert_eq!(said(&map, pages, Said::Content), (0..10).collect::<Vec<_>>());
-        // One page with content becomes zero, one that was zero gets some, one is written anew.
+        // One page with content becomes zero, and crosses all the same; one that was zero gets some, one is written
+        // anew.
         [(3, 0), (20, 1), (5, 2)].into_iter().for_each(|(page, byte)| touch(page, byte));
         let mut dirty = PageSet::new(pages, false);
         dirty.add_log(0, &[1 << 3 | 1 << 20 | 1 << 5], pages);
@@ -311,8 +327,8 @@ mod tests {
         finished(&mut map);
         assert_eq!(known(&map, pages), Some(Known { pages, frozen: true }));
         assert_eq!(said(&map, pages, Said::Clean), [0, 1, 2, 4, 6, 7, 8, 9]);
-        assert_eq!(said(&map, pages, Said::Content), [5, 20]);
-        assert_eq!(map.zeros(), pages - 10);
+        assert_eq!(said(&map, pages, Said::Content), [3, 5, 20]);
+        assert_eq!(map.zeros(), pages - 11);
         // A page that was given back was not written, and is zero.
         touch(6, 0);
         map.fill(&memory, frozen(Some(dirty), true)).unwrap();
