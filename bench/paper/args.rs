@@ -18,8 +18,8 @@ pub(crate) struct Args {
     /// Run this recorded trace under every policy, instead of the paper's tables.
     #[arg(long, value_name = "FILE", conflicts_with_all = ["quick", "svg"])]
     pub(crate) trace: Option<PathBuf>,
-    /// Make a trace file of what valgrind's lackey prints (--tool=lackey --trace-mem=yes), read from
-    /// standard input, and do nothing else.
+    /// Make a trace file of what valgrind's lackey prints of a program (--tool=lackey --trace-mem=yes), or of a
+    /// guest's faults (bench/peers/programs --kinds record), read from standard input, and do nothing else.
     #[arg(long, value_name = "FILE", exclusive = true)]
     pub(crate) record: Option<PathBuf>,
     /// Print JSON instead of tables.

@@ -104,18 +104,18 @@ pub fn zipf(mib: u64, seed: u64) -> Trace {
     walk(format!("Zipf {mib} MiB"), pages, seed, (0..4 * pages).map(draw))
 }
 
-/// A real program: `bench/README.md` has how it was recorded.
-const SORT: &[u8] = include_bytes!("../../traces/sort.trace");
+/// A real program, and a real guest in which a compiler runs: `bench/README.md` has how they were recorded.
+const RECORDED: [&[u8]; 2] =
+    [include_bytes!("../../traces/sort.trace"), include_bytes!("../../traces/compile.trace")];
 
-/// The traces on which policies are compared: generated ones with `mib` MiB of working set, and a
-/// recorded one.
+/// The traces on which policies are compared: generated ones with `mib` MiB of working set, and recorded ones.
 pub fn suite_traces(mib: u64, seed: u64) -> Vec<Trace> {
     let mut all = vec![sequential(mib, seed), descending(mib, seed)];
     all.extend([2, 7, 64].map(|stride| strided(mib, stride, seed)));
     all.extend([3, 12].map(|count| streams(mib, count, seed)));
     all.extend([random(mib, seed), zipf(mib, seed)]);
     all.extend([8, 16, 32, 64, 128].map(|processes| quicksort(processes, mib, mib, 0.2, seed)));
-    all.push(Trace::from_bytes(SORT).expect("the trace in the tree is whole"));
+    all.extend(RECORDED.map(|bytes| Trace::from_bytes(bytes).expect("the traces in the tree are whole")));
     all
 }
 

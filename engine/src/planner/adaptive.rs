@@ -5,7 +5,7 @@
 //!
 //! - **locality**: a fault within [`REACH`] pages of where a stream has been belongs to it, any other
 //!   begins a stream. The stream of a fault has the next turn.
-//! - **direction**: a stream grows both ways, as the paper's dual bubble, until its faults lean to one.
+//! - **direction**: a stream grows both ways, as the paper's dual bubble, until its faults lean clearly to one.
 //! - **window**: streams take turns, each until it is [`WINDOW`] pages ahead of its last fault. A page
 //!   that nobody comes back to (the waste) costs no more than that.
 //! - **stride**: two equal steps over pages that were not read ahead make a stride, and the pages
@@ -29,8 +29,9 @@ const STREAMS: usize = 16;
 const REACH: u64 = 64;
 /// Pages that a stream may be ahead of its last fault while others have a turn: 16 KiB.
 const WINDOW: u32 = 4;
-/// How far a stream's faults may lean before older ones no longer matter.
-const MAX_LEAN: i8 = 3;
+/// How far a stream's faults lean when it grows one way only; they lean no further, so that older ones are soon
+/// forgotten. One fault leans by chance.
+const LEAN: i8 = 3;
 
 /// Faults that seem to be of one walk.
 #[derive(Debug)]
@@ -74,7 +75,7 @@ impl Stream {
     /// The guest waits for a page that this stream expected.
     fn confirm(&mut self, page: u64) {
         let step = page as i64 - self.last as i64;
-        self.lean = (self.lean + step.signum() as i8).clamp(-MAX_LEAN, MAX_LEAN);
+        self.lean = (self.lean + step.signum() as i8).clamp(-LEAN, LEAN);
         let jumped = page > self.up.at() || page + 1 < self.down.at();
         // Of a stride in use, pages may have been there before they were touched.
         let kept = self.stride.is_some() && step.signum() == self.step.signum() && step % self.step == 0;
@@ -92,7 +93,7 @@ impl Stream {
         if let Some(run) = self.next_of_stride(pages, known) {
             return Some(run);
         }
-        let up_first = if self.lean == 0 { self.up_next } else { self.lean > 0 };
+        let up_first = if self.lean.abs() < LEAN { self.up_next } else { self.lean > 0 };
         self.up_next = !up_first;
         let edges = if up_first { [&mut self.up, &mut self.down] } else { [&mut self.down, &mut self.up] };
         edges.into_iter().find_map(|edge| edge.next(pages, limit, known))
