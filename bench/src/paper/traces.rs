@@ -104,9 +104,13 @@ pub fn zipf(mib: u64, seed: u64) -> Trace {
     walk(format!("Zipf {mib} MiB"), pages, seed, (0..4 * pages).map(draw))
 }
 
-/// A real program, and a real guest in which a compiler runs: `bench/README.md` has how they were recorded.
-const RECORDED: [&[u8]; 2] =
-    [include_bytes!("../../traces/sort.trace"), include_bytes!("../../traces/compile.trace")];
+/// A real program, and real guests in which a compiler and a server work: `bench/README.md` has how they were
+/// recorded.
+const RECORDED: [&[u8]; 3] = [
+    include_bytes!("../../traces/sort.trace"),
+    include_bytes!("../../traces/compile.trace"),
+    include_bytes!("../../traces/redis.trace"),
+];
 
 /// The traces on which policies are compared: generated ones with `mib` MiB of working set, and recorded ones.
 pub fn suite_traces(mib: u64, seed: u64) -> Vec<Trace> {
