@@ -1,4 +1,5 @@
-//! Giving way: how a thread that does background work leaves the processor to those who wait.
+//! Who goes first: how a thread that somebody waits for displaces others at once, and how a thread that
+//! does background work gives way.
 
 use std::fs::File;
 use std::io;
@@ -23,6 +24,36 @@ const USUAL_NICE: u64 = 20;
 /// busy threads on a host.
 pub fn is_crowded() -> bool {
     std::thread::available_parallelism().map_or(1, usize::from) < 4
+}
+
+/// The slice of a thread that goes first: the least that Linux permits.
+const FIRST_SLICE_NS: u64 = 100_000;
+
+/// From now on the calling thread, where it wakes up, displaces at once a thread that has the usual
+/// priority and the usual slice (1.4 ms with two processors), which the scheduler would otherwise let
+/// run to the end of its slice (EEVDF: sched(7), `sched_runtime`). Its share of the processor is unchanged.
+///
+/// Does nothing on kernels whose threads have no slices of their own (before Linux 6.12).
+pub fn go_first() {
+    let Some(mut attributes) = attributes() else { return };
+    if attributes.sched_runtime == 0 || attributes.sched_policy != libc::SCHED_OTHER.cast_unsigned() {
+        return;
+    }
+    attributes.sched_runtime = FIRST_SLICE_NS;
+    // SAFETY: the structure is valid during the call, and says its size.
+    if unsafe { libc::syscall(libc::SYS_sched_setattr, 0, &raw const attributes, 0) } != 0 {
+        tracing::debug!(error = %io::Error::last_os_error(), "a thread that serves faults keeps the usual slice");
+    }
+}
+
+/// How the calling thread is scheduled. A `sched_runtime` of 0: the kernel has no slices of threads.
+fn attributes() -> Option<libc::sched_attr> {
+    let size = size_of::<libc::sched_attr>() as libc::c_uint;
+    // SAFETY: zeros are a valid value of a structure of integers.
+    let mut attributes: libc::sched_attr = unsafe { std::mem::zeroed() };
+    // SAFETY: the kernel writes at most `size` bytes to the structure, which is valid during the call.
+    let got = unsafe { libc::syscall(libc::SYS_sched_getattr, 0, &raw mut attributes, size, 0) };
+    (got == 0).then_some(attributes)
 }
 
 /// While it lives, the thread that made it gives way to all others (SCHED_IDLE, sched(7)): whoever
@@ -151,6 +182,18 @@ mod tests {
     fn policy_of(thread: i32) -> i32 {
         // SAFETY: the call has no preconditions; a number of no thread is refused.
         unsafe { libc::sched_getscheduler(thread) }
+    }
+
+    #[test]
+    fn who_goes_first_has_the_shortest_slice_where_the_kernel_has_slices() {
+        let slices = std::thread::spawn(|| {
+            let before = attributes().map(|attributes| attributes.sched_runtime);
+            go_first();
+            (before, attributes().map(|attributes| attributes.sched_runtime))
+        });
+        let (before, after) = slices.join().unwrap();
+        assert!(before.is_some());
+        assert_eq!(after, before.map(|slice| if slice == 0 { 0 } else { FIRST_SLICE_NS }));
     }
 
     #[test]

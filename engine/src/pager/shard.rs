@@ -14,7 +14,7 @@ use std::sync::atomic::Ordering;
 use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant};
 
-use postcopy_transport::{AnyLane, Completion, GiveWay, Lane, LaneError, Read, is_crowded};
+use postcopy_transport::{AnyLane, Completion, GiveWay, Lane, LaneError, Read, go_first, is_crowded};
 use rustix::fd::AsFd;
 use userfaultfd::EventBuffer;
 
@@ -149,6 +149,10 @@ impl Shard {
         // Where the faults are served elsewhere, what is left here is the drain, and what the map says of
         // pages that are here.
         let yields = self.shared.trap.is_for_self_service() && is_crowded();
+        // Over verbs, Soft-RoCE's workers in the kernel, which bring the pages, would have to wait for it.
+        if !yields && matches!(self.lanes[LaneId::Urgent as usize], AnyLane::Tcp(_)) {
+            go_first();
+        }
         let mut way = None;
         let mut reported = Instant::now();
         while !self.shared.stop.asked.load(Ordering::Acquire) {

@@ -15,6 +15,7 @@ use super::wire::{OP_READ, REQUEST_BYTES, RESPONSE_BYTES, Request, Response, STA
 use crate::lane::LaneClass;
 use crate::memory::HostMemory;
 use crate::region::MAX_READ;
+use crate::sched::go_first;
 
 /// Requests taken from the socket at once.
 const BATCH: usize = 32;
@@ -62,6 +63,9 @@ impl Responder {
         stream.set_nonblocking(false)?;
         let serving = stream.try_clone()?;
         let thread = std::thread::Builder::new().name(format!("lane-{lane}")).spawn(move || {
+            if class == LaneClass::Urgent {
+                go_first();
+            }
             if let Err(error) = serve(&serving, &exports, spin) {
                 tracing::debug!(lane, %error, "responder ended");
             }
