@@ -31,7 +31,7 @@ const FIRST_SLICE_NS: u64 = 100_000;
 
 /// From now on the calling thread, where it wakes up, displaces at once a thread that has the usual
 /// priority and the usual slice (1.4 ms with two processors), which the scheduler would otherwise let
-/// run to the end of its slice (EEVDF: sched(7), `sched_runtime`). Its share of the processor is unchanged.
+/// run to the end of its slice (EEVDF; `sched_setattr(2)`, `sched_runtime`). Its share of the processor is unchanged.
 ///
 /// Does nothing on kernels whose threads have no slices of their own (before Linux 6.12).
 pub fn go_first() {
