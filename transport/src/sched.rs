@@ -35,7 +35,7 @@ const FIRST_SLICE_NS: u64 = 100_000;
 ///
 /// Does nothing on kernels whose threads have no slices of their own (before Linux 6.12).
 pub fn go_first() {
-    let Some(mut attributes) = attributes() else { return };
+    let Ok(mut attributes) = attributes(0) else { return };
     if attributes.sched_runtime == 0 || attributes.sched_policy != libc::SCHED_OTHER.cast_unsigned() {
         return;
     }
@@ -46,14 +46,25 @@ pub fn go_first() {
     }
 }
 
-/// How the calling thread is scheduled. A `sched_runtime` of 0: the kernel has no slices of threads.
-fn attributes() -> Option<libc::sched_attr> {
-    let size = size_of::<libc::sched_attr>() as libc::c_uint;
-    // SAFETY: zeros are a valid value of a structure of integers.
-    let mut attributes: libc::sched_attr = unsafe { std::mem::zeroed() };
-    // SAFETY: the kernel writes at most `size` bytes to the structure, which is valid during the call.
-    let got = unsafe { libc::syscall(libc::SYS_sched_getattr, 0, &raw mut attributes, size, 0) };
-    (got == 0).then_some(attributes)
+/// How a thread is scheduled; 0 is the calling one. A `sched_runtime` of 0: the kernel has no slices of threads.
+fn attributes(thread: i32) -> io::Result<libc::sched_attr> {
+    let size = size_of::<libc::sched_attr>() as u32;
+    let mut attributes = libc::sched_attr {
+        size,
+        sched_policy: 0,
+        sched_flags: 0,
+        sched_nice: 0,
+        sched_priority: 0,
+        sched_runtime: 0,
+        sched_deadline: 0,
+        sched_period: 0,
+    };
+    // SAFETY: the kernel writes at most `size` bytes to the structure, which is valid during the call; a
+    // number of no thread is refused.
+    match unsafe { libc::syscall(libc::SYS_sched_getattr, thread, &raw mut attributes, size, 0) } {
+        0 => Ok(attributes),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 /// While it lives, the thread that made it gives way to all others (SCHED_IDLE, sched(7)): whoever
@@ -180,20 +191,18 @@ mod tests {
     use super::*;
 
     fn policy_of(thread: i32) -> i32 {
-        // SAFETY: the call has no preconditions; a number of no thread is refused.
-        unsafe { libc::sched_getscheduler(thread) }
+        attributes(thread).unwrap().sched_policy.cast_signed()
     }
 
     #[test]
     fn who_goes_first_has_the_shortest_slice_where_the_kernel_has_slices() {
         let slices = std::thread::spawn(|| {
-            let before = attributes().map(|attributes| attributes.sched_runtime);
+            let before = attributes(0).unwrap().sched_runtime;
             go_first();
-            (before, attributes().map(|attributes| attributes.sched_runtime))
+            (before, attributes(0).unwrap().sched_runtime)
         });
         let (before, after) = slices.join().unwrap();
-        assert!(before.is_some());
-        assert_eq!(after, before.map(|slice| if slice == 0 { 0 } else { FIRST_SLICE_NS }));
+        assert_eq!(after, if before == 0 { 0 } else { FIRST_SLICE_NS });
     }
 
     #[test]
