@@ -148,9 +148,10 @@ impl Shard {
     fn run(&mut self, tell: impl Fn(PagerReport)) -> Result<PagerState, PagerError> {
         // Where the faults are served elsewhere, what is left here is the drain, and what the map says of
         // pages that are here.
-        let yields = self.shared.trap.is_for_self_service() && is_crowded();
-        // Over verbs, Soft-RoCE's workers in the kernel, which bring the pages, would have to wait for it.
-        if !yields && matches!(self.lanes[LaneId::Urgent as usize], AnyLane::Tcp(_)) {
+        let elsewhere = self.shared.trap.is_for_self_service();
+        let yields = elsewhere && is_crowded();
+        // Over verbs it was a loss (docs/adr/0007-who-spins.md).
+        if !elsewhere && matches!(self.lanes[LaneId::Urgent as usize], AnyLane::Tcp(_)) {
             go_first();
         }
         let mut way = None;
