@@ -6,6 +6,7 @@
 //! what arrived on the bulk lane one read is published a turn, one that the guest waits for before
 //! others, so that a fault waits behind at most that.
 
+mod notes;
 mod publish;
 
 use std::collections::{HashMap, VecDeque};
@@ -225,48 +226,6 @@ impl Shard {
         let zeros: Vec<PageIndex> = self.planner.missing(first, end).collect();
         zeros.iter().for_each(|page| self.shared.claims.zero(*page));
         self.planner.discarded(&zeros, &mut self.actions);
-    }
-
-    /// Hears of the faults that other threads serve, as if it had seen and served them itself.
-    fn take_notes(&mut self) -> Result<bool, PagerError> {
-        let mut any = false;
-        while let Ok(note) = self.notes.try_recv() {
-            any = true;
-            let when = self.nanos(Instant::now());
-            match note {
-                Note::Serving(page) | Note::Wanted(page) => {
-                    if !self.elsewhere.contains_key(&page)
-                        && !self.planner.fault(page, when, &mut self.actions)
-                    {
-                        return Err(PagerError::StrayFault(self.shared.part.global(page)));
-                    }
-                }
-                Note::Served(page, stamps) => {
-                    self.timing.served(stamps);
-                    self.self_served += 1;
-                    if let Some(lane) = self.elsewhere.remove(&page) {
-                        self.bytes[LaneId::Urgent as usize] += PAGE_SIZE;
-                        let known = self.planner.landed(lane, Run::one(page), when, &mut self.actions);
-                        assert!(known, "a page that is brought elsewhere is a flight of its own");
-                    }
-                }
-                Note::Prefer(runs) if self.planner.prefer(&runs) => {}
-                Note::Prefer(_) => return Err(PagerError::Peer("it prefers pages that are not there")),
-                Note::Waited(thread, time) => self.timing.waits.add(thread, time),
-                Note::Failed(error) => return Err(error),
-            }
-            self.carry_out()?;
-        }
-        Ok(any)
-    }
-
-    /// What threads that serve themselves have said since the last page was seen to be here.
-    fn hear_the_last(&mut self) {
-        for note in self.notes.try_iter() {
-            if let Note::Waited(thread, time) = note {
-                self.timing.waits.add(thread, time);
-            }
-        }
     }
 
     fn poll_urgent(&mut self) -> Result<bool, PagerError> {

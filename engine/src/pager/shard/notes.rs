@@ -1,0 +1,53 @@
+//! What a shard hears of the threads that serve their own faults.
+
+use std::time::Instant;
+
+use super::Shard;
+use crate::memory::PAGE_SIZE;
+use crate::pager::PagerError;
+use crate::pager::server::Note;
+use crate::planner::{LaneId, Run};
+
+impl Shard {
+    /// Hears of the faults that other threads serve, as if it had seen and served them itself.
+    pub(super) fn take_notes(&mut self) -> Result<bool, PagerError> {
+        let mut any = false;
+        while let Ok(note) = self.notes.try_recv() {
+            any = true;
+            let when = self.nanos(Instant::now());
+            match note {
+                Note::Serving(page) | Note::Wanted(page) => {
+                    if !self.elsewhere.contains_key(&page)
+                        && !self.planner.fault(page, when, &mut self.actions)
+                    {
+                        return Err(PagerError::StrayFault(self.shared.part.global(page)));
+                    }
+                }
+                Note::Served(page, stamps) => {
+                    self.timing.served(stamps);
+                    self.self_served += 1;
+                    if let Some(lane) = self.elsewhere.remove(&page) {
+                        self.bytes[LaneId::Urgent as usize] += PAGE_SIZE;
+                        let known = self.planner.landed(lane, Run::one(page), when, &mut self.actions);
+                        assert!(known, "a page that is brought elsewhere is a flight of its own");
+                    }
+                }
+                Note::Prefer(runs) if self.planner.prefer(&runs) => {}
+                Note::Prefer(_) => return Err(PagerError::Peer("it prefers pages that are not there")),
+                Note::Waited(thread, time) => self.timing.waits.add(thread, time),
+                Note::Failed(error) => return Err(error),
+            }
+            self.carry_out()?;
+        }
+        Ok(any)
+    }
+
+    /// What threads that serve themselves have said since the last page was seen to be here.
+    pub(super) fn hear_the_last(&mut self) {
+        for note in self.notes.try_iter() {
+            if let Note::Waited(thread, time) = note {
+                self.timing.waits.add(thread, time);
+            }
+        }
+    }
+}
