@@ -37,8 +37,10 @@ const MIN_WINDOW: u32 = 16;
 const MAX_FLOOR: u32 = 128;
 /// Most: 8 MiB, which is 200 Gb/s for 335 µs.
 const MAX_WINDOW: u32 = 2048;
-/// Most pages of one bulk read: 64 KiB.
-pub const MAX_READ_PAGES: u32 = 16;
+/// Most pages of a bulk read where the link is what limits it: 64 KiB.
+const USUAL_READ_PAGES: u32 = 16;
+/// Most pages of a bulk read, where a read costs more than its bytes: 128 KiB.
+pub const MAX_READ_PAGES: u32 = 32;
 /// Pages of a bulk read just after a fault: 16 KiB, or a quarter of the least window if that is more.
 const FAULT_READ_PAGES: u32 = 4;
 /// The highest rate fades by this part of itself with every sample.
@@ -55,7 +57,8 @@ const COSTS: f64 = 0.95;
 
 const _: () = assert!(MIN_WINDOW <= MAX_FLOOR && 2 * MAX_FLOOR <= MAX_WINDOW);
 const _: () = assert!(2 <= MIN_WINDOW && MIN_WINDOW <= MAX_WINDOW);
-const _: () = assert!(FAULT_READ_PAGES <= MAX_READ_PAGES && MAX_READ_PAGES <= MAX_WINDOW);
+const _: () = assert!(FAULT_READ_PAGES <= USUAL_READ_PAGES && USUAL_READ_PAGES <= MAX_READ_PAGES);
+const _: () = assert!(MAX_READ_PAGES <= MAX_FLOOR);
 
 /// What was so when a read was posted, for the samples when it lands.
 #[derive(Clone, Copy, Debug)]
@@ -168,7 +171,7 @@ impl Link {
         self.rtt_ns = self.rtt_ns.min(took);
         let pages_in = |ns: u64| ((self.rate * ns as f64) as u64).div_ceil(PAGE_SIZE);
         let window = pages_in(self.rtt_ns + self.wait_ns).min(MAX_WINDOW.into()) as u32;
-        self.carried = pages_in(self.wait_ns).min(MAX_READ_PAGES.into()) as u32;
+        self.carried = pages_in(self.wait_ns).min(USUAL_READ_PAGES.into()) as u32;
         self.epoch_pages += pages;
         if self.epoch_pages >= EPOCH_WINDOWS * self.window {
             let rate = f64::from(self.epoch_pages) / now.since(self.epoch_began).max(1) as f64;
@@ -179,7 +182,7 @@ impl Link {
         }
         self.window = window.max(self.floor.now());
         if self.quiet {
-            self.read_pages = (self.read_pages * 2).min(MAX_READ_PAGES);
+            self.read_pages = (self.read_pages * 2).min(USUAL_READ_PAGES);
         }
         self.quiet = true;
     }
@@ -199,13 +202,18 @@ impl Link {
     /// wait, fewer just after a fault, and at least a quarter of the least window, which is large
     /// where a read costs more than its bytes.
     pub(super) fn read_limit(&self) -> u32 {
-        let least = (self.floor.now() / 4).min(MAX_READ_PAGES);
-        self.read_pages.min(self.carried).max(least)
+        self.read_pages.min(self.carried).max(self.least())
     }
 
     /// Pages that there must be room for before a bulk read is posted, so that what a small one leaves
-    /// does not make small reads for ever where they cost more than their bytes.
+    /// does not make small reads for ever where they cost more than their bytes. Where large ones were found
+    /// to pay, that is a whole one.
     pub(super) fn read_least(&self) -> u32 {
-        self.floor.now() / 16
+        let least = self.least();
+        if least >= USUAL_READ_PAGES { least } else { self.floor.now() / 16 }
+    }
+
+    fn least(&self) -> u32 {
+        (self.floor.now() / 4).min(MAX_READ_PAGES)
     }
 }
