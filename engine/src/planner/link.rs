@@ -217,3 +217,21 @@ impl Link {
         (self.floor.now() / 4).min(MAX_READ_PAGES)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn where_large_reads_pay_none_is_posted_for_what_a_small_one_left() {
+        let mut link = Link::new(50_000);
+        assert_eq!(link.read_least(), 1, "at first a single page is worth a read");
+        link.faulted();
+        for (floor, least, limit) in
+            [(32, 2, 8), (64, USUAL_READ_PAGES, USUAL_READ_PAGES), (128, MAX_READ_PAGES, MAX_READ_PAGES)]
+        {
+            link.floor.pages = floor;
+            assert_eq!((link.read_least(), link.read_limit()), (least, limit), "least window {floor}");
+        }
+    }
+}
