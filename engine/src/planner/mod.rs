@@ -36,6 +36,7 @@
 mod adaptive;
 mod bubble;
 mod counts;
+mod flights;
 mod link;
 mod pages;
 mod policy;
@@ -45,7 +46,8 @@ use std::collections::VecDeque;
 use adaptive::Streams;
 use bubble::{Bubbles, Turn};
 pub use counts::PageCounts;
-use link::{Link, Posted};
+use flights::Flight;
+use link::Link;
 pub use link::{MAX_READ_PAGES, Nanos};
 pub use pages::{PageState, Pages, Run};
 pub use policy::{Direction, MAX_PIVOTS, PIVOTS, Policy};
@@ -137,16 +139,6 @@ impl Default for PlannerConfig {
     }
 }
 
-/// A read under way.
-#[derive(Clone, Copy, Debug)]
-struct Flight {
-    run: Run,
-    why: Why,
-    posted: Posted,
-    /// The guest waits for one of its pages.
-    awaited: bool,
-}
-
 /// Who decides the order.
 #[derive(Debug)]
 enum Order {
@@ -235,12 +227,6 @@ impl Planner {
         self.link.window()
     }
 
-    /// Whether the guest waits for a page of this run, which is in flight: of several runs that
-    /// have landed, such a one is to be published first.
-    pub fn awaited(&self, run: Run) -> bool {
-        self.flights.iter().any(|flight| flight.run == run && flight.awaited)
-    }
-
     /// The guest touched a page that was not published.
     ///
     /// Returns false if there is no such page: the caller's bug or a confused kernel.
@@ -282,43 +268,6 @@ impl Planner {
             }
         }
         true
-    }
-
-    fn promote(&mut self, page: PageIndex) {
-        let flight = self.flights.iter_mut().find(|flight| flight.run.contains(page));
-        let flight = flight.expect("a page in flight is part of a flight");
-        flight.awaited = true;
-        self.counts.prepage_hits += u64::from(flight.why == Why::Prepage);
-        if let Order::Streams(streams) = &mut self.order {
-            streams.hit(page);
-        }
-    }
-
-    /// A read has landed.
-    ///
-    /// Returns false, and does nothing, if no such read is in flight: the lane broke its contract.
-    #[must_use]
-    pub fn landed(&mut self, lane: LaneId, run: Run, now: Nanos, actions: &mut Vec<Action>) -> bool {
-        let this = |flight: &Flight| flight.run == run && flight.why.lane() == lane;
-        let Some(at) = self.flights.iter().position(this) else { return false };
-        let flight = self.flights.remove(at);
-        self.link.landed(flight.posted, run.count, now);
-        if lane == LaneId::Bulk {
-            self.bulk_in_flight -= run.count;
-        }
-        *self.counts.pages_brought(flight.why) += u64::from(run.count);
-        self.pages.arrive(run);
-        actions.push(Action::Publish(run));
-        self.finish(actions);
-        true
-    }
-
-    /// A read under way is carried out in parts that land one by one: `parts` make up `run`.
-    pub fn split(&mut self, lane: LaneId, run: Run, parts: impl Iterator<Item = Run>) {
-        let this = |flight: &Flight| flight.run == run && flight.why.lane() == lane;
-        let Some(at) = self.flights.iter().position(this) else { return };
-        let whole = self.flights.remove(at);
-        self.flights.extend(parts.map(|run| Flight { run, ..whole }));
     }
 
     /// The source's page map covers more pages now.

@@ -243,6 +243,20 @@ enum Step {
     Drain(usize),
 }
 
+#[test]
+fn what_another_thread_read_says_nothing_of_the_link() {
+    let mut planner = planner(4096, "linear");
+    let mut actions = vec![];
+    for at in 0..200 {
+        // The notes of a fault's beginning and end are heard at once.
+        assert!(planner.fault(page(at * 4), Nanos(at), &mut actions));
+        assert!(planner.landed_elsewhere(LaneId::Urgent, page(at * 4), &mut actions));
+        assert_eq!(actions.pop(), Some(Action::Publish(Run::one(page(at * 4)))));
+    }
+    assert_eq!(planner.window(), 16, "as before anything is known");
+    assert!(!planner.landed_elsewhere(LaneId::Urgent, page(0), &mut actions), "it has landed");
+}
+
 fn steps() -> impl Strategy<Value = Vec<Step>> {
     let step = prop_oneof![
         4 => (0u64..200).prop_map(Step::Fault),

@@ -6,7 +6,7 @@ use super::Shard;
 use crate::memory::PAGE_SIZE;
 use crate::pager::PagerError;
 use crate::pager::server::Note;
-use crate::planner::{LaneId, Run};
+use crate::planner::LaneId;
 
 impl Shard {
     /// Hears of the faults that other threads serve, as if it had seen and served them itself.
@@ -28,7 +28,7 @@ impl Shard {
                     self.self_served += 1;
                     if let Some(lane) = self.elsewhere.remove(&page) {
                         self.bytes[LaneId::Urgent as usize] += PAGE_SIZE;
-                        let known = self.planner.landed(lane, Run::one(page), when, &mut self.actions);
+                        let known = self.planner.landed_elsewhere(lane, page, &mut self.actions);
                         assert!(known, "a page that is brought elsewhere is a flight of its own");
                     }
                 }
