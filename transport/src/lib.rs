@@ -39,5 +39,5 @@ pub use error::{LaneError, ReadError, SetupError};
 pub use lane::{Completion, Lane, LaneClass, Read, Token};
 pub use memory::{HUGE_PAGE, HostMemory};
 pub use region::{LocalRegion, LocalSlice, MAX_READ, RemoteRegion, RemoteSlice};
-pub use sched::{GiveWay, go_first, is_crowded};
+pub use sched::{go_first, is_crowded};
 pub use striped::Striped;

@@ -1,15 +1,16 @@
 //! Huge pages again, for memory that has arrived in small ones.
 //!
 //! Pages arrive and are published one by one, so whatever backed the guest's memory at the source,
-//! here it is small pages. Once all are here, a thread that gives way asks the kernel to put those
-//! of each huge page together (MADV_COLLAPSE): the guest then misses the TLB less, at the price of
+//! here it is small pages. Once all are here, a thread that rests half of the time asks the kernel to put
+//! those of each huge page together (MADV_COLLAPSE): the guest then misses the TLB less, at the price of
 //! copying its memory once. A huge page with a hole is left alone, as it would take memory that the
 //! guest never had.
 
 use std::io;
 use std::sync::Arc;
+use std::time::Instant;
 
-use postcopy_transport::{GiveWay, HUGE_PAGE, HostMemory};
+use postcopy_transport::{HUGE_PAGE, HostMemory};
 use serde::{Deserialize, Serialize};
 
 use super::board::Board;
@@ -72,7 +73,6 @@ pub(crate) fn is_huge(memory: &HostMemory) -> io::Result<bool> {
 /// Errors: the system refuses a thread.
 pub(super) fn begin(memory: HostMemory, board: Arc<Board>) -> io::Result<()> {
     let work = move || {
-        let _way = GiveWay::begin();
         let (collapsed, last) = collapse(&memory, |collapsed| board.collapsed(collapsed));
         let (mib, refused_mib) = (collapsed.bytes >> 20, collapsed.refused_bytes >> 20);
         match last {
@@ -102,7 +102,10 @@ fn collapse(memory: &HostMemory, tell: impl Fn(Collapsed)) -> (Collapsed, Option
             if memory.is_last() || page + huge > end {
                 break;
             }
-            match memory.collapse(page) {
+            let begun = Instant::now();
+            let put_together = memory.collapse(page);
+            let took = begun.elapsed();
+            match put_together {
                 Ok(()) => {
                     done.bytes += huge;
                     in_a_row = 0;
@@ -119,6 +122,9 @@ fn collapse(memory: &HostMemory, tell: impl Fn(Collapsed)) -> (Collapsed, Option
                 }
             }
             tell(done);
+            // Half of a processor, at the usual priority: a thread of a lower one would be kept from running
+            // while it holds the lock of the address space, which the guest's faults need.
+            std::thread::sleep(took);
         }
         if memory.is_last() {
             return (done, last);

@@ -15,7 +15,7 @@ use std::sync::atomic::Ordering;
 use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant};
 
-use postcopy_transport::{AnyLane, Completion, GiveWay, Lane, LaneError, Read, go_first, is_crowded};
+use postcopy_transport::{AnyLane, Completion, Lane, LaneError, Read, go_first};
 use rustix::fd::AsFd;
 use userfaultfd::EventBuffer;
 
@@ -147,21 +147,15 @@ impl Shard {
     }
 
     fn run(&mut self, tell: impl Fn(PagerReport)) -> Result<PagerState, PagerError> {
-        // Where the faults are served elsewhere, what is left here is the drain, and what the map says of
-        // pages that are here.
-        let elsewhere = self.shared.trap.is_for_self_service();
-        let yields = elsewhere && is_crowded();
         // Over verbs it was a loss (docs/adr/0007-who-spins.md).
-        if !elsewhere && matches!(self.lanes[LaneId::Urgent as usize], AnyLane::Tcp(_)) {
+        if !self.shared.trap.is_for_self_service()
+            && matches!(self.lanes[LaneId::Urgent as usize], AnyLane::Tcp(_))
+        {
             go_first();
         }
-        let mut way = None;
         let mut reported = Instant::now();
         while !self.shared.stop.asked.load(Ordering::Acquire) {
             let now = Instant::now();
-            if yields && way.is_none() && (self.precopied[0] == 0 || self.map.finished()) {
-                way = Some(GiveWay::begin());
-            }
             let mut busy = self.take_faults(now)?;
             busy |= self.take_notes()?;
             busy |= self.poll_urgent()?;

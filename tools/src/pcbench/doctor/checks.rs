@@ -47,7 +47,6 @@ pub(super) fn checks(machine: &Machine) -> Vec<Check> {
         numa(machine),
         governor(machine),
         sched_fifo(&capabilities),
-        sched_idle(),
     ]
 }
 
@@ -170,17 +169,6 @@ fn sched_fifo(capabilities: &Capabilities) -> Check {
         (Some(false), ..) => Check::note(NAME, "refused", REMEDY),
         (None, false, Some(0)) => Check::note(NAME, "not allowed: no CAP_SYS_NICE, rtprio limit 0", REMEDY),
         (None, ..) => Check::ok(NAME, "allowed, as capabilities and limits say (no chrt to try it)"),
-    }
-}
-
-fn sched_idle() -> Check {
-    const NAME: &str = "SCHED_IDLE";
-    match runs_as("--idle", "0") {
-        Some(true) => Check::ok(NAME, "allowed: the drain can yield to faults"),
-        Some(false) => {
-            Check::note(NAME, "refused", "allow sched_setscheduler(2) in the container's seccomp profile")
-        }
-        None => Check::note(NAME, "unknown", "install util-linux: doctor tries it with chrt"),
     }
 }
 
