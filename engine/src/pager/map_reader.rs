@@ -107,6 +107,11 @@ impl MapReader {
         self.known == self.part.end()
     }
 
+    /// Whether all that the map was seen to say has been read.
+    pub(super) fn caught_up(&self) -> bool {
+        self.known >= self.said
+    }
+
     /// The next read, if none is under way and the map is not finished.
     pub(super) fn next(&mut self) -> Option<Read> {
         if self.finished() || !matches!(self.state, State::Idle) {

@@ -215,7 +215,7 @@ impl FaultServer {
 
     /// Waits for the one read in flight: polls for a while, then sleeps on the descriptor. Where
     /// cores are few and a drain is under way it sleeps at once, so that the drain's threads get
-    /// what the wire leaves them; they give way as soon as the answer is there.
+    /// what the wire leaves them.
     fn await_read(&mut self, posted: Instant) -> Result<(), LaneError> {
         loop {
             self.lane.poll(&mut self.completions)?;

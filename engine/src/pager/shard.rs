@@ -3,8 +3,8 @@
 //! Each turn: take faults from the trap, poll the urgent lane, poll the bulk lane, let the drain
 //! fill the bulk lane, and carry out what the planner decided: publish, and post reads. A fault's
 //! read is posted in the turn in which the fault was seen, before any bulk read of that turn. Of
-//! what arrived on the bulk lane one read is published a turn, one that the guest waits for before
-//! others, so that a fault waits behind at most that.
+//! what arrived on the bulk lane no more than one large read's worth is published a turn, what the guest
+//! waits for before the rest, so that a fault waits behind at most that.
 
 mod notes;
 mod publish;
@@ -34,6 +34,10 @@ use crate::stats::PagerReport;
 
 /// Fault events taken in one turn.
 const FAULT_BATCH: usize = 64;
+/// Of what arrived on the bulk lane, pages that are published in one turn, and runs of them; a longer run
+/// has a turn to itself. A turn costs more than a small run does: it sends and it wakes who answers.
+const BULK_PAGES: u32 = 16;
+const BULK_RUNS: usize = 8;
 /// How often progress is published.
 const PROGRESS: Duration = Duration::from_millis(100);
 /// How long a sleep lasts while other threads serve faults: they rouse the shard only if they must.
@@ -241,10 +245,21 @@ impl Shard {
         let mut completions = self.poll(LaneId::Bulk)?;
         self.arrived.extend(completions.drain(..));
         self.completions = completions;
-        let awaited = |arrived: &Completion| self.planner.awaited(run_of(arrived.token));
-        let first = self.arrived.iter().position(awaited).unwrap_or(0);
-        let Some(completion) = self.arrived.remove(first) else { return Ok(false) };
-        self.landed(LaneId::Bulk, &completion, Instant::now())?;
+        if self.arrived.is_empty() {
+            return Ok(false);
+        }
+        let (now, mut left) = (Instant::now(), BULK_PAGES);
+        for taken in 0..BULK_RUNS {
+            let awaited = |arrived: &Completion| self.planner.awaited(run_of(arrived.token));
+            let next = self.arrived.iter().position(awaited).unwrap_or(0);
+            let count = self.arrived.get(next).map_or(u32::MAX, |arrived| run_of(arrived.token).count);
+            if taken > 0 && count > left {
+                break;
+            }
+            let Some(completion) = self.arrived.remove(next) else { break };
+            self.landed(LaneId::Bulk, &completion, now)?;
+            left = left.saturating_sub(count);
+        }
         self.carry_out()?;
         Ok(true)
     }
@@ -280,7 +295,11 @@ impl Shard {
             Landed::Known(news) => {
                 news.zeros.iter().for_each(|page| self.shared.claims.zero(*page));
                 news.kept.iter().for_each(|page| self.shared.claims.keep(*page));
-                self.planner.map_extended(news, &mut self.actions)
+                self.planner.map_extended(news, &mut self.actions);
+                // It is being filled, and more of it in some time is as good, unless the drain is out of work.
+                if self.map.caught_up() && self.lanes[LaneId::Bulk as usize].in_flight() > 0 {
+                    self.map_due = Instant::now() + MAP_PATIENCE;
+                }
             }
             Landed::NothingNew(patience) => self.map_due = Instant::now() + patience,
         }
