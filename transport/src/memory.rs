@@ -157,16 +157,21 @@ impl HostMemory {
         }
     }
 
-    /// Takes all pages out of this mapping. They stay in the file, and are mapped again when they are
-    /// touched, which /proc/self/pagemap shows.
+    /// Takes all pages out of this mapping, those of a huge page at a time: who uses the memory waits for as
+    /// long as it takes for one, as KVM has its guest do. They stay in the file, and are mapped again when they
+    /// are touched, which /proc/self/pagemap shows.
     ///
     /// Errors: what madvise(2) reports.
     pub fn unmap_pages(&self) -> io::Result<()> {
-        // SAFETY: the whole range is this mapping, which is shared: its content is the file's.
-        match unsafe { libc::madvise(self.base().cast(), self.len(), libc::MADV_DONTNEED) } {
-            0 => Ok(()),
-            _ => Err(io::Error::last_os_error()),
+        for first in (0..self.len()).step_by(HUGE_PAGE) {
+            let len = HUGE_PAGE.min(self.len() - first);
+            let at = self.base().wrapping_add(first);
+            // SAFETY: the range lies in this mapping, which is shared: its content is the file's.
+            if unsafe { libc::madvise(at.cast(), len, libc::MADV_DONTNEED) } != 0 {
+                return Err(io::Error::last_os_error());
+            }
         }
+        Ok(())
     }
 
     /// Address of `offset`, if `len` bytes from there lie inside the mapping.

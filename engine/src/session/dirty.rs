@@ -116,21 +116,21 @@ fn lately(
             tracing::debug!(%error, "what the guest touches cannot be seen");
             PageSet::default()
         },
-        |[always, _]| always,
+        |[always, ..]| always,
     );
     let written = log.since_mark()?.without(&always);
     Ok(vec![always, written])
 }
 
-/// What it touches in both of two times, and what in the second only.
-fn touched(guest: &Arc<dyn SourceGuest>) -> Result<[PageSet; 2], GuestError> {
+/// What it touches in both of two times, what in the second only, and what in the first only.
+fn touched(guest: &Arc<dyn SourceGuest>) -> Result<[PageSet; 3], GuestError> {
     let memory = guest.memory();
     let watch = Touched::begin(memory.guest())?;
     std::thread::sleep(WATCH);
     let earlier = watch.again()?;
     std::thread::sleep(WATCH);
     let later = watch.pages()?;
-    Ok([later.common(&earlier), later.without(&earlier)])
+    Ok([later.common(&earlier), later.without(&earlier), earlier.without(&later)])
 }
 
 /// Runs of the pages of these sets, one after the other, as many as are worth it.
