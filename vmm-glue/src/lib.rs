@@ -27,6 +27,7 @@ mod clock;
 mod config;
 mod console;
 mod cpu;
+mod crew;
 mod devices;
 mod error;
 mod exit;

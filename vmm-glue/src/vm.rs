@@ -17,7 +17,8 @@ use postcopy_engine::pager::FaultServer;
 
 use crate::config::{BootSource, VmConfig};
 use crate::console::{Console, StdinFeed};
-use crate::error::{SystemContext, VmError};
+use crate::crew::Crew;
+use crate::error::VmError;
 use crate::exit::ExitEvent;
 use crate::fault_address::FaultAddresses;
 use crate::gate::Order;
@@ -86,6 +87,7 @@ impl Drop for KvmDirtyLog {
 /// A machine that waits for a guest's state; see [`Vm::prepare`].
 pub struct PreparedVm {
     machine: Prepared,
+    crew: Crew,
     stdin: bool,
 }
 
@@ -103,7 +105,7 @@ impl PreparedVm {
     /// Errors: as [`Vm::restore`].
     pub fn restore(self, state: &[u8]) -> Result<Vm, VmError> {
         let state = VmState::decode(state)?;
-        Vm::launch(self.machine.restore(state)?, self.stdin)
+        Vm::launch(self.machine.restore(state)?, self.crew, self.stdin)
     }
 }
 
@@ -120,7 +122,8 @@ impl Vm {
         console: Console,
     ) -> Result<Self, VmError> {
         let (output, stdin) = console.open()?;
-        Self::launch(Machine::boot(config, memory, source, output)?, stdin)
+        let crew = Crew::begin(config.cpus)?;
+        Self::launch(Machine::boot(config, memory, source, output)?, crew, stdin)
     }
 
     /// Makes a guest from a state that [`Vm::save`] wrote, here or on another host. It does not
@@ -140,8 +143,8 @@ impl Vm {
     ) -> Result<Self, VmError> {
         let state = VmState::decode(state)?;
         state.check_shape(&config, memory.layout())?;
-        let PreparedVm { machine, stdin } = Self::prepare(config, memory, console)?;
-        Self::launch(machine.restore(state)?, stdin)
+        let PreparedVm { machine, crew, stdin } = Self::prepare(config, memory, console)?;
+        Self::launch(machine.restore(state)?, crew, stdin)
     }
 
     /// Does what can be done for [`Vm::restore`] before the state is there: most of the work. So
@@ -159,19 +162,15 @@ impl Vm {
         idle: Idle,
     ) -> Result<PreparedVm, VmError> {
         let (output, stdin) = console.open()?;
-        Ok(PreparedVm { machine: Prepared::new(config, memory, output, idle)?, stdin })
+        let cpus = config.cpus;
+        let machine = Prepared::new(config, memory, output, idle)?;
+        Ok(PreparedVm { machine, crew: Crew::begin(cpus)?, stdin })
     }
 
-    fn launch(machine: Machine, stdin: bool) -> Result<Self, VmError> {
+    fn launch(machine: Machine, crew: Crew, stdin: bool) -> Result<Self, VmError> {
         kick::install_handler()?;
         let machine = Arc::new(machine);
-        let mut vm = Self { stdin: None, machine: machine.clone(), threads: Vec::new() };
-        for index in 0..machine.vcpus.len() {
-            let machine = machine.clone();
-            let run = move || machine.vcpus[index].run(&machine);
-            let thread = std::thread::Builder::new().name(format!("vcpu{index}")).spawn(run);
-            vm.threads.push(thread.system("spawning a vCPU thread")?);
-        }
+        let mut vm = Self { stdin: None, threads: crew.man(&machine), machine: machine.clone() };
         vm.wait_parked(PAUSE_TIMEOUT)?;
         if stdin {
             vm.stdin = Some(StdinFeed::start(machine)?);
