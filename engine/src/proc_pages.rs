@@ -153,13 +153,24 @@ impl SoftDirty {
     ///
     /// Errors: the process is gone.
     pub fn dirty(&self) -> std::io::Result<PageSet> {
-        let mut dirty = PageSet::new(self.pages, false);
+        self.those(|entry| !entry.is_present() || entry.is_soft_dirty())
+    }
+
+    /// The pages that were written since, as far as they are mapped still.
+    ///
+    /// Errors: the process is gone.
+    pub fn written(&self) -> std::io::Result<PageSet> {
+        self.those(|entry| entry.is_present() && entry.is_soft_dirty())
+    }
+
+    fn those(&self, wanted: impl Fn(Entry) -> bool) -> std::io::Result<PageSet> {
+        let mut pages = PageSet::new(self.pages, false);
         each(&self.process, self.base, self.pages, |page, entry| {
-            if !entry.is_present() || entry.is_soft_dirty() {
-                dirty.put(page, page + 1, true);
+            if wanted(entry) {
+                pages.put(page, page + 1, true);
             }
         })?;
-        Ok(dirty)
+        Ok(pages)
     }
 
     /// Whether this kernel notes writes.
@@ -180,11 +191,12 @@ impl SoftDirty {
 
 #[cfg(test)]
 mod tests {
+    use rustix::fs::{FallocateFlags, fallocate};
+
     use super::*;
 
     #[test]
     fn a_page_that_was_given_back_is_seen_also_when_it_is_used_again() {
-        use rustix::fs::{FallocateFlags, fallocate};
         let memory = HostMemory::anonymous("given-back", 64 << 12).unwrap();
         let theirs = memory.map_again().unwrap();
         for page in 0..64 {
@@ -217,6 +229,11 @@ mod tests {
         assert_eq!(log.take().unwrap(), dirty);
         assert!(memory.write(8 << 12, &[3]));
         assert_eq!(log.dirty().unwrap().len(), 1);
+        assert_eq!(log.written().unwrap(), log.dirty().unwrap());
+        let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        fallocate(memory.file(), hole, 20 << 12, 2 << 12).unwrap();
+        assert_eq!(log.dirty().unwrap().len(), 3, "pages that were given back count as written");
+        assert_eq!(log.written().unwrap().len(), 1, "and are not among those that were");
     }
 
     #[test]

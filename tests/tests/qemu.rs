@@ -116,6 +116,8 @@ fn moves_by_pcvm(transport: &str, mode: &str, vhost: bool) {
         let (next, to) = QemuGuest::receive(place, &args, address, &options);
         let report = move_under_a_balloon(&guest, &next, to, (transport, mode));
         assert_eq!(report["pager"]["shards"], shards, "{report}");
+        let recent = &report["pager"]["pages"]["recent_pages"];
+        assert!(mode == "hybrid" || recent.as_u64() > Some(0), "what it wrote last is told: {report}");
         println!(
             "{transport} {mode} move {at} ({landing}): set up {} µs, downtime {} µs, resident {} µs, {} network faults, {} pages kept, \
              {} given back",

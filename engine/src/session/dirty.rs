@@ -97,13 +97,16 @@ impl Watched {
 
 /// What a guest touches from now on for a while, the likeliest to be touched again first: of one whose memory has
 /// been read once, what it writes, and what it touches all the time; of another whose mapping is ours, what it
-/// touches.
+/// touches, and of the rest what they write.
 fn lately(
     guest: &Arc<dyn SourceGuest>,
     log: Option<&mut (dyn DirtyLog + 'static)>,
 ) -> Result<Vec<PageSet>, GuestError> {
     let Some(log) = log else {
-        return if guest.runs_on_our_mapping() { touched(guest).map(Vec::from) } else { Ok(Vec::new()) };
+        return match guest.runs_on_our_mapping() {
+            true => touched(guest).map(Vec::from),
+            false => Ok(vec![guest.written_within(2 * WATCH)?]),
+        };
     };
     log.mark()?;
     if !guest.runs_on_our_mapping() {

@@ -18,6 +18,7 @@ use super::report::{ArrivalReport, MigrationReport, Phase, Progress, REPORT_VERS
 use super::{GuestError, STEP_PATIENCE, SessionError, WORK_PATIENCE, blocking};
 use crate::export::{Export, LANES, MAX_LANES};
 use crate::memory::GuestMemory;
+use crate::page_set::PageSet;
 use crate::pager::is_huge;
 use crate::proc_pages::is_trapped;
 use crate::stats::PagerReport;
@@ -51,6 +52,14 @@ pub trait SourceGuest: Send + Sync + 'static {
     /// [`Mode::Postcopy`].
     fn log_dirty(&self) -> Result<Box<dyn DirtyLog>, GuestError> {
         Err("nothing tells which pages this guest writes".into())
+    }
+
+    /// Pages that are written within `time` from now on, about; none where that cannot be told. Asked where no
+    /// mapping of ours and no log tells it.
+    ///
+    /// Errors: it can be told, and was not.
+    fn written_within(&self, _time: Duration) -> Result<PageSet, GuestError> {
+        Ok(PageSet::default())
     }
 
     /// Lets it run on after [`SourceGuest::freeze`], also after one that failed.

@@ -202,6 +202,19 @@ impl SourceGuest for QemuGuest {
         Ok(Box::new(QemuDirtyLog { log, earlier: PageSet::default(), qmp: self.qmp.clone() }))
     }
 
+    /// Nothing on a kernel without soft-dirty bits. The guest is not stopped, so that of a write that is under way
+    /// nothing may be seen: it is a hint.
+    fn written_within(&self, time: Duration) -> Result<PageSet, GuestError> {
+        if let Err(error) = SoftDirty::check() {
+            tracing::debug!(%error, "what the guest writes last is not known");
+            return Ok(PageSet::default());
+        }
+        let pid = self.qmp().peer()?;
+        let log = ram::log_dirty(pid, self.facts.ram_bytes)?;
+        std::thread::sleep(time);
+        Ok(log.written()?)
+    }
+
     fn thaw(&self) -> Result<(), GuestError> {
         self.run_on().map_err(|error| self.explain(error))
     }
@@ -228,7 +241,7 @@ impl DirtyLog for QemuDirtyLog {
     }
 
     fn since_mark(&mut self) -> Result<PageSet, GuestError> {
-        Ok(self.log.dirty()?)
+        Ok(self.log.written()?)
     }
 
     fn dirty(self: Box<Self>) -> Result<PageSet, GuestError> {
