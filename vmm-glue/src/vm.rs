@@ -122,8 +122,9 @@ impl Vm {
         console: Console,
     ) -> Result<Self, VmError> {
         let (output, stdin) = console.open()?;
-        let crew = Crew::begin(config.cpus)?;
-        Self::launch(Machine::boot(config, memory, source, output)?, crew, stdin)
+        let cpus = config.cpus;
+        let machine = Machine::boot(config, memory, source, output)?;
+        Self::launch(machine, Crew::begin(cpus)?, stdin)
     }
 
     /// Makes a guest from a state that [`Vm::save`] wrote, here or on another host. It does not
