@@ -194,6 +194,21 @@ impl Import {
     ) -> Result<Pager, PagerError> {
         Pager::start(trap, self.memory.as_ref(), &self.source(regions, round), lanes, config)
     }
+
+    /// Has a pager that was [parted](Pager::part) from its source go on over these lanes. Where its pages
+    /// landed in place this must be made for that too.
+    ///
+    /// Errors: as [`Pager::go_on`].
+    pub fn go_on(
+        &self,
+        pager: &mut Pager,
+        lanes: Lanes,
+        regions: [RemoteRegion; 2],
+        config: PagerConfig,
+    ) -> Result<(), PagerError> {
+        let Lanes { shards, servers } = lanes;
+        pager.go_on(self.source(regions, Round::none()), shards, servers, config)
+    }
 }
 
 fn no_room(source: std::io::Error) -> SetupError {

@@ -228,7 +228,7 @@ impl Machine {
         for (at, (vcpu, server)) in self.vcpus.iter().zip(servers).enumerate() {
             let mut faults = VcpuFaults::new(server, addresses.clone(), self.memory.clone());
             for page in self.early_pages.iter().filter(|_| at == 0) {
-                let brought = faults.bring(*page);
+                let brought = faults.bring_first(*page);
                 brought.map_err(|error| VmError::Config(format!("bringing the first pages: {error}")))?;
             }
             vcpu.serve_faults(faults);

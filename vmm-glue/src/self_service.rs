@@ -10,7 +10,7 @@ use std::sync::Arc;
 use kvm_bindings::KVM_EXIT_MEMORY_FAULT;
 use kvm_ioctls::VcpuFd;
 use postcopy_engine::memory::{Gpa, GuestMemory, PAGE_SIZE, PageIndex};
-use postcopy_engine::pager::FaultServer;
+use postcopy_engine::pager::{FaultServer, Served};
 
 use crate::fault_address::FaultAddresses;
 
@@ -32,9 +32,9 @@ impl VcpuFaults {
         Self { server, addresses, memory, last: None, repeats: 0 }
     }
 
-    /// Brings the page at `gpa`. Errors: it is no memory, it does not come, or bringing it does not
-    /// help.
-    pub(crate) fn bring(&mut self, gpa: Gpa) -> Result<(), String> {
+    /// Brings the page at `gpa`, unless a lane was lost. Errors: it is no memory, it does not come, or bringing
+    /// it does not help.
+    fn bring(&mut self, gpa: Gpa) -> Result<Served, String> {
         self.repeats = if self.last == Some(gpa) { self.repeats + 1 } else { 0 };
         self.last = Some(gpa);
         if self.repeats >= MAX_REPEATS {
@@ -42,7 +42,26 @@ impl VcpuFaults {
         }
         let offset = self.memory.layout().offset_of(gpa);
         let offset = offset.ok_or_else(|| format!("a fault at {:#x}, where it has no memory", gpa.0))?;
-        self.server.serve(PageIndex::containing(offset)).map_err(|error| error.to_string())
+        let served = self.server.serve(PageIndex::containing(offset)).map_err(|error| error.to_string())?;
+        if served == Served::Stranded {
+            // It faults again until there is another lane, or it is told to stop.
+            self.last = None;
+        }
+        Ok(served)
+    }
+
+    /// Brings a page before the guest runs here. Errors: as [`VcpuFaults::bring`], or a lane was lost.
+    pub(crate) fn bring_first(&mut self, gpa: Gpa) -> Result<(), String> {
+        match self.bring(gpa)? {
+            Served::Here => Ok(()),
+            Served::Stranded => Err("a lane was lost".into()),
+        }
+    }
+
+    /// As [`VcpuFaults::bring`], for an access of our own, which must find the page there.
+    fn bring_for_us(&mut self, gpa: Gpa) -> Result<(), String> {
+        while self.bring(gpa)? == Served::Stranded {}
+        Ok(())
     }
 
     /// After EFAULT: brings the page that the vCPU missed.
@@ -52,7 +71,7 @@ impl VcpuFaults {
         let address = unsafe { run.__bindgen_anon_1.memory_fault }.gpa;
         let told = (run.exit_reason == KVM_EXIT_MEMORY_FAULT).then_some(address);
         match told.or_else(|| self.addresses.of_this_thread()) {
-            Some(gpa) => self.bring(Gpa(gpa)),
+            Some(gpa) => self.bring(Gpa(gpa)).map(drop),
             // Another thread's address is in the slot: fault again.
             None if self.repeats < MAX_REPEATS => {
                 self.repeats += 1;
@@ -68,7 +87,7 @@ impl VcpuFaults {
         let place = fd.translate_gva(regs.rip).map_err(|error| error.to_string())?;
         match place.valid {
             0 => Err(format!("KVM cannot emulate the instruction at {:#x}", regs.rip)),
-            _ => self.bring(Gpa(place.physical_address)),
+            _ => self.bring(Gpa(place.physical_address)).map(drop),
         }
     }
 
@@ -90,10 +109,10 @@ impl VcpuFaults {
     }
 
     fn present(&mut self, address: u64, len: usize) -> Result<u64, String> {
-        self.bring(Gpa(address))?;
+        self.bring_for_us(Gpa(address))?;
         let end = Gpa(address + len.max(1) as u64 - 1);
         if end.0 / PAGE_SIZE != address / PAGE_SIZE {
-            self.bring(end)?;
+            self.bring_for_us(end)?;
         }
         self.memory.layout().offset_of(Gpa(address)).ok_or_else(|| past_the_end(address))
     }

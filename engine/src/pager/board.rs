@@ -18,6 +18,8 @@ pub(super) struct Board {
 }
 
 struct Told {
+    /// What was done before, over lanes that were lost.
+    before: PagerReport,
     reports: Vec<PagerReport>,
     /// Of those shards that have ended.
     ended: usize,
@@ -38,10 +40,18 @@ impl Told {
     }
 
     fn report(&self) -> PagerReport {
-        let mut all = PagerReport::default();
+        let mut all = self.before;
         self.reports.iter().for_each(|report| all.add(report));
         all
     }
+}
+
+/// What shards have done whose lanes were lost.
+#[derive(Default)]
+pub(super) struct Past {
+    report: PagerReport,
+    stages: Stages,
+    waits: Waits,
 }
 
 /// How a shard ended.
@@ -52,18 +62,24 @@ pub(super) struct End {
 }
 
 impl Board {
-    /// For so many shards.
-    pub(super) fn new(shards: usize) -> (Self, watch::Receiver<PagerStatus>) {
-        let (status, watched) = watch::channel(PagerStatus::default());
-        let told = Told {
-            reports: vec![PagerReport::default(); shards],
-            ended: 0,
-            stopped: false,
-            failed: None,
-            stages: Stages::default(),
-            waits: Waits::default(),
-        };
+    /// For so many shards, which go on where others have ended.
+    pub(super) fn new(shards: usize, past: Past) -> (Self, watch::Receiver<PagerStatus>) {
+        let Past { report: before, stages, waits } = past;
+        let (status, watched) = watch::channel(PagerStatus { report: before, ..Default::default() });
+        let reports = vec![PagerReport::default(); shards];
+        let told = Told { before, reports, ended: 0, stopped: false, failed: None, stages, waits };
         (Self { told: Mutex::new(told), status }, watched)
+    }
+
+    /// What there is to go on with, once all shards have ended.
+    pub(super) fn past(&self) -> Past {
+        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        // How many pages there are, and how many are to come, the next shards tell themselves.
+        let report = PagerReport { shards: 0, total_pages: 0, outstanding_pages: 0, ..told.report() };
+        told.waits.interrupt();
+        let mut waits = Waits::default();
+        waits.add_all(&told.waits);
+        Past { report, stages: told.stages.clone(), waits }
     }
 
     /// A shard has got so far.
@@ -76,12 +92,15 @@ impl Board {
 
     /// A shard has ended. The first that fails is the pager's failure: part of the guest's memory
     /// does not come, whatever the others do.
-    pub(super) fn end(&self, shard: usize, end: End) {
+    pub(super) fn end(&self, shard: usize, mut end: End) {
         let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
         told.reports[shard] = end.report;
         told.ended += 1;
         match end.state {
-            PagerState::Failed(error) => drop(told.failed.get_or_insert(error)),
+            PagerState::Failed(error) => {
+                told.failed.get_or_insert(error);
+                told.waits.take_over(end.timing.waits.under_way());
+            }
             PagerState::Stopped => told.stopped = true,
             PagerState::Resident | PagerState::Running => {}
         }

@@ -9,17 +9,27 @@
 //! A page's landing place is written by whoever claimed it and by nobody else, so nothing is read
 //! twice, and what the guest wrote is never overwritten. One byte a page; a claim is one
 //! compare-and-swap.
+//!
+//! When a lane is lost, claims are abandoned: nobody begins any more, and what was claimed and not published is
+//! missing in those that follow ([`Claims::following`]).
 
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
 
 use crate::memory::PageIndex;
-use crate::planner::Run;
+use crate::planner::{PageState, Pages, Run};
 
 const MISSING: u8 = 0;
 const CLAIMED: u8 = 1;
 const ZERO: u8 = 2;
 const RESIDENT: u8 = 3;
 const KEPT: u8 = 4;
+
+/// Whether faults may be served by these claims.
+const OPEN: u8 = 0;
+/// No more: every page is here.
+const RELEASED: u8 = 1;
+/// No more: pages are missing, and others will bring them.
+const ABANDONED: u8 = 2;
 
 /// What a claim found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,14 +53,39 @@ pub(super) struct Claims {
     outstanding: AtomicU64,
     /// Threads between [`Claims::enter`] and [`Claims::leave`].
     serving: AtomicU32,
-    closing: AtomicBool,
+    closing: AtomicU8,
 }
 
 impl Claims {
     pub(super) fn new(pages: u64) -> Self {
         let states = (0..pages).map(|_| AtomicU8::new(MISSING)).collect();
         let outstanding = AtomicU64::new(pages);
-        Self { states, outstanding, serving: AtomicU32::new(0), closing: AtomicBool::new(false) }
+        Self { states, outstanding, serving: AtomicU32::new(0), closing: AtomicU8::new(OPEN) }
+    }
+
+    /// Those that follow on these, which are abandoned and which nobody serves by any more: pages that were
+    /// claimed and not published are missing.
+    pub(super) fn following(&self) -> Self {
+        let state = |state: &AtomicU8| match state.load(Ordering::Acquire) {
+            CLAIMED => MISSING,
+            other => other,
+        };
+        let states: Vec<u8> = self.states.iter().map(state).collect();
+        let outstanding = states.iter().filter(|state| **state == MISSING).count() as u64;
+        let states = states.into_iter().map(AtomicU8::new).collect();
+        Self { states, outstanding: AtomicU64::new(outstanding), ..Self::new(0) }
+    }
+
+    /// What is known of the pages, for a planner.
+    pub(super) fn pages(&self) -> Pages {
+        Pages::of(self.states.len() as u64, |page| {
+            match self.states[page.0 as usize].load(Ordering::Acquire) {
+                ZERO => PageState::Zero,
+                KEPT => PageState::Kept,
+                RESIDENT => PageState::Resident,
+                _ => PageState::Missing,
+            }
+        })
     }
 
     fn swap(&self, page: PageIndex, from: u8, to: u8) -> Result<u8, u8> {
@@ -138,10 +173,11 @@ impl Claims {
         self.states[page.0 as usize].load(Ordering::Acquire) == RESIDENT
     }
 
-    /// Begins to serve a fault. False once the memory is being let go: every page is here then.
+    /// Begins to serve a fault. False once the memory is being let go, as every page is here, or they are
+    /// [abandoned](Claims::is_abandoned).
     pub(super) fn enter(&self) -> bool {
         self.serving.fetch_add(1, Ordering::SeqCst);
-        let open = !self.closing.load(Ordering::SeqCst);
+        let open = self.closing.load(Ordering::SeqCst) == OPEN;
         if !open {
             self.leave();
         }
@@ -156,7 +192,23 @@ impl Claims {
     /// Lets nobody begin any more, and waits until nobody serves a fault: after it, no read of a
     /// serving thread is under way that could write over what the guest wrote since.
     pub(super) fn close(&self) {
-        self.closing.store(true, Ordering::SeqCst);
+        self.closing.store(RELEASED, Ordering::SeqCst);
+        self.await_left();
+    }
+
+    /// Lets nobody begin any more, as others will bring what is missing.
+    pub(super) fn abandon(&self) {
+        // What is released stays so: nothing of it is missing.
+        let _ = self.closing.compare_exchange(OPEN, ABANDONED, Ordering::SeqCst, Ordering::SeqCst);
+    }
+
+    /// Whether [`Claims::abandon`] was called.
+    pub(super) fn is_abandoned(&self) -> bool {
+        self.closing.load(Ordering::SeqCst) == ABANDONED
+    }
+
+    /// Waits until nobody serves a fault, after nobody may begin any more.
+    pub(super) fn await_left(&self) {
         while self.serving.load(Ordering::SeqCst) > 0 {
             std::thread::yield_now();
         }

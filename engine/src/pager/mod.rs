@@ -3,10 +3,11 @@
 //! [`Pager::start`] spawns a thread (a *shard*, see the loop in `shard.rs`) over each part of a
 //! [`Trap`] and two lanes. The threads know no session; progress and the end come out of a watch
 //! channel. When one ends badly, or panics, the trap stays: the guest waits for its pages and never
-//! reads zeros.
+//! reads zeros. If it was a lane that was lost, [`Pager::go_on`] starts others over new ones.
 
 mod board;
 mod claims;
+mod error;
 mod huge_pages;
 mod landing;
 mod map_reader;
@@ -21,105 +22,35 @@ mod token;
 mod trap;
 mod waits;
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Receiver;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+pub use error::PagerError;
+use error::failed;
 pub(crate) use huge_pages::is_huge;
 pub use huge_pages::{Collapsed, HugePages};
 pub use landing::{Landing, LandingMemory};
-use postcopy_transport::{AnyLane, HostMemory, LaneError, LocalRegion, ReadError, RemoteRegion};
+use postcopy_transport::{AnyLane, HostMemory, LocalRegion, RemoteRegion};
 pub(crate) use round::read_once;
 pub use round::{Round, RoundWatch};
 use rustix::event::{EventfdFlags, eventfd};
-pub use server::{FaultFailed, FaultServer};
+pub use server::{FaultFailed, FaultServer, Served};
 pub use shards::{MAX_SHARDS, Shards};
 pub use sigbus::SelfService;
 use tokio::sync::watch;
 pub use trap::{FaultsTo, Trap};
 pub use waits::Waited;
 
-use self::board::Board;
+use self::board::{Board, Past};
+use self::claims::Claims;
 use self::map_reader::MapReader;
-use self::server::{Note, Shared};
-use crate::memory::{GuestMemory, PAGE_SIZE, PageIndex};
+use self::server::{Note, Outfit, Relay, Shared};
+use crate::memory::{GuestMemory, PAGE_SIZE};
 use crate::planner::{PlannerConfig, Run};
 use crate::stats::PagerReport;
-
-/// Why the pager stopped. The guest waits wherever it touched a page that is not there.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum PagerError {
-    /// This process may not use userfaultfd.
-    #[error(
-        "userfaultfd is refused ({source}): run as root, give this program CAP_SYS_PTRACE, or allow its \
-         user to open /dev/userfaultfd (or set the sysctl vm.unprivileged_userfaultfd to 1)"
-    )]
-    UserfaultRefused {
-        /// What the system said.
-        source: std::io::Error,
-    },
-    /// A userfaultfd operation failed.
-    #[error("{operation} failed: {source}")]
-    Userfault {
-        /// Which.
-        operation: &'static str,
-        /// What the system said.
-        source: std::io::Error,
-    },
-    /// A lane died.
-    #[error("the {lane} lane failed{}: {source}; the guest waits for {outstanding} pages of its memory", at(*page))]
-    Lane {
-        /// The page whose read failed, where the device tells.
-        page: Option<PageIndex>,
-        /// urgent or bulk.
-        lane: &'static str,
-        /// Pages that had not arrived.
-        outstanding: u64,
-        /// Why.
-        source: LaneError,
-    },
-    /// The lane of a thread that serves its own faults died.
-    #[error("the lane of a thread that serves itself failed: {source}; the guest waits")]
-    Server {
-        /// Why.
-        source: LaneError,
-    },
-    /// The source refused a read.
-    #[error("the source refused to give page {page:?}: {source}")]
-    Read {
-        /// The first page of the read.
-        page: PageIndex,
-        /// Why.
-        source: ReadError,
-    },
-    /// The source's memory is not what it said.
-    #[error("the source broke the protocol: {0}")]
-    Peer(&'static str),
-    /// Nobody waits for the round of pre-copy any more.
-    #[error("the round of pre-copy was ended early")]
-    RoundEnded,
-    /// The kernel reported a fault outside guest memory.
-    #[error("a fault at {0:?}, outside guest memory")]
-    StrayFault(PageIndex),
-    /// The system refused something else.
-    #[error("{operation} failed: {source}")]
-    System {
-        /// What was tried.
-        operation: &'static str,
-        /// What the system said.
-        source: std::io::Error,
-    },
-    /// The thread panicked: a bug in the engine.
-    #[error("the pager thread panicked: {0}; the guest waits, please report this")]
-    Panicked(String),
-}
-
-fn at(page: Option<PageIndex>) -> String {
-    page.map(|page| format!(" at page {:#x}", page.0)).unwrap_or_default()
-}
 
 /// Where the pager stands.
 #[derive(Clone, Debug, Default)]
@@ -194,7 +125,8 @@ impl SourceMemory {
 pub struct Pager {
     status: watch::Receiver<PagerStatus>,
     huge_pages: HugePages,
-    threads: Vec<JoinHandle<Arc<Board>>>,
+    threads: Vec<JoinHandle<()>>,
+    board: Arc<Board>,
     /// One for each shard, in the order of their parts.
     shards: Arc<[Arc<Shared>]>,
     trap: Trap,
@@ -202,14 +134,11 @@ pub struct Pager {
     memory: Option<HostMemory>,
     spin: Duration,
     landing: LandingMemory,
-    /// Threads that serve themselves.
-    servers: AtomicUsize,
+    /// What the round of pre-copy has left here.
+    round: Round,
+    /// Where threads that serve themselves find what to go on with.
+    servers: Mutex<Vec<Arc<Relay>>>,
     _signals: Vec<sigbus::Registration>,
-}
-
-/// An error of the system's in this operation.
-fn failed(operation: &'static str) -> impl Fn(std::io::Error) -> PagerError {
-    move |source| PagerError::System { operation, source }
 }
 
 /// Asks the thread to stop, or to look at its notes, also while it sleeps.
@@ -244,6 +173,19 @@ impl Pager {
         lanes: Vec<[AnyLane; 2]>,
         config: PagerConfig,
     ) -> Result<Self, PagerError> {
+        let claims = trap.parts().iter().map(|part| Claims::new(part.part().pages)).collect();
+        let memory = memory.map(|memory| memory.guest().clone());
+        Self::begin((trap, memory), source, lanes, config, (claims, None))
+    }
+
+    /// `claims` is what is known of each shard's pages; `past`, if others brought them, what those have done.
+    fn begin(
+        (trap, memory): (Trap, Option<HostMemory>),
+        source: &SourceMemory,
+        lanes: Vec<[AnyLane; 2]>,
+        config: PagerConfig,
+        (claims, past): (Vec<Claims>, Option<Past>),
+    ) -> Result<Self, PagerError> {
         let pages = trap.pages();
         source.check(pages)?;
         if lanes.len() != trap.shards() || !source.landing.fits(pages, trap.shards()) {
@@ -253,10 +195,12 @@ impl Pager {
                 source,
             });
         }
-        let (board, status) = Board::new(trap.shards());
+        let first = past.is_none();
+        let (board, status) = Board::new(trap.shards(), past.unwrap_or_default());
+        let board = Arc::new(board);
         let (mut shards, mut notes) = (Vec::new(), Vec::new());
-        for trap in trap.parts() {
-            let (shared, heard) = Shared::new(trap.clone(), source)?;
+        for (trap, claims) in trap.parts().iter().zip(claims) {
+            let (shared, heard) = Shared::new(trap.clone(), source, claims)?;
             shards.push(Arc::new(shared));
             notes.push(heard);
         }
@@ -266,45 +210,43 @@ impl Pager {
             signals.push(registered.map_err(failed("handling SIGBUS"))?);
         }
         let (huge_pages, spin) = (config.huge_pages, config.spin);
-        let memory = memory.map(|memory| memory.guest().clone());
         let mut pager = Self {
             status,
             huge_pages,
             threads: Vec::new(),
+            board,
             shards: shards.into(),
             trap,
             memory,
             spin,
             landing: source.landing.clone(),
-            servers: AtomicUsize::new(0),
+            round: source.round.clone(),
+            servers: Mutex::default(),
             _signals: signals,
         };
-        pager.start_threads(pages, source, notes.into_iter().zip(lanes), config, &Arc::new(board))?;
+        pager.start_threads(source, notes.into_iter().zip(lanes), config, first)?;
         Ok(pager)
     }
 
-    /// If it fails, those that were started end with the pager.
+    /// If it fails, those that were started end with the pager. They are the `first` to bring pages, or not.
     fn start_threads(
         &mut self,
-        pages: u64,
         source: &SourceMemory,
         each: impl Iterator<Item = (Receiver<Note>, [AnyLane; 2])>,
         mut config: PagerConfig,
-        board: &Arc<Board>,
+        first: bool,
     ) -> Result<(), PagerError> {
+        let pages = self.trap.pages();
         // They share the wire that a fault may wait for.
         config.planner.bulk_wait_ns /= self.shards.len() as u64;
         for (at, (shared, (notes, lanes))) in self.shards.iter().zip(each).enumerate() {
             let round = source.round.of(shared.part);
-            let precopied = [round.pages(), round.bytes];
+            let precopied = if first { [round.pages(), round.bytes] } else { [0; 2] };
             let map = MapReader::of_frozen(pages, source, (at, shared.part), round.held)?;
             let ways = shard::Ways { lanes, place: source.landing.of_shard(at), map };
             let shard = shard::Shard::new(shared.clone(), notes, ways, precopied, config);
-            let board = board.clone();
-            let work = move || {
-                shard::supervise(shard, at, &board);
-                board
-            };
+            let board = self.board.clone();
+            let work = move || shard::supervise(shard, at, &board);
             let thread = std::thread::Builder::new().name(format!("pager-{at}")).spawn(work);
             self.threads.push(thread.map_err(failed("starting a pager thread"))?);
         }
@@ -320,10 +262,9 @@ impl Pager {
             return;
         }
         // Their work is done.
-        let ended: Vec<_> = self.threads.drain(..).filter_map(|thread| thread.join().ok()).collect();
-        let last = ended.into_iter().next_back();
-        let Some((board, memory)) = last.zip(self.memory.clone()) else { return };
-        if let Err(error) = huge_pages::begin(memory, board) {
+        self.threads.drain(..).for_each(|thread| drop(thread.join()));
+        let Some(memory) = self.memory.clone() else { return };
+        if let Err(error) = huge_pages::begin(memory, self.board.clone()) {
             tracing::warn!(%error, "memory stays in small pages: no thread for the work");
         }
     }
@@ -333,10 +274,77 @@ impl Pager {
     ///
     /// Errors: there are 64 such threads already.
     pub fn server(&self, lane: AnyLane) -> Result<FaultServer, PagerError> {
+        let mut servers = self.servers.lock().unwrap_or_else(PoisonError::into_inner);
+        let outfit = self.outfit(servers.len(), lane)?;
+        let relay = Arc::<Relay>::default();
+        servers.push(relay.clone());
+        Ok(FaultServer::new(outfit, relay, self.spin))
+    }
+
+    /// What the so manieth thread serves itself with.
+    fn outfit(&self, server: usize, lane: AnyLane) -> Result<Outfit, PagerError> {
         let none =
             || failed("giving a thread a place to land in")(std::io::Error::other("there are no more"));
-        let place = self.landing.of_server(self.servers.fetch_add(1, Ordering::Relaxed));
-        Ok(FaultServer::new(self.shards.clone(), lane, place.ok_or_else(none)?, self.spin))
+        let place = self.landing.of_server(server).ok_or_else(none)?;
+        Ok(Outfit { shards: self.shards.clone(), lane: Some(lane), place })
+    }
+
+    /// How many threads serve themselves.
+    pub fn servers(&self) -> usize {
+        self.servers.lock().unwrap_or_else(PoisonError::into_inner).len()
+    }
+
+    /// Whether pages land in the guest's memory. They must then to the end: what has landed there and is not
+    /// published would not be replaced by a copy.
+    pub fn lands_in_place(&self) -> bool {
+        matches!(self.landing, LandingMemory::InPlace { .. })
+    }
+
+    /// Stops, and waits until nobody reads into the guest's memory any more. What is here, and what is not,
+    /// stays known for [`Pager::go_on`]; what is not stays trapped.
+    pub fn part(&mut self) {
+        for shared in &*self.shards {
+            shared.claims.abandon();
+        }
+        self.end();
+        for shared in &*self.shards {
+            shared.claims.await_left();
+        }
+    }
+
+    /// Goes on over new lanes, after [`Pager::part`]: as many pairs as it has shards, and one for each thread
+    /// that serves itself. Pages that were here stay as they are; those that were on their way are read
+    /// again. Where pages landed in place they must do so now. Its [status](Pager::status) is another from
+    /// now on.
+    ///
+    /// Errors: as [`Pager::start`]; it is then as it was.
+    pub fn go_on(
+        &mut self,
+        source: SourceMemory,
+        lanes: Vec<[AnyLane; 2]>,
+        servers: Vec<AnyLane>,
+        config: PagerConfig,
+    ) -> Result<(), PagerError> {
+        if self.lands_in_place() && !matches!(source.landing, LandingMemory::InPlace { .. }) {
+            let source = std::io::Error::other("pages have landed in place before");
+            return Err(PagerError::System { operation: "having pages land in a pool", source });
+        }
+        let source = SourceMemory { round: self.round.clone(), ..source };
+        let claims = self.shards.iter().map(|shared| shared.claims.following()).collect();
+        let guest = (self.trap.clone(), self.memory.clone());
+        let next = Self::begin(guest, &source, lanes, config, (claims, Some(self.board.past())))?;
+        let outfits: Result<Vec<_>, _> =
+            servers.into_iter().enumerate().map(|(at, lane)| next.outfit(at, lane)).collect();
+        let outfits = outfits?;
+        let relays = std::mem::take(&mut *self.servers.lock().unwrap_or_else(PoisonError::into_inner));
+        relays.iter().zip(outfits).for_each(|(relay, outfit)| relay.give(outfit));
+        *next.servers.lock().unwrap_or_else(PoisonError::into_inner) = relays;
+        // What they wait for was asked of shards that are no more.
+        for part in self.trap.parts() {
+            part.wake_all()?;
+        }
+        *self = next;
+        Ok(())
     }
 
     /// Has these pages read before others, the first first: the guest touched them just before it was

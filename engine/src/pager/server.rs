@@ -3,10 +3,13 @@
 //! The thread that touched a page claims it, reads it and publishes it, and goes on: no event, no
 //! wake-up, no other thread on the way. The shard learns of it afterwards, for its policy and its
 //! counts. A page that somebody else has claimed is waited for.
+//!
+//! When a lane is lost, whoever's, the thread has nothing to serve itself with until it is given another
+//! [`Outfit`]: its touch is tried again and again meanwhile.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use postcopy_transport::{AnyLane, Completion, Lane, LaneError, Read, RemoteRegion, Token};
@@ -25,6 +28,8 @@ use crate::planner::{LaneId, Run};
 const GIVE_WAY: Duration = Duration::from_micros(100);
 /// The sleep between the looks.
 const NAP: Duration = Duration::from_micros(50);
+/// The sleep before a touch is tried again, while nobody can bring what is missing.
+const STRANDED_NAP: Duration = Duration::from_millis(10);
 
 /// What other threads tell the shard.
 pub(super) enum Note {
@@ -68,12 +73,16 @@ pub(super) struct Shared {
 
 impl Shared {
     /// For the part that `trap` is over, and where the shard hears of the others' notes.
-    pub(super) fn new(trap: PartTrap, source: &SourceMemory) -> Result<(Self, Receiver<Note>), PagerError> {
+    pub(super) fn new(
+        trap: PartTrap,
+        source: &SourceMemory,
+        claims: Claims,
+    ) -> Result<(Self, Receiver<Note>), PagerError> {
         let (notes, heard) = channel();
         let part = trap.part();
         let shared = Self {
             part,
-            claims: Claims::new(part.pages),
+            claims,
             trap,
             memory: source.memory,
             populated: source.landing.populated(),
@@ -94,9 +103,13 @@ impl Shared {
         Some(read.expect("the part lies in the source's memory, and a read in the part"))
     }
 
-    /// Has the shard bring a page, and waits until it is there.
+    /// Has the shard bring a page, and waits until it is there, or some time where nobody can bring it.
     pub(super) fn ask(&self, page: PageIndex) {
-        if !self.claims.covers(page) || !self.claims.enter() {
+        if !self.claims.covers(page) {
+            return;
+        }
+        if !self.claims.enter() {
+            self.rest_if_stranded();
             return;
         }
         let seen = Instant::now();
@@ -106,6 +119,13 @@ impl Shared {
         self.claims.leave();
         self.await_resident(page);
         self.waited(this_thread(), seen);
+    }
+
+    /// Before a touch is tried again, where nobody can bring its page.
+    fn rest_if_stranded(&self) {
+        if self.claims.is_abandoned() {
+            std::thread::sleep(STRANDED_NAP);
+        }
     }
 
     /// Tells that a thread waits no more.
@@ -127,12 +147,42 @@ impl Shared {
     }
 }
 
+/// What a thread serves itself with.
+pub(super) struct Outfit {
+    /// In the order of their parts.
+    pub(super) shards: Arc<[Arc<Shared>]>,
+    /// Until it is lost.
+    pub(super) lane: Option<AnyLane>,
+    pub(super) place: Place,
+}
+
+/// Where a server finds its next outfit.
+#[derive(Default)]
+pub(super) struct Relay(Mutex<Option<Outfit>>);
+
+impl Relay {
+    pub(super) fn give(&self, outfit: Outfit) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(outfit);
+    }
+
+    fn take(&self) -> Option<Outfit> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+}
+
+/// Whether what a thread touched is there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Served {
+    /// It is.
+    Here,
+    /// A lane was lost, and there is no other yet. The touch is to be tried again; it comes back here.
+    Stranded,
+}
+
 /// Serves the faults of one thread.
 pub struct FaultServer {
-    /// In the order of their parts.
-    shards: Arc<[Arc<Shared>]>,
-    lane: AnyLane,
-    place: Place,
+    outfit: Outfit,
+    relay: Arc<Relay>,
     /// How long to poll for the answer before sleeping.
     spin: Duration,
     /// Whether spinning keeps a background read from the processor.
@@ -143,31 +193,46 @@ pub struct FaultServer {
 }
 
 impl FaultServer {
-    pub(super) fn new(shards: Arc<[Arc<Shared>]>, lane: AnyLane, place: Place, spin: Duration) -> Self {
+    pub(super) fn new(outfit: Outfit, relay: Arc<Relay>, spin: Duration) -> Self {
         let crowded = postcopy_transport::is_crowded();
-        Self { shards, lane, place, spin, crowded, completions: Vec::with_capacity(1), thread: None }
+        Self { outfit, relay, spin, crowded, completions: Vec::with_capacity(1), thread: None }
     }
 
     /// Whether it reads the memory of `shared`.
-    pub(super) fn is_of(&self, shared: &Shared) -> bool {
-        self.shards.iter().any(|shard| std::ptr::eq(&**shard, shared))
+    pub(super) fn is_of(&mut self, shared: &Shared) -> bool {
+        self.renew();
+        self.outfit.shards.iter().any(|shard| std::ptr::eq(&**shard, shared))
     }
 
-    /// Brings a page that this thread touched. Returns when it is published, by whomever; touch it
-    /// again then.
+    /// Takes what there is to go on with after a lane was lost.
+    fn renew(&mut self) {
+        if let Some(outfit) = self.relay.take() {
+            self.outfit = outfit;
+            self.completions.clear();
+        }
+    }
+
+    /// Brings a page that this thread touched. Returns when it is published, by whomever, or cannot be
+    /// now; touch it again then.
     ///
-    /// Errors: the lane died or the kernel refused. The shard knows; the page does not come, and the
+    /// Errors: the kernel refused, or the source. The shard knows; the page does not come, and the
     /// thread must not go on.
-    pub fn serve(&mut self, page: PageIndex) -> Result<(), FaultFailed> {
+    pub fn serve(&mut self, page: PageIndex) -> Result<Served, FaultFailed> {
         let seen = Instant::now();
         let thread = *self.thread.get_or_insert_with(this_thread);
-        let shards = self.shards.clone();
+        self.renew();
+        if self.outfit.lane.is_none() {
+            std::thread::sleep(STRANDED_NAP);
+            return Ok(Served::Stranded);
+        }
+        let shards = self.outfit.shards.clone();
         let mut here = shards.iter().filter_map(|shard| Some((&**shard, shard.part.local(page)?)));
         let Some((shared, page)) = here.next() else {
             return fail(&shards[0], PagerError::StrayFault(page));
         };
         if !shared.claims.enter() {
-            return Ok(());
+            shared.rest_if_stranded();
+            return Ok(if shared.claims.is_abandoned() { Served::Stranded } else { Served::Here });
         }
         let served = match shared.claims.claim(page) {
             Claim::Read => self.bring(shared, page, seen),
@@ -178,27 +243,37 @@ impl FaultServer {
                 shared.claims.leave();
                 shared.await_resident(page);
                 shared.waited(thread, seen);
-                return Ok(());
+                return Ok(if shared.claims.is_abandoned() { Served::Stranded } else { Served::Here });
             }
         };
         shared.waited(thread, seen);
         shared.claims.leave();
-        served.or_else(|error| fail(shared, error))
+        match served {
+            Ok(()) => Ok(Served::Here),
+            Err(error @ PagerError::Server { .. }) => {
+                tell_failed(shared, error);
+                Ok(Served::Stranded)
+            }
+            Err(error) => fail(shared, error),
+        }
     }
 
     fn bring(&mut self, shared: &Shared, page: PageIndex, seen: Instant) -> Result<(), PagerError> {
-        let read = shared.read_of(Token(page.0), Run::one(page), LaneId::Urgent, &mut self.place);
+        let read = shared.read_of(Token(page.0), Run::one(page), LaneId::Urgent, &mut self.outfit.place);
         let read = read.ok_or_else(|| failed(LaneError::Closed))?;
-        let posted = self.lane.post(&[read]).map_err(failed)?;
+        // If it fails it is dropped: what was in flight must not land any more.
+        let mut lane = self.outfit.lane.take().ok_or_else(|| failed(LaneError::Closed))?;
+        let posted = lane.post(&[read]).map_err(failed)?;
         assert!(posted == 1, "a server has one read in flight, and every lane room for that");
         let posted = Instant::now();
         // Before the wait: what is around the page can be read meanwhile.
         drop(shared.notes.send(Note::Serving(page)));
-        self.await_read(posted).map_err(failed)?;
+        self.await_read(&mut lane, posted).map_err(failed)?;
         let completed = Instant::now();
+        self.outfit.lane = Some(lane);
         let result = self.completions.pop().map_or(Ok(()), |completion| completion.result);
         result.map_err(|source| PagerError::Read { page: shared.part.global(page), source })?;
-        self.place.publish(&shared.trap, Run::one(page))?;
+        self.outfit.place.publish(&shared.trap, Run::one(page))?;
         let published = Instant::now();
         let last = shared.claims.published(Run::one(page));
         drop(shared.notes.send(Note::Served(page, Stamps { seen, posted, completed, published })));
@@ -210,23 +285,23 @@ impl FaultServer {
 
     /// Whether bulk reads are under way.
     fn is_drained(&self) -> bool {
-        self.shards.iter().any(|shard| shard.draining.load(Ordering::Relaxed))
+        self.outfit.shards.iter().any(|shard| shard.draining.load(Ordering::Relaxed))
     }
 
     /// Waits for the one read in flight: polls for a while, then sleeps on the descriptor. Where
     /// cores are few and a drain is under way it sleeps at once, so that the drain's threads get
     /// what the wire leaves them.
-    fn await_read(&mut self, posted: Instant) -> Result<(), LaneError> {
+    fn await_read(&mut self, lane: &mut AnyLane, posted: Instant) -> Result<(), LaneError> {
         loop {
-            self.lane.poll(&mut self.completions)?;
+            lane.poll(&mut self.completions)?;
             if !self.completions.is_empty() {
                 return Ok(());
             }
             let crowded = self.crowded && self.is_drained();
             if !crowded && posted.elapsed() < self.spin {
                 std::hint::spin_loop();
-            } else if self.lane.arm()? {
-                let descriptor = PollFd::from_borrowed_fd(self.lane.descriptor(), PollFlags::IN);
+            } else if lane.arm()? {
+                let descriptor = PollFd::from_borrowed_fd(lane.descriptor(), PollFlags::IN);
                 // A signal is a wake-up like any other: look again.
                 let _ = poll(&mut [descriptor], None::<&Timespec>);
             }
@@ -235,10 +310,14 @@ impl FaultServer {
 }
 
 /// Tells a shard that a page of its does not come.
-fn fail(shared: &Shared, error: PagerError) -> Result<(), FaultFailed> {
+fn fail(shared: &Shared, error: PagerError) -> Result<Served, FaultFailed> {
+    tell_failed(shared, error);
+    Err(FaultFailed)
+}
+
+fn tell_failed(shared: &Shared, error: PagerError) {
     drop(shared.notes.send(Note::Failed(error)));
     shared.stop.rouse();
-    Err(FaultFailed)
 }
 
 fn this_thread() -> i32 {

@@ -105,6 +105,9 @@ pub(super) fn supervise(mut shard: Shard, number: usize, board: &Board) {
             PagerState::Failed(Arc::new(PagerError::Panicked(said.into())))
         }
     };
+    if matches!(state, PagerState::Failed(_)) {
+        shard.shared.claims.abandon();
+    }
     let (report, timing) = (shard.report(), std::mem::take(&mut shard.timing));
     // The lanes close before anybody learns of the end, so the source may go when they do.
     drop(shard);
@@ -112,7 +115,8 @@ pub(super) fn supervise(mut shard: Shard, number: usize, board: &Board) {
 }
 
 impl Shard {
-    /// `precopied` has the pages and bytes that the round of pre-copy has brought of its part.
+    /// `precopied` has the pages and bytes that the round of pre-copy has brought of its part, if that is to
+    /// be counted here.
     pub(super) fn new(
         shared: Arc<Shared>,
         notes: Receiver<Note>,
@@ -120,12 +124,12 @@ impl Shard {
         precopied: [u64; 2],
         config: PagerConfig,
     ) -> Self {
-        let pages = shared.part.pages;
+        let planner = Planner::going_on(shared.claims.pages(), config.planner);
         Self {
             shared,
             notes,
             elsewhere: HashMap::new(),
-            planner: Planner::new(pages, config.planner),
+            planner,
             map,
             map_due: Instant::now(),
             lanes,

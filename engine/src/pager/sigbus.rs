@@ -169,9 +169,10 @@ fn bring(shared: &Shared, page: PageIndex) {
     // SAFETY: set by `of_this_thread` for this thread and valid until it is unset; the interrupted
     // code is a touch of guest memory, which is never inside the server, so this is the only use.
     let server = (!server.is_null()).then(|| unsafe { &mut *server });
-    match server.filter(|server| server.is_of(shared)) {
-        None => shared.ask(page),
-        Some(server) => {
+    let Some(server) = server else { return shared.ask(page) };
+    match server.is_of(shared) {
+        false => shared.ask(page),
+        true => {
             if server.serve(shared.part.global(page)).is_err() {
                 // Fail closed: the touch must not go on, and there is nothing to go back to.
                 loop {

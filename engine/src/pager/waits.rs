@@ -18,7 +18,7 @@ pub struct Waited {
 }
 
 /// A thread that waits.
-struct Wait {
+pub(super) struct Wait {
     thread: i32,
     page: PageIndex,
     since: Instant,
@@ -41,6 +41,23 @@ impl Waits {
     pub(super) fn end(&mut self, run: Run) {
         while let Some(at) = self.under_way.iter().position(|wait| run.contains(wait.page)) {
             let Wait { thread, since, .. } = self.under_way.swap_remove(at);
+            self.add(thread, since.elapsed());
+        }
+    }
+
+    /// Those that are under way, in no order.
+    pub(super) fn under_way(&mut self) -> Vec<Wait> {
+        std::mem::take(&mut self.under_way)
+    }
+
+    /// Adds waits that are under way elsewhere.
+    pub(super) fn take_over(&mut self, waits: Vec<Wait>) {
+        self.under_way.extend(waits);
+    }
+
+    /// Those that wait begin to wait again, elsewhere: what they have waited is counted.
+    pub(super) fn interrupt(&mut self) {
+        for Wait { thread, since, .. } in std::mem::take(&mut self.under_way) {
             self.add(thread, since.elapsed());
         }
     }

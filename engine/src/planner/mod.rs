@@ -31,7 +31,8 @@
 //! the bound on the window the page lands within the time that a second read might take. What can
 //! be sooner is its publication: see [`Planner::awaited`].
 //!
-//! A lost lane is not an event yet: the pager stops and the guest waits (fail closed).
+//! A lost lane is no event: the pager stops and the guest waits (fail closed). Over new lanes a planner
+//! [goes on](Planner::going_on) with what is known of the pages.
 
 mod adaptive;
 mod bubble;
@@ -186,8 +187,13 @@ pub struct Planner {
 impl Planner {
     /// A planner for `total` pages, all missing.
     pub fn new(total: u64, config: PlannerConfig) -> Self {
+        Self::going_on(Pages::new(total), config)
+    }
+
+    /// A planner for pages of which some are here: another has been at work, until its lanes were lost.
+    pub fn going_on(pages: Pages, config: PlannerConfig) -> Self {
         Self {
-            pages: Pages::new(total),
+            pages,
             counts: PageCounts::default(),
             link: Link::new(config.bulk_wait_ns),
             order: Order::new(config.policy),

@@ -67,6 +67,23 @@ impl Pages {
         Self { total, outstanding: total, missing, flying, zero, kept }
     }
 
+    /// Those of which something is known already; none is in flight.
+    pub fn of(total: u64, state: impl Fn(PageIndex) -> PageState) -> Self {
+        let mut pages = Self::new(total);
+        for page in (0..total).map(PageIndex) {
+            match state(page) {
+                PageState::Missing => {}
+                PageState::Zero => _ = pages.set_zero(page),
+                PageState::Kept => _ = pages.set_kept(page),
+                PageState::Resident | PageState::InFlight => {
+                    pages.missing.put(page.0, page.0 + 1, false);
+                    pages.outstanding -= 1;
+                }
+            }
+        }
+        pages
+    }
+
     /// Number of pages.
     pub fn total(&self) -> u64 {
         self.total

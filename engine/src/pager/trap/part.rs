@@ -243,6 +243,12 @@ impl PartTrap {
         woken.map_err(|error| PagerError::Userfault { operation: "UFFDIO_WAKE", source: errno(error) })
     }
 
+    /// Wakes whoever waits, for whichever page: what is not there they ask for again.
+    pub(in crate::pager) fn wake_all(&self) -> Result<(), PagerError> {
+        let woken = self.uffd.wake(self.address(0), self.part.bytes() as usize);
+        woken.map_err(|error| PagerError::Userfault { operation: "UFFDIO_WAKE", source: errno(error) })
+    }
+
     /// Ends the trapping: every page is published or zero. What was never touched reads as zeros
     /// from now on, which is what it is.
     pub(in crate::pager) fn release(&self) -> Result<(), PagerError> {
@@ -252,8 +258,7 @@ impl PartTrap {
         // Unregistering wakes who waits before it changes the mapping. Where faults take only the
         // lock of their mapping (Linux 6.7), one may begin to wait in between and sleep for ever;
         // none can after it.
-        let woken = self.uffd.wake(base, len);
-        woken.map_err(|error| PagerError::Userfault { operation: "UFFDIO_WAKE", source: errno(error) })?;
+        self.wake_all()?;
         self.hear_the_last()
     }
 

@@ -1,0 +1,164 @@
+//! Lanes that break at some call of theirs, and others that the pager goes on over. Memory, userfaultfd,
+//! threads and the wire are real, over every transport that this machine has.
+#![allow(clippy::unwrap_used)] // helpers of tests, where a panic is the report
+
+mod common;
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use common::{Setup, available_setups, check, content, empty, end_of, filled};
+use postcopy_engine::export::Export;
+use postcopy_engine::import::{Import, Lanes};
+use postcopy_engine::memory::{GuestMemory, PAGE_SIZE};
+use postcopy_engine::pager::{
+    FaultsTo, Landing, PagerConfig, PagerState, PagerStatus, Round, SelfService, Trap,
+};
+use postcopy_transport::sim::Countdown;
+use postcopy_transport::{AnyLane, EndpointOptions, Transport};
+
+/// 8 MiB: four huge pages, so that there can be three shards.
+const PAGES: u64 = 2048;
+const MARK: &[u8] = b"written at the destination";
+
+fn export(transport: Transport, memory: &GuestMemory) -> Export {
+    let mut export = Export::new(transport, memory, &EndpointOptions::default()).unwrap();
+    export.describe_pages(None).unwrap();
+    export
+}
+
+fn import(transport: Transport, memory: &GuestMemory, setup: Setup) -> Import {
+    let landing = (setup.landing, setup.shards.count());
+    Import::new(transport, memory, landing, &EndpointOptions::default()).unwrap()
+}
+
+fn lanes(import: &Import, export: &mut Export, setup: Setup, servers: usize) -> Lanes {
+    let shards = import.connect_local(export, setup.shards.count()).unwrap();
+    Lanes { shards, servers: (0..servers).map(|_| import.connect_one_local(export).unwrap()).collect() }
+}
+
+/// Breaks the `which`-th of all lanes at its `nth` call.
+fn broken(Lanes { shards, servers }: Lanes, which: usize, nth: u64) -> Lanes {
+    let mut at = 0;
+    let mut each = |lane: AnyLane| {
+        at += 1;
+        if at == which + 1 { AnyLane::Other(Box::new(Countdown::new(lane, nth))) } else { lane }
+    };
+    let shards = shards.into_iter().map(|pair| pair.map(&mut each)).collect();
+    Lanes { shards, servers: servers.into_iter().map(each).collect() }
+}
+
+/// Touches every page in an order of its own, checks each, and marks every seventh, where others may be at it.
+fn touch(memory: &GuestMemory, thread: u64) {
+    let guest = memory.guest();
+    for step in 0..PAGES {
+        let page = (step * 1_009 + thread * 777) % PAGES;
+        let mut seen = vec![0; PAGE_SIZE as usize];
+        assert!(guest.read(page * PAGE_SIZE, &mut seen));
+        let from = if page % 7 == 0 { MARK.len() } else { 0 };
+        assert!(seen[from..] == content(page)[from..], "page {page}");
+        if page % 7 == 0 {
+            assert!(guest.write(page * PAGE_SIZE, MARK));
+        }
+    }
+}
+
+/// Lets lanes break until every page is here; how often they did.
+fn outlive(transport: Transport, setup: Setup, told: FaultsTo, seed: u64) -> u64 {
+    let source = filled(PAGES);
+    let memory = empty(PAGES);
+    let threads = if told == FaultsTo::Threads { 2 } else { 0 };
+    let trap = Trap::register(&memory, told, setup.shards).unwrap();
+    let all = 2 * setup.shards.count() + threads;
+    let mut offered = export(transport, &source);
+    let way = import(transport, &memory, setup);
+    let Lanes { shards, servers } =
+        broken(lanes(&way, &mut offered, setup, threads), seed as usize % all, 20 + seed * 13 % 120);
+    let config = PagerConfig::default();
+    let mut pager = way.start(trap, shards, offered.regions(), Round::none(), config).unwrap();
+    let servers: Vec<_> = servers.into_iter().map(|lane| pager.server(lane).unwrap()).collect();
+    let lost = AtomicU64::new(0);
+    let mut end = PagerStatus::default();
+    std::thread::scope(|scope| {
+        let servers = servers.into_iter().map(Some).chain([None]);
+        for (thread, server) in servers.enumerate() {
+            let memory = &memory;
+            scope.spawn(move || {
+                let _service = server.map(SelfService::of_this_thread);
+                touch(memory, thread as u64);
+            });
+        }
+        loop {
+            end = end_of(&pager);
+            let PagerState::Failed(error) = &end.state else { return };
+            assert!(error.is_lost_lane(), "{error}");
+            let turn = lost.fetch_add(1, Ordering::Relaxed) + 1;
+            pager.part();
+            // New keys, and the next time around another lane breaks, until enough of them have.
+            offered = export(transport, &source);
+            let landing = if pager.lands_in_place() { Landing::InPlace } else { setup.landing };
+            let way = import(transport, &memory, Setup { landing, ..setup });
+            let mut next = lanes(&way, &mut offered, setup, pager.servers());
+            if turn < 4 {
+                next = broken(next, (seed + turn) as usize % all, 20 + (seed + turn * 31) * 17 % 200);
+            }
+            way.go_on(&mut pager, next, offered.regions(), config).unwrap();
+        }
+    });
+    assert!(matches!(end.state, PagerState::Resident), "{transport} {setup:?}: {:?}", end.state);
+    assert_eq!(end.report.outstanding_pages, 0);
+    assert_eq!(end.report.total_pages, PAGES);
+    for page in 0..PAGES {
+        let mut seen = vec![0; PAGE_SIZE as usize];
+        assert!(memory.guest().read(page * PAGE_SIZE, &mut seen));
+        let mut expected = content(page);
+        if page % 7 == 0 {
+            expected[..MARK.len()].copy_from_slice(MARK);
+        }
+        assert!(seen == expected, "page {page} at the end");
+    }
+    drop(offered);
+    lost.into_inner()
+}
+
+#[test]
+fn over_new_lanes_every_page_comes_and_none_that_was_written_is_read_again() {
+    let mut lost = 0;
+    for (transport, setup) in available_setups() {
+        for told in [FaultsTo::Pager, FaultsTo::Threads] {
+            for seed in 0..6 {
+                lost += outlive(transport, setup, told, seed);
+            }
+        }
+    }
+    assert!(lost > 40, "only {lost} lanes were lost");
+}
+
+#[test]
+fn it_goes_on_over_another_transport() {
+    for landing in [Landing::InPlace, Landing::Pool] {
+        let setup = Setup { landing, ..Setup::default() };
+        let (source, memory) = (filled(PAGES), empty(PAGES));
+        let trap = Trap::register(&memory, FaultsTo::Pager, setup.shards).unwrap();
+        let mut offered = export(Transport::Tcp, &source);
+        let way = import(Transport::Tcp, &memory, setup);
+        let Lanes { shards, .. } = broken(lanes(&way, &mut offered, setup, 0), 1, 30);
+        let config = PagerConfig::default();
+        let mut pager = way.start(trap, shards, offered.regions(), Round::none(), config).unwrap();
+        let PagerState::Failed(_) = end_of(&pager).state else { panic!("its lane breaks") };
+        pager.part();
+        let mut offered = export(Transport::Shm, &source);
+        let other = Setup { landing: Landing::Pool, ..setup };
+        let pool = import(Transport::Shm, &memory, other);
+        let ways = lanes(&pool, &mut offered, other, 0);
+        let gone_on = pool.go_on(&mut pager, ways, offered.regions(), config);
+        if pager.lands_in_place() && gone_on.is_err() {
+            let said = gone_on.unwrap_err().to_string();
+            assert!(said.contains("landed in place"), "{said}");
+            let way = import(Transport::Shm, &memory, setup);
+            let ways = lanes(&way, &mut offered, setup, 0);
+            way.go_on(&mut pager, ways, offered.regions(), config).unwrap();
+        }
+        assert!(matches!(end_of(&pager).state, PagerState::Resident));
+        (0..PAGES).for_each(|page| check(memory.guest(), page));
+    }
+}
