@@ -28,6 +28,12 @@ pub struct Export {
     pinned: bool,
 }
 
+/// See [`Export::again`].
+pub(crate) struct Renewed {
+    exporter: Exporter,
+    pinned: bool,
+}
+
 impl std::fmt::Debug for Export {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Export").finish_non_exhaustive()
@@ -49,6 +55,24 @@ impl Export {
         let memory = memory.landing().clone();
         let exporter = Exporter::new(transport, &[memory.clone(), map.memory().clone()], options)?;
         Ok(Self { exporter, map, memory, pinned: options.pins_memory(transport) })
+    }
+
+    /// What registers the same memory once more, for other lanes. To be called where that may take long.
+    pub(crate) fn again(
+        &self,
+        transport: Transport,
+        options: EndpointOptions,
+    ) -> impl FnOnce() -> Result<Renewed, SetupError> + Send + use<> {
+        let memories = [self.memory.clone(), self.map.memory().clone()];
+        move || {
+            let exporter = Exporter::new(transport, &memories, &options)?;
+            Ok(Renewed { exporter, pinned: options.pins_memory(transport) })
+        }
+    }
+
+    /// Closes all lanes; others are granted from now on.
+    pub(crate) fn renew(&mut self, Renewed { exporter, pinned }: Renewed) {
+        (self.exporter, self.pinned) = (exporter, pinned);
     }
 
     /// Guest memory and page map, as the destination will read them.

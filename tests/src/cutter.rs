@@ -1,12 +1,14 @@
-//! A relay between source and destination that cuts the control connection after so many messages.
+//! Relays between source and destination: one that cuts the control connection after so many messages, and a
+//! [`Line`] that loses all connections at once.
 //!
 //! It knows of the protocol only what `docs/wire-format.md` says of framing: a 32-byte greeting
 //! each way, then frames of length, checksum and body. Lanes pass through untouched.
 
 use std::io::{Read, Write};
-use std::net::{Shutdown, TcpListener, TcpStream};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicI64, Ordering};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 const GREETING: usize = 32;
 const FRAME_HEADER: usize = 8;
@@ -61,5 +63,88 @@ fn pass_frames(from: &mut TcpStream, to: &mut TcpStream, left: &AtomicI64) -> st
         frame.resize(FRAME_HEADER + length as usize, 0);
         from.read_exact(&mut frame[FRAME_HEADER..])?;
         to.write_all(&frame)?;
+    }
+}
+
+/// A slow line between source and destination. When it is cut all its connections are lost, and it takes no other
+/// until it is mended.
+pub struct Line {
+    port: u16,
+    state: Arc<LineState>,
+}
+
+struct LineState {
+    cut: AtomicBool,
+    /// Bytes a second of each connection, from who dials.
+    rate: AtomicU64,
+    open: Mutex<Vec<TcpStream>>,
+}
+
+impl Line {
+    /// A line to `target` of so many bytes a second, for each connection.
+    pub fn to(target: impl Into<SocketAddr>, rate: u64) -> Self {
+        let target = target.into();
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let state =
+            LineState { cut: AtomicBool::new(false), rate: AtomicU64::new(rate), open: Mutex::default() };
+        let state = Arc::new(state);
+        let line = state.clone();
+        std::thread::spawn(move || {
+            for client in listener.incoming().map_while(Result::ok) {
+                let whole = !line.cut.load(Ordering::SeqCst);
+                if let Some(Ok(server)) = whole.then(|| TcpStream::connect(target)) {
+                    line.join(&client, &server);
+                }
+            }
+        });
+        Self { port, state }
+    }
+
+    /// The port to connect to.
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// Loses all connections.
+    pub fn cut(&self) {
+        self.state.cut.store(true, Ordering::SeqCst);
+        for end in self.state.open.lock().unwrap().drain(..) {
+            let _ = end.shutdown(Shutdown::Both);
+        }
+    }
+
+    /// Takes connections again, as fast as they are.
+    pub fn mend(&self) {
+        self.state.rate.store(u64::MAX, Ordering::SeqCst);
+        self.state.cut.store(false, Ordering::SeqCst);
+    }
+}
+
+impl LineState {
+    fn join(self: &Arc<Self>, client: &TcpStream, server: &TcpStream) {
+        for end in [client, server] {
+            end.set_nodelay(true).unwrap();
+            self.open.lock().unwrap().push(end.try_clone().unwrap());
+        }
+        for (from, to, slow) in [(client, server, true), (server, client, false)] {
+            let (from, to, state) = (from.try_clone().unwrap(), to.try_clone().unwrap(), self.clone());
+            std::thread::spawn(move || state.pass(from, to, slow));
+        }
+    }
+
+    fn pass(&self, mut from: TcpStream, mut to: TcpStream, slow: bool) {
+        let mut buffer = vec![0; 16 << 10];
+        while let Ok(got @ 1..) = from.read(&mut buffer) {
+            if slow {
+                std::thread::sleep(
+                    Duration::from_secs(1).mul_f64(got as f64 / self.rate.load(Ordering::SeqCst) as f64),
+                );
+            }
+            if to.write_all(&buffer[..got]).is_err() {
+                break;
+            }
+        }
+        let _ = to.shutdown(Shutdown::Write);
     }
 }

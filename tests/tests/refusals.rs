@@ -204,8 +204,9 @@ fn a_handover_that_does_not_arrive_is_in_doubt_and_can_be_taken_back() {
     let source = Pcvm::run_tiny(&scratch, "a");
     let port = free_port();
     let destination = Pcvm::receive(&scratch, "b", port, &[]);
-    let out = source.try_migrate(&format!("127.0.0.1:{}", cut_after(BEFORE_COMMIT, port)), &[]);
-    assert_refused(&out, &["in doubt", "stays stopped here", "pcvm resolve"]);
+    let cut = format!("127.0.0.1:{}", cut_after(BEFORE_COMMIT, port));
+    let out = source.try_migrate(&cut, &["--patience", "1"]);
+    assert_refused(&out, &["in doubt", "not reached again", "stays stopped here", "pcvm resolve"]);
     assert_eq!(source.status()["state"], "in-doubt");
     let (ended_well, _) = destination.wait();
     assert!(!ended_well, "the destination never got the guest");
@@ -226,7 +227,8 @@ fn a_confirmation_that_does_not_arrive_leaves_the_guest_at_the_destination() {
     let source = Pcvm::run_tiny(&scratch, "a");
     let port = free_port();
     let destination = Pcvm::receive(&scratch, "b", port, &[]);
-    let out = source.try_migrate(&format!("127.0.0.1:{}", cut_after(BEFORE_COMMIT + 1, port)), &[]);
+    let cut = format!("127.0.0.1:{}", cut_after(BEFORE_COMMIT + 1, port));
+    let out = source.try_migrate(&cut, &["--patience", "0"]);
     assert_refused(&out, &["in doubt"]);
     // It runs there, and gets its memory, since the lanes do not need the control connection.
     destination.wait_for_progress();

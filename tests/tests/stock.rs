@@ -11,7 +11,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use postcopy_e2e::cutter::cut_after;
+use postcopy_e2e::cutter::{Line, cut_after};
 use postcopy_e2e::qemu::{Place, Plain, QemuGuest};
 use postcopy_e2e::{Scratch, assert_refused, free_port, pcvm, program, run, wait_until};
 use postcopy_engine::proc_pages::SoftDirty;
@@ -102,6 +102,33 @@ fn a_stock_guest_moves_in_hybrid_or_is_told_why_it_cannot() {
     }
     let report = guest.migrate_by(&next, to, "tcp", "hybrid");
     assert!(report["pager"]["pages"]["kept_pages"].as_u64().unwrap() > 0, "{report}");
+    next.wait_for_reports(1);
+    next.verify();
+}
+
+#[test]
+#[ignore = "needs a Linux kernel: run by scripts/test"]
+fn a_stock_guest_outlives_a_lost_network() {
+    let scratch = Scratch::new("stock-lost");
+    let machine = Plain::linux("pcguest.mb=64 pcguest.access=write");
+    let source = machine.start(&scratch, "q0");
+    source.wait_for_reports(2);
+    let (next, to) = wait_there_with(&scratch, "q1", &machine, LOOPBACK, &["--shards", "2"]);
+    let line = Line::to(to, 8 << 20);
+    let at = SocketAddr::new(LOOPBACK, line.port());
+    let report = std::thread::scope(|scope| {
+        let moving = scope.spawn(|| source.migrate(&next, at, "tcp"));
+        let arrived = || next.status_of_pcvm()["arrival"]["total_pages"].as_u64().unwrap_or(0);
+        wait_until("it runs there", || next.status_of_pcvm()["state"] == "running" && arrived() > 0);
+        line.cut();
+        wait_until("it is stranded", || next.status_of_pcvm()["state"] == "stranded");
+        let printed = next.console();
+        std::thread::sleep(Duration::from_secs(1));
+        assert!(!printed.contains("BAD") && !next.console().contains("BAD"));
+        line.mend();
+        moving.join().unwrap()
+    });
+    assert_eq!(report["pager"]["outstanding_pages"], 0, "{report}");
     next.wait_for_reports(1);
     next.verify();
 }

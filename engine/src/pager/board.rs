@@ -96,11 +96,12 @@ impl Board {
         let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
         told.reports[shard] = end.report;
         told.ended += 1;
+        if !matches!(end.state, PagerState::Resident) {
+            // Who waits here goes on to wait.
+            told.waits.take_over(end.timing.waits.under_way());
+        }
         match end.state {
-            PagerState::Failed(error) => {
-                told.failed.get_or_insert(error);
-                told.waits.take_over(end.timing.waits.under_way());
-            }
+            PagerState::Failed(error) => drop(told.failed.get_or_insert(error)),
             PagerState::Stopped => told.stopped = true,
             PagerState::Resident | PagerState::Running => {}
         }

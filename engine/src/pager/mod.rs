@@ -289,6 +289,11 @@ impl Pager {
         Ok(Outfit { shards: self.shards.clone(), lane: Some(lane), place })
     }
 
+    /// How many shards it has.
+    pub fn shards(&self) -> usize {
+        self.shards.len()
+    }
+
     /// How many threads serve themselves.
     pub fn servers(&self) -> usize {
         self.servers.lock().unwrap_or_else(PoisonError::into_inner).len()

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use bytes::BytesMut;
+use postcopy_transport::tcp::watch_over;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
@@ -18,7 +19,8 @@ pub(super) struct Channel {
 
 impl Channel {
     pub(super) fn new(stream: TcpStream) -> Result<Self, SessionError> {
-        stream.set_nodelay(true).map_err(|source| SessionError::Connection { source })?;
+        let watched = watch_over(&stream).and_then(|()| stream.set_nodelay(true));
+        watched.map_err(|source| SessionError::Connection { source })?;
         Ok(Self { stream, incoming: BytesMut::new(), outgoing: BytesMut::new() })
     }
 

@@ -1,30 +1,25 @@
-//! The destination's side of a session. [`receive`] and [`Drain::finish`] read as the protocol.
+//! The destination's side of a session, up to the guest's resume. [`receive`] reads as the protocol.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use postcopy_transport::{EndpointOptions, LaneRequest, Transport};
+use postcopy_transport::{EndpointOptions, Transport};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::watch;
 
 use super::channel::{Channel, unexpected};
+use super::course::micros;
+use super::dock::Dock;
+use super::drain::Drain;
 use super::message::{GuestDescription, Message, Mode};
 use super::preamble::{self, Preamble, Purpose, SessionId};
-use super::report::ArrivalReport;
 use super::round::{Connected, pre_copy};
-use super::source::micros;
-use super::unpack::{granted, offered, receive_state, recent};
+use super::unpack::{offered, receive_state, recent};
 use super::{GuestError, STEP_PATIENCE, SessionError, WORK_PATIENCE, blocking};
 use crate::export::MAX_SERVERS;
-use crate::import::{Import, Lanes};
+use crate::import::Lanes;
 use crate::memory::GuestMemory;
-use crate::pager::{
-    FaultServer, FaultsTo, Landing, Pager, PagerConfig, PagerState, PagerStatus, Round, Shards, Trap,
-};
-
-/// How often the source hears of progress.
-pub(super) const PROGRESS: Duration = Duration::from_millis(100);
+use crate::pager::{FaultServer, FaultsTo, Landing, Pager, PagerConfig, Shards, Trap};
 
 /// Makes guests for what arrives. Called from a blocking thread.
 pub trait DestinationHost: Send + Sync + 'static {
@@ -132,11 +127,13 @@ pub async fn receive<H: DestinationHost>(
     tracing::info!(%peer, "a source has connected");
     let local = stream.local_addr().ok().map(|address| address.ip());
     let mut channel = Channel::new(stream)?;
-    let mut destination = Destination { listener, host, options, peer: peer.ip(), session, begun };
+    let mut destination = Destination { listener, host, options, peer, session, begun };
     destination.options.endpoint.local = local;
     match destination.take_in(&mut channel).await {
         Ok((guest, memory, pager)) => {
-            let drain = Drain { channel, pager, guest: guest.clone(), begun, resumed: Instant::now() };
+            let Destination { options, .. } = destination;
+            let drain =
+                Drain::new(channel, pager, (guest.clone(), memory.clone()), (session, options), begun);
             Ok(Arrived { guest, memory, drain })
         }
         Err(error) => {
@@ -153,22 +150,34 @@ async fn await_source(listener: &TcpListener) -> Result<(TcpStream, SocketAddr, 
         let (mut stream, peer) =
             listener.accept().await.map_err(|source| SessionError::Connection { source })?;
         match greet(&mut stream).await {
-            Ok(session) => return Ok((stream, peer, session)),
+            Ok(Preamble { session, purpose: Purpose::Control }) => return Ok((stream, peer, session)),
+            Ok(Preamble { purpose: Purpose::Rejoin, .. }) => {
+                tracing::warn!(%peer, "a source whose guest is not here");
+                turn_away(stream, "its guest is not here: this side waits for another").await;
+            }
+            Ok(_) => tracing::warn!(%peer, "a lane without a session"),
             Err(error) => tracing::warn!(%peer, %error, "a connection that is no source"),
         }
     }
 }
 
-async fn greet(stream: &mut TcpStream) -> Result<SessionId, SessionError> {
+/// What a peer says it wants, answered.
+pub(super) async fn greet(stream: &mut TcpStream) -> Result<Preamble, SessionError> {
     let theirs = preamble::read(stream, STEP_PATIENCE).await;
     // Answer a peer of another version too, so that it can say what is wrong.
-    if matches!(theirs, Ok(_) | Err(SessionError::Version { .. })) {
+    let speaks = !matches!(theirs, Ok(Preamble { purpose: Purpose::Lane(_), .. }));
+    if speaks && matches!(theirs, Ok(_) | Err(SessionError::Version { .. })) {
         preamble::write(stream, Preamble { session: SessionId::default(), purpose: Purpose::Control })
             .await?;
     }
-    match theirs? {
-        Preamble { session, purpose: Purpose::Control } => Ok(session),
-        _ => Err(SessionError::Protocol("a lane without a session")),
+    theirs
+}
+
+/// Tells a greeted peer why it cannot be served.
+pub(super) async fn turn_away(stream: TcpStream, reason: &str) {
+    if let Ok(mut channel) = Channel::new(stream) {
+        // If it is gone, nobody needs it.
+        let _ = channel.send(&Message::Refuse(reason.into())).await;
     }
 }
 
@@ -176,13 +185,13 @@ struct Destination<'a, H> {
     listener: &'a TcpListener,
     host: Arc<H>,
     options: ReceiveOptions,
-    peer: IpAddr,
+    peer: SocketAddr,
     session: SessionId,
     begun: Instant,
 }
 
 /// Tells how far an arrival is, and when it got there.
-fn passed(phase: &'static str, begun: Instant) {
+pub(super) fn passed(phase: &'static str, begun: Instant) {
     tracing::info!(phase, elapsed_us = micros(begun.elapsed()), "arrival");
 }
 
@@ -197,9 +206,16 @@ impl<H: DestinationHost> Destination<'_, H> {
         self.options.pager.huge_pages = self.options.pager.huge_pages.resolved(description.huge_pages);
         let threads = self.host.serving_threads(&description).min(MAX_SERVERS);
         let (guest, memory, trap) = self.prepare(description, threads > 0).await?;
-        let (transport, import) = self.import(&offered, &memory, (trap.shards(), mode)).await?;
+        let dock = Dock {
+            listener: self.listener,
+            options: &self.options,
+            peer: self.peer.ip(),
+            session: self.session,
+        };
+        let landing = |transport| self.options.landing.resolved(transport, mode == Mode::Hybrid);
+        let (transport, import) = dock.import(&offered, &memory, (trap.shards(), landing)).await?;
         passed("Prepared", self.begun);
-        let mut connected = self.connect(channel, transport, import, (trap.shards(), threads)).await?;
+        let mut connected = dock.connect(channel, transport, import, (trap.shards(), threads)).await?;
         if mode == Mode::Hybrid {
             passed("Connected", self.begun);
             connected = pre_copy(channel, connected).await?;
@@ -243,53 +259,6 @@ impl<H: DestinationHost> Destination<'_, H> {
         })
     }
 
-    /// Registers memory for the first offered transport that works here.
-    async fn import(
-        &self,
-        offered: &[Transport],
-        memory: &GuestMemory,
-        (shards, mode): (usize, Mode),
-    ) -> Result<(Transport, Import), SessionError> {
-        let ours = |transport: &&Transport| {
-            self.options.transports.is_empty() || self.options.transports.contains(transport)
-        };
-        let mut refusals = Vec::new();
-        for transport in offered.iter().filter(ours).copied() {
-            let landing = self.options.landing.resolved(transport, mode == Mode::Hybrid);
-            let (memory, endpoint) = (memory.clone(), self.options.endpoint.clone());
-            match blocking(move || Import::new(transport, &memory, (landing, shards), &endpoint)).await {
-                Ok(import) => return Ok((transport, import)),
-                Err(error) => {
-                    tracing::warn!(%transport, %error, "a transport does not work here");
-                    refusals.push(error.to_string());
-                }
-            }
-        }
-        let reason = if refusals.is_empty() { "none is accepted".into() } else { refusals.join("; ") };
-        let names: Vec<&str> = offered.iter().map(|transport| transport.name()).collect();
-        Err(SessionError::NoTransport { offered: names.join(", "), reason })
-    }
-
-    /// Connects the lanes.
-    async fn connect(
-        &self,
-        channel: &mut Channel,
-        transport: Transport,
-        import: Import,
-        (shards, threads): (usize, usize),
-    ) -> Result<Connected, SessionError> {
-        let (requests, lanes) = import.request(shards, threads)?;
-        channel.send(&Message::Accept { transport: transport.name().into(), lanes }).await?;
-        let (grants, regions) = granted(channel.receive("Granted", WORK_PATIENCE).await?)?;
-        let needed: Vec<usize> = requests.iter().map(LaneRequest::streams).collect();
-        let streams = self.accept_lanes(&needed).await?;
-        let connected = blocking(move || {
-            let lanes = import.connect(shards, requests, &grants, streams)?;
-            Ok(Connected { import, lanes, regions, round: Round::none() })
-        });
-        connected.await
-    }
-
     /// Starts the pager over connected lanes.
     async fn start(
         &self,
@@ -301,31 +270,6 @@ impl<H: DestinationHost> Destination<'_, H> {
         let started = blocking(move || import.start(trap, shards, regions, round, config)).await?;
         let servers = servers.into_iter().map(|lane| started.server(lane)).collect::<Result<_, _>>()?;
         Ok((started, servers))
-    }
-
-    /// Accepts the source's lane connections, so many for each lane, in any order; others are not
-    /// let in.
-    async fn accept_lanes(&self, needed: &[usize]) -> Result<Vec<Vec<std::net::TcpStream>>, SessionError> {
-        let mut lanes: Vec<Vec<std::net::TcpStream>> = needed.iter().map(|_| Vec::new()).collect();
-        while lanes.iter().zip(needed).any(|(lane, needed)| lane.len() < *needed) {
-            let accepted = tokio::time::timeout(STEP_PATIENCE, self.listener.accept()).await;
-            let silent = SessionError::Silent { waiting_for: "its lanes", patience: STEP_PATIENCE };
-            let (mut stream, from) =
-                accepted.map_err(|_| silent)?.map_err(|source| SessionError::Connection { source })?;
-            let lane = match preamble::read(&mut stream, STEP_PATIENCE).await {
-                Ok(Preamble { session, purpose: Purpose::Lane(lane) }) if session == self.session => {
-                    lane as usize
-                }
-                other => {
-                    tracing::warn!(%from, source = %self.peer, ?other, "a connection that is no lane of this session");
-                    continue;
-                }
-            };
-            let slot = lanes.get_mut(lane).filter(|slot| slot.len() < needed[lane]);
-            let slot = slot.ok_or(SessionError::Protocol("a lane that was not granted"))?;
-            slot.push(stream.into_std().map_err(|source| SessionError::Connection { source })?);
-        }
-        Ok(lanes)
     }
 
     async fn load(
@@ -358,74 +302,5 @@ impl<H: DestinationHost> Destination<'_, H> {
             tracing::warn!(%error, "the source could not be told that its guest runs here");
         }
         Ok(())
-    }
-}
-
-/// The rest of a session: the guest runs, its memory follows.
-pub struct Drain {
-    channel: Channel,
-    pager: Pager,
-    guest: Arc<dyn DestinationGuest>,
-    begun: Instant,
-    resumed: Instant,
-}
-
-impl Drain {
-    /// Where the pager stands, for whoever watches.
-    pub fn status(&self) -> watch::Receiver<PagerStatus> {
-        self.pager.status()
-    }
-
-    /// Waits until every page is here, telling the source on the way, and lets the source go.
-    ///
-    /// A broken control connection does not matter as long as the lanes live.
-    ///
-    /// Errors: the pager failed. The guest waits for pages that do not come, and must not be
-    /// resumed anywhere else by itself; the returned pager keeps it waiting.
-    pub async fn finish(mut self) -> Result<ArrivalReport, (SessionError, Pager)> {
-        let mut status = self.pager.status();
-        loop {
-            let ended = status.wait_for(|status| !matches!(status.state, PagerState::Running));
-            let ended = tokio::time::timeout(PROGRESS, ended).await.map(|ended| ended.map(|s| s.clone()));
-            match ended {
-                Err(_) => {
-                    let report = status.borrow().report;
-                    self.tell(&Message::Progress(report)).await;
-                }
-                Ok(Ok(PagerStatus { state: PagerState::Failed(error), .. })) => {
-                    self.tell(&Message::Refuse(error.to_string())).await;
-                    return Err((SessionError::Stranded(error), self.pager));
-                }
-                Ok(Ok(status)) => return Ok(self.release(status).await),
-                Ok(Err(_)) => {
-                    let gone = Arc::new(crate::pager::PagerError::Panicked("it vanished".into()));
-                    return Err((SessionError::Stranded(gone), self.pager));
-                }
-            }
-        }
-    }
-
-    async fn release(mut self, PagerStatus { report: pager, waited, .. }: PagerStatus) -> ArrivalReport {
-        self.guest.memory_arrived();
-        let resident_us = micros(self.resumed.elapsed());
-        let blocked =
-            |thread| waited.iter().find(|waited| waited.thread == thread).map(|waited| waited.total);
-        let each = self.guest.vcpu_threads().into_iter().map(blocked);
-        let vcpu_blocktime_us = each.map(|blocked| blocked.map_or(0, micros)).collect();
-        let arrival = ArrivalReport { resident_us, pager, vcpu_blocktime_us };
-        passed("Resident", self.begun);
-        self.tell(&Message::Resident(arrival.clone())).await;
-        if let Err(error) = self.channel.receive("Release", STEP_PATIENCE).await {
-            tracing::warn!(%error, "the source did not confirm; every page is here all the same");
-        }
-        passed("Released", self.begun);
-        self.pager.collapse();
-        arrival
-    }
-
-    async fn tell(&mut self, message: &Message) {
-        if let Err(error) = self.channel.send(message).await {
-            tracing::debug!(%error, message = message.name(), "the source could not be told");
-        }
     }
 }

@@ -84,6 +84,9 @@ pub(super) enum Message {
     /// S, before State: the guest touched these pages last, the likeliest first: first page and count of
     /// each run.
     Recent(Vec<(u64, u32)>),
+    /// S, first on a connection of that kind: this side still has the memory of the session's guest, and would
+    /// offer it again over one of these transports, best first.
+    Rejoin { transports: Vec<String> },
 }
 
 impl Message {
@@ -104,6 +107,7 @@ impl Message {
             Self::Release => "Release",
             Self::Refuse(_) => "Refuse",
             Self::Recent(_) => "Recent",
+            Self::Rejoin { .. } => "Rejoin",
         }
     }
 }

@@ -17,12 +17,17 @@
 //!
 //! One owner at any time. Before Commit the guest is the source's: whatever goes wrong, it runs
 //! on there. From the moment Commit may have left, the source never runs it by itself: if the
-//! answer does not come, the guest is *in doubt*, and a person ends that.
+//! answer does not come, the guest is *in doubt*, and a person ends that. When the two sides lose each other
+//! after that, the source keeps the memory and comes back: see `owed.rs`.
 
 mod channel;
+mod course;
 mod destination;
 mod dirty;
+mod dock;
+mod drain;
 mod message;
+mod owed;
 mod preamble;
 mod query_migrate;
 mod report;
@@ -33,11 +38,13 @@ mod unpack;
 use std::net::SocketAddr;
 use std::time::Duration;
 
-pub use destination::{Arrived, DestinationGuest, DestinationHost, Drain, ReceiveOptions, receive};
+pub use destination::{Arrived, DestinationGuest, DestinationHost, ReceiveOptions, receive};
 pub use dirty::DirtyLog;
+pub use drain::{Drain, Parted, Rejoined};
 #[cfg(feature = "fuzz")]
 pub(crate) use message::fuzz_frame;
 pub use message::{GuestDescription, Mode};
+pub use owed::{Owed, RecoverOptions, recover};
 pub use preamble::PROTOCOL_VERSION;
 #[cfg(feature = "fuzz")]
 pub(crate) use preamble::fuzz_preamble;
@@ -55,6 +62,8 @@ pub const STEP_PATIENCE: Duration = Duration::from_secs(10);
 /// How long to wait for a message that needs much: registering memory, loading state. 256 GiB
 /// register in some 60 s.
 pub const WORK_PATIENCE: Duration = Duration::from_secs(120);
+/// How long to wait for progress of the drain, which is told ten times a second.
+pub const DRAIN_PATIENCE: Duration = postcopy_transport::tcp::LOST_AFTER;
 
 /// Why a session ended early.
 #[derive(Debug, thiserror::Error)]
@@ -104,6 +113,14 @@ pub enum SessionError {
         waiting_for: &'static str,
         /// How long.
         patience: Duration,
+    },
+    /// The destination was lost after the handover, and could not be reached again.
+    #[error("{first}; and it was not reached again: {last}")]
+    NotReached {
+        /// How it was lost.
+        first: Box<SessionError>,
+        /// What came of the last attempt.
+        last: Box<SessionError>,
     },
     /// The connection broke.
     #[error("the control connection broke: {source}")]
@@ -158,9 +175,6 @@ pub enum SessionError {
         /// What the system said.
         source: std::io::Error,
     },
-    /// The pager failed after the guest had been resumed.
-    #[error("{0}")]
-    Stranded(std::sync::Arc<PagerError>),
 }
 
 /// Runs blocking work off the control plane's thread.

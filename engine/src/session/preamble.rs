@@ -6,7 +6,7 @@
 //! ```
 //!
 //! The layout of these 32 bytes is the same in every version, so that two versions can tell each
-//! other what they are. The dialer sends it first; on a control connection the listener answers
+//! other what they are. The dialer sends it first; on a connection to speak over (control, rejoin) the listener answers
 //! with its own. The session id is 128 random bits chosen by the dialer: it is what ties a lane's
 //! connection to its session, and nobody else knows it.
 
@@ -18,12 +18,13 @@ use tokio::net::TcpStream;
 use super::SessionError;
 
 /// Version of the protocol. Peers must have the same.
-pub const PROTOCOL_VERSION: u16 = 8;
+pub const PROTOCOL_VERSION: u16 = 9;
 
 const MAGIC: [u8; 8] = *b"PCOPYMIG";
 pub(super) const PREAMBLE_BYTES: usize = 32;
 const CONTROL: u16 = 0;
 const LANE: u16 = 1;
+const REJOIN: u16 = 2;
 
 /// Ties the connections of one session together.
 pub(super) type SessionId = [u8; 16];
@@ -33,6 +34,8 @@ pub(super) type SessionId = [u8; 16];
 pub(super) enum Purpose {
     Control,
     Lane(u32),
+    /// Control again, of a session whose connections were lost.
+    Rejoin,
 }
 
 /// The decoded first bytes of a connection.
@@ -47,6 +50,7 @@ impl Preamble {
         let (kind, lane) = match self.purpose {
             Purpose::Control => (CONTROL, 0),
             Purpose::Lane(lane) => (LANE, lane),
+            Purpose::Rejoin => (REJOIN, 0),
         };
         let mut bytes = [0; PREAMBLE_BYTES];
         bytes[..8].copy_from_slice(&MAGIC);
@@ -69,6 +73,7 @@ impl Preamble {
         let purpose = match (short(10), lane) {
             (CONTROL, 0) => Purpose::Control,
             (LANE, lane) => Purpose::Lane(lane),
+            (REJOIN, 0) => Purpose::Rejoin,
             _ => return Err(SessionError::Protocol("a connection of unknown purpose")),
         };
         let mut session = SessionId::default();
@@ -114,9 +119,12 @@ mod tests {
     fn golden_bytes() {
         let mut golden = [7u8; 32];
         golden[..8].copy_from_slice(b"PCOPYMIG");
-        golden[8..16].copy_from_slice(&[8, 0, 1, 0, 5, 0, 0, 0]);
+        golden[8..16].copy_from_slice(&[9, 0, 1, 0, 5, 0, 0, 0]);
         assert_eq!(example(Purpose::Lane(5)).encode(), golden);
         assert_eq!(Preamble::decode(&golden).unwrap(), example(Purpose::Lane(5)));
+        golden[10..16].copy_from_slice(&[2, 0, 0, 0, 0, 0]);
+        assert_eq!(example(Purpose::Rejoin).encode(), golden);
+        assert_eq!(Preamble::decode(&golden).unwrap(), example(Purpose::Rejoin));
     }
 
     #[test]
@@ -127,10 +135,10 @@ mod tests {
         http[..8].copy_from_slice(b"GET / HT");
         assert!(matches!(Preamble::decode(&http), Err(SessionError::NotOurs)));
         let mut newer = good;
-        newer[8] = 9;
+        newer[8] = 10;
         let said = Preamble::decode(&newer).unwrap_err().to_string();
-        assert!(said.contains('9') && said.contains('8'), "{said}");
-        for (at, byte) in [(10, 2), (12, 1)] {
+        assert!(said.contains("10") && said.contains('9'), "{said}");
+        for (at, byte) in [(10, 3), (12, 1)] {
             let mut bad = good;
             bad[at] = byte;
             assert!(matches!(Preamble::decode(&bad), Err(SessionError::Protocol(_))));

@@ -83,6 +83,8 @@ pub enum Phase {
     InDoubt,
     /// The guest runs at the destination; its memory follows.
     Draining,
+    /// The guest runs at the destination, which cannot be heard, and is being reached again.
+    Recovering,
     /// All of it is there.
     Resident,
 }

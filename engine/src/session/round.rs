@@ -5,7 +5,7 @@ use std::sync::Arc;
 use postcopy_transport::RemoteRegion;
 
 use super::channel::Channel;
-use super::destination::PROGRESS;
+use super::drain::PROGRESS;
 use super::message::Message;
 use super::{SessionError, blocking};
 use crate::import::{Import, Lanes};

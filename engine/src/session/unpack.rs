@@ -18,6 +18,16 @@ pub(super) fn offered(message: Message) -> Result<(GuestDescription, Vec<Transpo
     }
 }
 
+/// The transports over which a source that has come back would serve.
+pub(super) fn rejoins(message: Message) -> Result<Vec<Transport>, SessionError> {
+    match message {
+        Message::Rejoin { transports } => {
+            Ok(transports.iter().filter_map(|name| name.parse().ok()).collect())
+        }
+        other => Err(unexpected(&other, "Rejoin")),
+    }
+}
+
 pub(super) type Granted = (Vec<Vec<u8>>, [RemoteRegion; 2]);
 
 pub(super) fn granted(message: Message) -> Result<Granted, SessionError> {

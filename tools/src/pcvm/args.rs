@@ -40,6 +40,8 @@ pub(crate) enum Command {
     Type(TypeArgs),
     /// End the doubt after a migration whose handover was not confirmed.
     Resolve(ResolveArgs),
+    /// Reach a destination again that was lost after the handover, and serve it the memory that it has not got.
+    Recover(RecoverArgs),
     /// Compare migrations side by side: a table, and on request JSON and a page with plots.
     Compare(CompareArgs),
     /// Print a completion script for a shell.
@@ -257,6 +259,31 @@ pub(crate) struct MigrateArgs {
     /// after the handover what it has written meanwhile.
     #[arg(long, value_enum, default_value_t = When::Postcopy)]
     pub(crate) mode: When,
+    /// For how many seconds to try to reach the destination again if it is lost after the handover. The guest
+    /// waits for what it has not got, and its memory stays on offer here also after that.
+    #[arg(long, default_value_t = 60, value_name = "SECONDS")]
+    pub(crate) patience: u64,
+    /// Print the report as JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// No progress on stderr.
+    #[arg(long)]
+    pub(crate) quiet: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct RecoverArgs {
+    /// Control socket of the source, which keeps the memory on offer.
+    #[arg(long, value_name = "SOCK")]
+    pub(crate) control: PathBuf,
+    /// Where the destination listens now, if that is elsewhere.
+    #[arg(long, value_name = "HOST:PORT")]
+    pub(crate) to: Option<String>,
+    #[command(flatten)]
+    pub(crate) wire: WireArgs,
+    /// For how many seconds to try to reach the destination.
+    #[arg(long, default_value_t = 60, value_name = "SECONDS")]
+    pub(crate) patience: u64,
     /// Print the report as JSON.
     #[arg(long)]
     pub(crate) json: bool,

@@ -7,7 +7,7 @@ use std::path::Path;
 use anyhow::{Context, bail};
 use postcopy_engine::session::{MigrationReport, Phase, Progress};
 
-use crate::args::{ControlArgs, MigrateArgs, ResolveArgs, TypeArgs};
+use crate::args::{ControlArgs, MigrateArgs, RecoverArgs, ResolveArgs, TypeArgs, WireArgs};
 use crate::control::{Answer, Request, Status};
 use crate::report;
 
@@ -45,12 +45,32 @@ pub(crate) fn migrate(args: &MigrateArgs) -> anyhow::Result<()> {
 fn migrate_held(args: &MigrateArgs, control: &Path) -> anyhow::Result<MigrationReport> {
     let request = Request::Migrate {
         to: args.to.clone(),
-        transports: args.wire.transports().iter().map(|transport| transport.name().to_owned()).collect(),
+        transports: names(&args.wire),
         lanes: args.wire.device.clone(),
         mode: args.mode.into(),
+        patience: args.patience,
     };
-    let mut meter = Meter::new(args.quiet);
-    let answer = ask(control, &request, |progress| meter.show(progress))?;
+    reported(control, &request, args.quiet)
+}
+
+fn names(wire: &WireArgs) -> Vec<String> {
+    wire.transports().iter().map(|transport| transport.name().to_owned()).collect()
+}
+
+pub(crate) fn recover(args: &RecoverArgs) -> anyhow::Result<()> {
+    let request = Request::Recover {
+        to: args.to.clone(),
+        transports: names(&args.wire),
+        lanes: args.wire.device.clone(),
+        patience: args.patience,
+    };
+    print_report(&reported(&args.control, &request, args.quiet)?, args.json)
+}
+
+/// Asks for what ends with a report.
+fn reported(control: &Path, request: &Request, quiet: bool) -> anyhow::Result<MigrationReport> {
+    let mut meter = Meter::new(quiet);
+    let answer = ask(control, request, |progress| meter.show(progress))?;
     meter.end();
     match answer {
         Answer::Report(migration) => Ok(*migration),

@@ -31,6 +31,23 @@ pub(crate) enum Request {
         /// When memory moves.
         #[serde(default)]
         mode: Mode,
+        /// For how many seconds to try to reach a destination again that is lost after the handover.
+        #[serde(default = "patience")]
+        patience: u64,
+    },
+    /// Reach a destination again that was lost after the handover.
+    Recover {
+        /// HOST:PORT, if that is another now.
+        #[serde(default)]
+        to: Option<String>,
+        /// As for a migration; if nothing is said here nor in `lanes`, as before.
+        #[serde(default)]
+        transports: Vec<String>,
+        #[serde(default)]
+        lanes: DeviceArgs,
+        /// For how many seconds to try.
+        #[serde(default = "patience")]
+        patience: u64,
     },
     /// Type at the guest's console.
     Type {
@@ -44,6 +61,11 @@ pub(crate) enum Request {
     },
     /// End.
     Quit,
+}
+
+/// What `pcvm migrate` has where nothing is said.
+fn patience() -> u64 {
+    60
 }
 
 /// What the process answers, a line each.
@@ -84,11 +106,12 @@ mod tests {
     #[test]
     fn the_documented_lines_are_understood() {
         let line = r#"{"command":"migrate","to":"192.0.2.7:7070","transports":["tcp"]}"#;
-        let Request::Migrate { to, transports, lanes, mode } = serde_json::from_str(line).unwrap() else {
+        let Request::Migrate { to, transports, lanes, mode, patience } = serde_json::from_str(line).unwrap()
+        else {
             panic!("{line}");
         };
         assert_eq!((to.as_str(), transports.len(), lanes), ("192.0.2.7:7070", 1, DeviceArgs::default()));
-        assert_eq!(mode, Mode::Postcopy);
+        assert_eq!((mode, patience), (Mode::Postcopy, 60));
         assert_eq!(serde_json::from_str::<Request>(r#"{"command":"status"}"#).unwrap(), Request::Status);
         assert_eq!(serde_json::to_string(&Answer::Done).unwrap(), r#""done""#);
         assert_eq!(serde_json::to_string(&Answer::Error("no".into())).unwrap(), r#"{"error":"no"}"#);

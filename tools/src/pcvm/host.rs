@@ -7,7 +7,8 @@
 //!      │             ▲    ▲ failed before the handover ─┘ │
 //!      │ receive     │    └───────────────────────────────┤ handover not confirmed
 //!      ▼             │                                    ▼
-//!   Waiting ─────────┘                                 InDoubt ── resolve ──▶ Running or Gone
+//!   Waiting ─────────┘                                 InDoubt ── resolve ──▶ Running or Kept
+//!                                                      Kept ───── recover ──▶ Gone
 //! ```
 //!
 //! The state and its transitions are here; who asks for them is in [`crate::server`].
@@ -17,14 +18,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use anyhow::Context;
-use postcopy_engine::export::Export;
-use postcopy_engine::pager::{Pager, PagerStatus, Trap};
-use postcopy_engine::session::{self, Arrived, Progress, ReceiveOptions, SessionError};
+use postcopy_engine::pager::Trap;
+use postcopy_engine::session::{self, Arrived, Owed, Progress, ReceiveOptions, SessionError};
 use postcopy_vmm::{BootSource, Console, DEFAULT_CMDLINE, MovableVm, VmConfig, VmHost};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 
 use crate::args::{HostArgs, ReceiveArgs, RunArgs, SelfService, resolve};
+use crate::arrival::{Arrival, follow};
 use crate::control::Status;
 use crate::held::{End, HeldGuest, OwnRoom, QemuRoom, Room, qemu_command};
 use crate::{metrics, server};
@@ -41,30 +42,19 @@ pub(crate) enum State {
     /// It is being moved away.
     Migrating(Arc<dyn HeldGuest>),
     /// The handover was not confirmed. Guest and exported memory are kept until a person decides.
-    InDoubt { guest: Arc<dyn HeldGuest>, export: Option<Box<Export>> },
+    InDoubt { guest: Arc<dyn HeldGuest>, owed: Option<Box<Owed>> },
     /// It runs at the destination, which still needs this memory and cannot be heard.
-    Kept { export: Option<Box<Export>>, reason: String },
+    Kept { owed: Option<Box<Owed>>, reason: String },
+    /// The same, and the destination is being reached again.
+    Recovering,
     /// It has moved away, or ended.
     Gone,
     /// The user asked for the end.
     Quit,
 }
 
-/// The memory of a guest that arrived here.
-enum Arrival {
-    None,
-    Draining(watch::Receiver<PagerStatus>),
-    /// All of it is here.
-    Resident(watch::Receiver<PagerStatus>),
-    /// The pager failed; it stays, so that the guest waits instead of reading zeros.
-    Stranded {
-        reason: String,
-        pager: Box<Pager>,
-    },
-}
-
 /// A guest whose handover was not confirmed, and its memory on offer.
-type Doubtful = (Arc<dyn HeldGuest>, Option<Box<Export>>);
+type Doubtful = (Arc<dyn HeldGuest>, Option<Box<Owed>>);
 
 /// What the control server and the main loop share.
 pub(crate) struct Host {
@@ -106,7 +96,7 @@ impl Host {
                 *state = State::Migrating(guest.clone());
                 Ok(guest)
             }
-            State::Migrating(_) => Err("the guest is being moved already".into()),
+            State::Migrating(_) | State::Recovering => Err("the guest is being moved already".into()),
             State::Waiting => Err("there is no guest here yet".into()),
             State::InDoubt { .. } => {
                 Err("the last handover is in doubt; end that with `pcvm resolve`".into())
@@ -122,8 +112,25 @@ impl Host {
             return None;
         }
         match std::mem::replace(&mut *state, State::Waiting) {
-            State::InDoubt { guest, export } => Some((guest, export)),
+            State::InDoubt { guest, owed } => Some((guest, owed)),
             _ => None,
+        }
+    }
+
+    /// Takes the memory that is kept on offer, to reach the destination again.
+    pub(crate) fn take_kept(&self) -> Result<Box<Owed>, String> {
+        let mut state = lock(&self.state);
+        match &mut *state {
+            State::Kept { owed, .. } => {
+                let owed = owed.take().ok_or("nothing is kept here any more")?;
+                *state = State::Recovering;
+                Ok(owed)
+            }
+            State::InDoubt { .. } => {
+                Err("the handover is in doubt: end that with `pcvm resolve --guest there` first".into())
+            }
+            State::Recovering | State::Migrating(_) => Err("that is under way already".into()),
+            _ => Err("no guest has left that could need its memory from here".into()),
         }
     }
 
@@ -145,7 +152,7 @@ impl Host {
         }
     }
 
-    fn set_arrival(&self, arrival: Arrival) {
+    pub(crate) fn set_arrival(&self, arrival: Arrival) {
         *lock(&self.arrival) = arrival;
         self.changed.notify_waiters();
     }
@@ -154,9 +161,7 @@ impl Host {
         let (arrival, stranded) = match &*lock(&self.arrival) {
             Arrival::None => (None, None),
             Arrival::Draining(status) | Arrival::Resident(status) => (Some(status.borrow().report), None),
-            Arrival::Stranded { reason, pager } => {
-                (Some(pager.status().borrow().report), Some(reason.clone()))
-            }
+            Arrival::Stranded { reason, status } => (Some(status.borrow().report), Some(reason.clone())),
         };
         let mut migration = None;
         let (state, detail) = match &*lock(&self.state) {
@@ -173,10 +178,16 @@ impl Host {
                  `pcvm resolve`"
                     .into(),
             ),
-            State::Kept { export, reason } => {
-                let held =
-                    if export.is_some() { "its memory is kept on offer here" } else { "nothing is kept" };
+            State::Kept { owed, reason } => {
+                let held = match owed {
+                    Some(_) => "its memory is kept on offer here, see `pcvm recover`",
+                    None => "nothing is kept",
+                };
                 ("kept", format!("the guest is at the destination; {held}: {reason}"))
+            }
+            State::Recovering => {
+                migration = Some(*self.progress.borrow());
+                ("migrating", "the guest is at the destination, which is being reached again".into())
             }
             State::Gone | State::Quit => ("gone", "the guest is not here any more".into()),
         };
@@ -255,7 +266,7 @@ fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
     tokio::runtime::Builder::new_current_thread().enable_all().build().context("starting the control plane")
 }
 
-async fn bind(address: SocketAddr) -> anyhow::Result<TcpListener> {
+pub(crate) async fn bind(address: SocketAddr) -> anyhow::Result<TcpListener> {
     Ok(TcpListener::bind(address).await.map_err(|source| SessionError::Listen { address, source })?)
 }
 
@@ -319,7 +330,7 @@ async fn hold<R: Room>(
                 hold_one(&host, guest).await
             }
             None => match await_guest(&host, &mut door, &room).await? {
-                Ok(arrived) => take_in(&host, arrived).await,
+                Ok(arrived) => take_in(&host, arrived, door.address).await,
                 Err(next) => next,
             },
         };
@@ -365,24 +376,17 @@ async fn await_guest<R: Room>(
 }
 
 /// Holds a guest that has arrived, while its memory follows.
-async fn take_in<G: HeldGuest>(host: &Arc<Host>, arrived: Arrived<G>) -> Next {
+async fn take_in<G: HeldGuest>(host: &Arc<Host>, arrived: Arrived<G>, address: Option<SocketAddr>) -> Next {
     let Arrived { guest, drain, .. } = arrived;
     let guest: Arc<dyn HeldGuest> = guest;
-    let status = drain.status();
-    host.set_arrival(Arrival::Draining(status.clone()));
+    host.set_arrival(Arrival::Draining(drain.status()));
     host.set(State::Running(guest.clone()));
-    let watched = host.clone();
-    tokio::spawn(async move {
-        match drain.finish().await {
-            Ok(_) => watched.set_arrival(Arrival::Resident(status)),
-            Err((error, pager)) => {
-                let reason = error.to_string();
-                eprintln!("pcvm: {reason}");
-                watched.set_arrival(Arrival::Stranded { reason, pager: Box::new(pager) });
-            }
-        }
-    });
-    hold_one(host, guest).await
+    let following = tokio::spawn(follow(host.clone(), drain, address));
+    let next = hold_one(host, guest).await;
+    // It may hold the port.
+    following.abort();
+    let _ = following.await;
+    next
 }
 
 /// Holds a guest until it ends, has moved away, or the user has had enough.

@@ -4,6 +4,7 @@
 //! them over their control socket ([`client`]); `compare` only reads their reports.
 
 mod args;
+mod arrival;
 mod client;
 mod compare;
 mod control;
@@ -50,6 +51,7 @@ fn dispatch(command: Command) -> anyhow::Result<()> {
         Command::Quit(args) => client::quit(&args),
         Command::Type(args) => client::type_text(&args),
         Command::Resolve(args) => client::resolve(&args),
+        Command::Recover(args) => client::recover(&args),
         Command::Compare(args) => compare::run(&args),
         Command::Completions { shell } => {
             cli::completions(shell, Cli::command());

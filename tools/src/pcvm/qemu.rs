@@ -3,10 +3,11 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context, bail};
 use postcopy_engine::session::{
-    self, MigrateOptions, MigrationError, MigrationReport, Owner, Phase, Progress,
+    self, MigrateOptions, MigrationError, MigrationReport, Owed, Owner, Phase, Progress, RecoverOptions,
 };
 use postcopy_vmm::qemu::QemuGuest;
 use tokio::sync::watch;
@@ -14,12 +15,17 @@ use tokio::sync::watch;
 use crate::args::{MigrateArgs, resolve};
 use crate::client::Meter;
 
+/// How long a destination is tried before that is told, and the rest after it.
+const ROUND: Duration = Duration::from_secs(60);
+const REST: Duration = Duration::from_secs(1);
+
 pub(crate) fn migrate(args: &MigrateArgs, monitor: &Path) -> anyhow::Result<MigrationReport> {
     let peer = resolve(&args.to)?;
     let options = MigrateOptions {
         transports: args.wire.transports(),
         endpoint: args.wire.device.endpoint(None),
         mode: args.mode.into(),
+        patience: Duration::from_secs(args.patience),
     };
     let guest = Arc::new(QemuGuest::attach(monitor)?);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
@@ -39,37 +45,51 @@ pub(crate) fn migrate(args: &MigrateArgs, monitor: &Path) -> anyhow::Result<Migr
             }
         };
         meter.end();
-        match outcome {
-            Ok(report) => {
-                let left = guest.clone();
-                tokio::task::spawn_blocking(move || left.end()).await?;
-                Ok(report)
-            }
-            Err(failed) => Err(settle(failed).await),
-        }
+        let report = match outcome {
+            Ok(report) => report,
+            Err(failed) => settle(failed).await?,
+        };
+        tokio::task::spawn_blocking(move || guest.end()).await?;
+        Ok(report)
     })
 }
 
 /// Who has the guest after a migration that failed. Where the destination still needs this side's
-/// memory, it is kept on offer until somebody ends this process.
-async fn settle(failed: MigrationError) -> anyhow::Error {
-    let MigrationError { error, owner, export } = failed;
-    match owner {
-        Owner::Source => anyhow::anyhow!("{error}; the guest runs on here"),
-        Owner::InDoubt => anyhow::anyhow!(
+/// memory, it is kept on offer, and the destination tried again, until somebody ends this process.
+async fn settle(failed: MigrationError) -> anyhow::Result<MigrationReport> {
+    let MigrationError { error, owner, owed } = failed;
+    match (owner, owed) {
+        (Owner::Source, _) => bail!("{error}; the guest runs on here"),
+        (Owner::InDoubt, _) => bail!(
             "{error}; the handover is in doubt and the guest stays stopped in its QEMU here: find out whether it runs \
              at the destination, then end the QEMU that does not have it (quit), or let it run on here (cont)"
         ),
-        Owner::Destination => {
+        (Owner::Destination, owed) => {
             eprintln!(
                 "pcvm: {error}; the guest is at the destination, and its memory is kept on offer here until this \
                  program is interrupted"
             );
-            let _ = tokio::signal::ctrl_c().await;
-            drop(export);
-            anyhow::anyhow!(
-                "{error}; the guest is at the destination, and what it had not fetched is no longer on offer"
-            )
+            tokio::select! {
+                report = serve_on(owed) => Ok(report),
+                _ = tokio::signal::ctrl_c() => bail!(
+                    "{error}; the guest is at the destination, and what it had not fetched is no longer on offer"
+                ),
+            }
         }
     }
+}
+
+/// Tries to reach the destination for as long as it takes. Ends with a report, or not at all.
+async fn serve_on(mut owed: Option<Box<Owed>>) -> MigrationReport {
+    while let Some(kept) = owed.take() {
+        match session::recover(kept, RecoverOptions { patience: ROUND, ..Default::default() }).await {
+            Ok(report) => return report,
+            Err(failed) => {
+                tracing::warn!(error = %failed.error, "the destination is not reached");
+                owed = failed.owed;
+                tokio::time::sleep(REST).await;
+            }
+        }
+    }
+    std::future::pending().await
 }

@@ -25,6 +25,9 @@ pub(crate) fn progress_line(progress: &Progress) -> String {
         Phase::InDoubt => "handing over".into(),
         Phase::Draining if progress.pager.total_pages == 0 => "the guest runs at the destination".into(),
         Phase::Draining => format!("the guest runs at the destination; {}", pager_line(&progress.pager)),
+        Phase::Recovering => {
+            format!("the destination is lost and being reached again; {}", pager_line(&progress.pager))
+        }
         Phase::Resident => "every page is there".into(),
     }
 }

@@ -3,9 +3,13 @@
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context, bail};
-use postcopy_engine::session::{self, MigrateOptions, MigrationError, Owner, Progress, SourceGuest};
+use postcopy_engine::session::{
+    self, MigrateOptions, MigrationError, MigrationReport, Owner, Progress, RecoverOptions, SourceGuest,
+};
+use postcopy_tools::device::DeviceArgs;
 use postcopy_transport::Transport;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::unix::OwnedWriteHalf;
@@ -94,17 +98,27 @@ async fn carry_out(request: Request, host: &Arc<Host>, writer: &mut OwnedWriteHa
         Request::Type { text } => (type_text(host, &text), None),
         Request::Resolve { guest } => end_doubt(host, guest).await,
         Request::Quit => (Answer::Done, Some(State::Quit)),
-        Request::Migrate { to, transports, lanes, mode } => {
-            let endpoint = lanes.endpoint(None);
-            let parsed = transports.iter().map(|name| name.parse()).collect::<Result<Vec<Transport>, _>>();
-            match parsed {
-                Ok(transports) => {
-                    migrate(host, &to, MigrateOptions { transports, endpoint, mode }, writer).await
-                }
-                Err(reason) => refuse(reason),
+        Request::Migrate { to, transports, lanes, mode, patience } => match parsed(&transports) {
+            Ok(transports) => {
+                let (endpoint, patience) = (lanes.endpoint(None), Duration::from_secs(patience));
+                migrate(host, &to, MigrateOptions { transports, endpoint, mode, patience }, writer).await
             }
-        }
+            Err(reason) => refuse(reason),
+        },
+        Request::Recover { to, transports, lanes, patience } => match parsed(&transports) {
+            Ok(transports) => {
+                let as_before = transports.is_empty() && lanes == DeviceArgs::default();
+                let wire = (!as_before).then(|| (transports, lanes.endpoint(None)));
+                let patience = Duration::from_secs(patience);
+                recover(host, to, RecoverOptions { peer: None, wire, patience }, writer).await
+            }
+            Err(reason) => refuse(reason),
+        },
     }
+}
+
+fn parsed(transports: &[String]) -> Result<Vec<Transport>, String> {
+    transports.iter().map(|name| name.parse()).collect()
 }
 
 fn type_text(host: &Host, text: &str) -> Answer {
@@ -135,19 +149,56 @@ async fn migrate(
         Err(reason) => return refuse(reason),
     };
     host.progress.send_replace(Progress::default());
-    let mut progress = host.progress.subscribe();
     let moving = host.clone();
-    let mut task = tokio::spawn(async move {
+    let task = async move {
         let source: Arc<dyn SourceGuest> = guest.clone();
-        let outcome = session::migrate(source, peer, options, &moving.progress).await;
-        match outcome {
+        match session::migrate(source, peer, options, &moving.progress).await {
             Ok(report) => {
                 let _ = tokio::task::spawn_blocking(move || guest.end()).await;
-                (Answer::Report(Box::new(report)), State::Gone)
+                gone(report)
             }
-            Err(failed) => settle(failed, guest),
+            Err(failed) => settle(failed, Some(guest)),
         }
-    });
+    };
+    watched(host, task, writer).await
+}
+
+/// Reaches the destination again, likewise in a task of its own.
+async fn recover(
+    host: &Arc<Host>,
+    to: Option<String>,
+    options: RecoverOptions,
+    writer: &mut OwnedWriteHalf,
+) -> Outcome {
+    let peer = match to.as_deref().map(resolve).transpose() {
+        Ok(peer) => peer,
+        Err(error) => return refuse(error.to_string()),
+    };
+    let owed = match host.take_kept() {
+        Ok(owed) => owed,
+        Err(reason) => return refuse(reason),
+    };
+    let task = async move {
+        match session::recover(owed, RecoverOptions { peer, ..options }).await {
+            Ok(report) => gone(report),
+            Err(failed) => settle(failed, None),
+        }
+    };
+    watched(host, task, writer).await
+}
+
+fn gone(report: MigrationReport) -> (Answer, State) {
+    (Answer::Report(Box::new(report)), State::Gone)
+}
+
+/// Has a task go on by itself, and tells the client how far it is.
+async fn watched(
+    host: &Arc<Host>,
+    task: impl Future<Output = (Answer, State)> + Send + 'static,
+    writer: &mut OwnedWriteHalf,
+) -> Outcome {
+    let mut progress = host.progress.subscribe();
+    let mut task = tokio::spawn(task);
     loop {
         tokio::select! {
             ended = &mut task => {
@@ -166,39 +217,44 @@ async fn migrate(
     }
 }
 
-/// Who has the guest after a migration that failed, in words and as a state.
-fn settle(failed: MigrationError, guest: Arc<dyn HeldGuest>) -> (Answer, State) {
-    let MigrationError { error, owner, export } = failed;
+/// Who has the guest after a migration that failed, in words and as a state. Without a `guest` here the
+/// destination has it.
+fn settle(failed: MigrationError, guest: Option<Arc<dyn HeldGuest>>) -> (Answer, State) {
+    let MigrationError { error, owner, owed } = failed;
     let reason = error.to_string();
-    match owner {
-        Owner::Source => (Answer::Error(format!("{reason}; the guest runs on here")), State::Running(guest)),
-        Owner::InDoubt => {
+    match (owner, guest) {
+        (Owner::Source, Some(guest)) => {
+            (Answer::Error(format!("{reason}; the guest runs on here")), State::Running(guest))
+        }
+        (Owner::InDoubt, Some(guest)) => {
             let doubt = format!(
                 "{reason}; the handover is in doubt and the guest stays stopped here: find out whether it runs at \
                  the destination, then `pcvm resolve --guest there` or `--guest here`"
             );
-            (Answer::Error(doubt), State::InDoubt { guest, export })
+            (Answer::Error(doubt), State::InDoubt { guest, owed })
         }
-        Owner::Destination => {
+        _ => {
             let kept = format!(
-                "{reason}; the guest is at the destination, its memory is kept on offer here until quit"
+                "{reason}; the guest is at the destination, its memory is kept on offer here until quit: see \
+                 `pcvm recover`"
             );
-            (Answer::Error(kept), State::Kept { export, reason })
+            (Answer::Error(kept), State::Kept { owed, reason })
         }
     }
 }
 
 async fn end_doubt(host: &Arc<Host>, guest: Resolution) -> Outcome {
-    let Some((held, export)) = host.take_doubt() else {
+    let Some((held, mut owed)) = host.take_doubt() else {
         return refuse("nothing is in doubt here");
     };
     match guest {
         Resolution::There => {
             let reason = "resolved by hand".to_owned();
-            (Answer::Done, Some(State::Kept { export, reason }))
+            owed.iter_mut().for_each(|owed| owed.resolve());
+            (Answer::Done, Some(State::Kept { owed, reason }))
         }
         Resolution::Here => {
-            drop(export);
+            drop(owed);
             let thawed = held.clone();
             let thawed =
                 tokio::task::spawn_blocking(move || thawed.thaw().map_err(|error| error.to_string())).await;

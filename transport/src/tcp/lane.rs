@@ -7,6 +7,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 
 use zerocopy::{FromBytes, IntoBytes};
 
+use super::alive::watch_over;
 use super::vectored::{self, Vectors};
 use super::wire::{OP_READ, REQUEST_BYTES, RESPONSE_BYTES, Request, Response, STATUS_OK, STATUS_REFUSED};
 use crate::error::{LaneError, ReadError};
@@ -67,6 +68,7 @@ impl TcpLane {
 
     /// A lane over any stream of bytes.
     pub(crate) fn over(stream: TcpStream, memories: Vec<HostMemory>) -> io::Result<Self> {
+        watch_over(&stream)?;
         stream.set_nonblocking(true)?;
         Ok(Self { stream, memories, awaited: VecDeque::with_capacity(DEPTH), unsent: Vec::new() })
     }

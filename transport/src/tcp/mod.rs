@@ -3,6 +3,7 @@
 //! The lane is one connection. Who dials it is the session's business: an exporter and an importer
 //! are each handed a connected stream.
 
+mod alive;
 mod lane;
 mod responder;
 mod vectored;
@@ -13,6 +14,7 @@ use std::net::TcpStream;
 use std::sync::Arc;
 use std::time::Duration;
 
+pub use alive::{LOST_AFTER, watch_over};
 pub use lane::TcpLane;
 pub(crate) use responder::Exports;
 use responder::Responder;

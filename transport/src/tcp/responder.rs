@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use rustix::net::RecvFlags;
 use zerocopy::{FromBytes, IntoBytes};
 
+use super::alive::watch_over;
 use super::vectored::{self, Vectors};
 use super::wire::{OP_READ, REQUEST_BYTES, RESPONSE_BYTES, Request, Response, STATUS_OK, STATUS_REFUSED};
 use crate::lane::LaneClass;
@@ -59,6 +60,7 @@ impl Responder {
         spin: Duration,
     ) -> io::Result<Self> {
         let spin = if class == LaneClass::Urgent { spin } else { Duration::ZERO };
+        watch_over(&stream)?;
         stream.set_nodelay(true)?;
         stream.set_nonblocking(false)?;
         let serving = stream.try_clone()?;

@@ -10,12 +10,13 @@ use crate::control::Status;
 /// Where a guest may be: see `docs/control.md`.
 const STATES: [&str; 7] = ["waiting", "running", "migrating", "in-doubt", "stranded", "kept", "gone"];
 /// How far a migration from here may be.
-const PHASES: [(Phase, &str); 6] = [
+const PHASES: [(Phase, &str); 7] = [
     (Phase::Setup, "setup"),
     (Phase::PreCopy, "pre-copy"),
     (Phase::Frozen, "frozen"),
     (Phase::InDoubt, "in-doubt"),
     (Phase::Draining, "draining"),
+    (Phase::Recovering, "recovering"),
     (Phase::Resident, "resident"),
 ];
 

@@ -1,0 +1,99 @@
+//! Where a destination is reached: it takes lanes in at its port, for what it has registered.
+
+use std::net::IpAddr;
+
+use postcopy_transport::{LaneRequest, Transport};
+use tokio::net::TcpListener;
+
+use super::channel::Channel;
+use super::destination::ReceiveOptions;
+use super::message::Message;
+use super::preamble::{self, Preamble, Purpose, SessionId};
+use super::round::Connected;
+use super::unpack::granted;
+use super::{STEP_PATIENCE, SessionError, WORK_PATIENCE, blocking};
+use crate::import::Import;
+use crate::memory::GuestMemory;
+use crate::pager::{Landing, Round};
+
+/// A port, and the source that lanes are taken in from there.
+pub(super) struct Dock<'a> {
+    pub(super) listener: &'a TcpListener,
+    pub(super) options: &'a ReceiveOptions,
+    pub(super) peer: IpAddr,
+    pub(super) session: SessionId,
+}
+
+impl Dock<'_> {
+    /// Registers memory for the first offered transport that works here.
+    pub(super) async fn import(
+        &self,
+        offered: &[Transport],
+        memory: &GuestMemory,
+        (shards, landing): (usize, impl Fn(Transport) -> Landing),
+    ) -> Result<(Transport, Import), SessionError> {
+        let ours = |transport: &&Transport| {
+            self.options.transports.is_empty() || self.options.transports.contains(transport)
+        };
+        let mut refusals = Vec::new();
+        for transport in offered.iter().filter(ours).copied() {
+            let landing = landing(transport);
+            let (memory, endpoint) = (memory.clone(), self.options.endpoint.clone());
+            match blocking(move || Import::new(transport, &memory, (landing, shards), &endpoint)).await {
+                Ok(import) => return Ok((transport, import)),
+                Err(error) => {
+                    tracing::warn!(%transport, %error, "a transport does not work here");
+                    refusals.push(error.to_string());
+                }
+            }
+        }
+        let reason = if refusals.is_empty() { "none is accepted".into() } else { refusals.join("; ") };
+        let names: Vec<&str> = offered.iter().map(|transport| transport.name()).collect();
+        Err(SessionError::NoTransport { offered: names.join(", "), reason })
+    }
+
+    /// Connects the lanes.
+    pub(super) async fn connect(
+        &self,
+        channel: &mut Channel,
+        transport: Transport,
+        import: Import,
+        (shards, threads): (usize, usize),
+    ) -> Result<Connected, SessionError> {
+        let (requests, lanes) = import.request(shards, threads)?;
+        channel.send(&Message::Accept { transport: transport.name().into(), lanes }).await?;
+        let (grants, regions) = granted(channel.receive("Granted", WORK_PATIENCE).await?)?;
+        let needed: Vec<usize> = requests.iter().map(LaneRequest::streams).collect();
+        let streams = self.accept_lanes(&needed).await?;
+        let connected = blocking(move || {
+            let lanes = import.connect(shards, requests, &grants, streams)?;
+            Ok(Connected { import, lanes, regions, round: Round::none() })
+        });
+        connected.await
+    }
+
+    /// Accepts the source's lane connections, so many for each lane, in any order; others are not
+    /// let in.
+    async fn accept_lanes(&self, needed: &[usize]) -> Result<Vec<Vec<std::net::TcpStream>>, SessionError> {
+        let mut lanes: Vec<Vec<std::net::TcpStream>> = needed.iter().map(|_| Vec::new()).collect();
+        while lanes.iter().zip(needed).any(|(lane, needed)| lane.len() < *needed) {
+            let accepted = tokio::time::timeout(STEP_PATIENCE, self.listener.accept()).await;
+            let silent = SessionError::Silent { waiting_for: "its lanes", patience: STEP_PATIENCE };
+            let (mut stream, from) =
+                accepted.map_err(|_| silent)?.map_err(|source| SessionError::Connection { source })?;
+            let lane = match preamble::read(&mut stream, STEP_PATIENCE).await {
+                Ok(Preamble { session, purpose: Purpose::Lane(lane) }) if session == self.session => {
+                    lane as usize
+                }
+                other => {
+                    tracing::warn!(%from, source = %self.peer, ?other, "a connection that is no lane of this session");
+                    continue;
+                }
+            };
+            let slot = lanes.get_mut(lane).filter(|slot| slot.len() < needed[lane]);
+            let slot = slot.ok_or(SessionError::Protocol("a lane that was not granted"))?;
+            slot.push(stream.into_std().map_err(|source| SessionError::Connection { source })?);
+        }
+        Ok(lanes)
+    }
+}

@@ -1,0 +1,259 @@
+//! The rest of a session at its destination: the guest runs, its memory follows. [`Drain::finish`] reads as the
+//! protocol, and [`Parted::rejoin`] as what follows when the source is out of hearing.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use postcopy_transport::Transport;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
+
+use super::channel::Channel;
+use super::course::micros;
+use super::destination::{DestinationGuest, ReceiveOptions, greet, passed, turn_away};
+use super::dock::Dock;
+use super::message::Message;
+use super::preamble::{Preamble, Purpose, SessionId};
+use super::report::ArrivalReport;
+use super::round::Connected;
+use super::unpack::rejoins;
+use super::{STEP_PATIENCE, SessionError, blocking};
+use crate::memory::GuestMemory;
+use crate::pager::{Landing, Pager, PagerError, PagerState, PagerStatus};
+
+/// How often the source hears of progress.
+pub(super) const PROGRESS: Duration = Duration::from_millis(100);
+
+/// See the module.
+pub struct Drain {
+    channel: Channel,
+    /// Whoever has it keeps the trap: without it the guest would read zeros.
+    pager: Arc<Mutex<Pager>>,
+    guest: Arc<dyn DestinationGuest>,
+    memory: GuestMemory,
+    session: SessionId,
+    options: ReceiveOptions,
+    begun: Instant,
+    resumed: Instant,
+}
+
+impl Drain {
+    pub(super) fn new(
+        channel: Channel,
+        pager: Pager,
+        (guest, memory): (Arc<dyn DestinationGuest>, GuestMemory),
+        (session, options): (SessionId, ReceiveOptions),
+        begun: Instant,
+    ) -> Self {
+        let (pager, resumed) = (Arc::new(Mutex::new(pager)), Instant::now());
+        Self { channel, pager, guest, memory, session, options, begun, resumed }
+    }
+
+    /// Where the pager stands, for whoever watches.
+    pub fn status(&self) -> watch::Receiver<PagerStatus> {
+        self.with_pager(|pager| pager.status())
+    }
+
+    fn with_pager<T>(&self, work: impl FnOnce(&mut Pager) -> T) -> T {
+        work(&mut self.pager.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Waits until every page is here, telling the source on the way, and lets the source go.
+    ///
+    /// A broken control connection does not matter as long as the lanes live.
+    ///
+    /// Errors: the pager failed, or the source did not hear that it can go. See [`Parted`].
+    pub async fn finish(mut self) -> Result<ArrivalReport, Parted> {
+        let mut status = self.status();
+        loop {
+            let ended = status.wait_for(|status| !matches!(status.state, PagerState::Running));
+            let ended = tokio::time::timeout(PROGRESS, ended).await.map(|ended| ended.map(|s| s.clone()));
+            match ended {
+                Err(_) => {
+                    let report = status.borrow().report;
+                    self.tell(&Message::Progress(report)).await;
+                }
+                Ok(Ok(PagerStatus { state: PagerState::Failed(error), .. })) => {
+                    self.tell(&Message::Refuse(error.to_string())).await;
+                    return Err(Parted { drain: self, why: Why::Stranded(error) });
+                }
+                Ok(Ok(status)) => return self.release(status).await,
+                Ok(Err(_)) => {
+                    let gone = Arc::new(PagerError::Panicked("it vanished".into()));
+                    return Err(Parted { drain: self, why: Why::Stranded(gone) });
+                }
+            }
+        }
+    }
+
+    async fn release(
+        mut self,
+        PagerStatus { report: pager, waited, .. }: PagerStatus,
+    ) -> Result<ArrivalReport, Parted> {
+        self.guest.memory_arrived();
+        let resident_us = micros(self.resumed.elapsed());
+        let blocked =
+            |thread| waited.iter().find(|waited| waited.thread == thread).map(|waited| waited.total);
+        let each = self.guest.vcpu_threads().into_iter().map(blocked);
+        let vcpu_blocktime_us = each.map(|blocked| blocked.map_or(0, micros)).collect();
+        let arrival = ArrivalReport { resident_us, pager, vcpu_blocktime_us };
+        passed("Resident", self.begun);
+        let released = released(&mut self.channel, &arrival).await;
+        self.with_pager(Pager::collapse);
+        if let Err(error) = released {
+            tracing::warn!(%error, "the source did not confirm; every page is here all the same");
+            return Err(Parted { drain: self, why: Why::Unheard(arrival) });
+        }
+        passed("Released", self.begun);
+        Ok(arrival)
+    }
+
+    async fn tell(&mut self, message: &Message) {
+        if let Err(error) = self.channel.send(message).await {
+            tracing::debug!(%error, message = message.name(), "the source could not be told");
+        }
+    }
+
+    /// Gives the pager lanes to a source that has come back.
+    async fn go_on(
+        &mut self,
+        channel: &mut Channel,
+        offered: &[Transport],
+        dock: Dock<'_>,
+    ) -> Result<(), SessionError> {
+        let pager = self.pager.clone();
+        let parted = blocking(move || {
+            let mut pager = pager.lock().unwrap_or_else(PoisonError::into_inner);
+            pager.part();
+            (pager.shards(), pager.servers(), pager.lands_in_place())
+        });
+        let (shards, servers, in_place) = parted.await;
+        let landing = |transport| match in_place {
+            true => Landing::InPlace,
+            false => self.options.landing.resolved(transport, false),
+        };
+        let (transport, import) = dock.import(offered, &self.memory, (shards, landing)).await?;
+        let connected = dock.connect(channel, transport, import, (shards, servers)).await?;
+        let (pager, config) = (self.pager.clone(), self.options.pager);
+        let gone_on = blocking(move || {
+            let Connected { import, lanes, regions, .. } = connected;
+            let mut pager = pager.lock().unwrap_or_else(PoisonError::into_inner);
+            import.go_on(&mut pager, lanes, regions, config)
+        });
+        Ok(gone_on.await?)
+    }
+}
+
+/// Tells the source that it can go, and hears that it does.
+async fn released(channel: &mut Channel, arrival: &ArrivalReport) -> Result<(), SessionError> {
+    channel.send(&Message::Resident(arrival.clone())).await?;
+    channel.receive("Release", STEP_PATIENCE).await.map(drop)
+}
+
+/// A guest that runs here, with its source out of hearing: it waits for pages that do not come, or every page is here
+/// and the source does not know. It must not be resumed anywhere else. While this lives its touches of what is
+/// missing wait.
+pub struct Parted {
+    drain: Drain,
+    why: Why,
+}
+
+enum Why {
+    Stranded(Arc<PagerError>),
+    Unheard(ArrivalReport),
+}
+
+/// What a source that has come back brings.
+pub enum Rejoined {
+    /// The way to what is missing.
+    Draining(Drain),
+    /// Nothing: every page was here, and it knows now.
+    Released(ArrivalReport),
+}
+
+impl Parted {
+    /// What happened, in words.
+    pub fn reason(&self) -> String {
+        match &self.why {
+            Why::Stranded(error) => error.to_string(),
+            Why::Unheard(_) => "the source was not heard; every page is here all the same".into(),
+        }
+    }
+
+    /// Whether every page is here.
+    pub fn is_resident(&self) -> bool {
+        matches!(self.why, Why::Unheard(_))
+    }
+
+    /// Whether the source is of use: all is here, or it was a lane that was lost.
+    pub fn can_rejoin(&self) -> bool {
+        match &self.why {
+            Why::Stranded(error) => error.is_lost_lane(),
+            Why::Unheard(_) => true,
+        }
+    }
+
+    /// Where the pager stood.
+    pub fn status(&self) -> watch::Receiver<PagerStatus> {
+        self.drain.status()
+    }
+
+    /// Waits at `listener` for the source to come back ([`recover`](super::recover)) and takes new lanes in.
+    ///
+    /// Errors: it came and could not be taken in. All is as it was, and this can be tried again.
+    pub async fn rejoin(mut self, listener: &TcpListener) -> Result<Rejoined, (SessionError, Self)> {
+        match self.take_up(listener).await {
+            Ok(()) => Ok(match self.why {
+                Why::Stranded(_) => Rejoined::Draining(self.drain),
+                Why::Unheard(arrival) => Rejoined::Released(arrival),
+            }),
+            Err(error) => Err((error, self)),
+        }
+    }
+
+    async fn take_up(&mut self, listener: &TcpListener) -> Result<(), SessionError> {
+        let session = self.drain.session;
+        let stream = await_rejoin(listener, session).await?;
+        let peer = stream.peer_addr().map_err(|source| SessionError::Connection { source })?.ip();
+        let local = stream.local_addr().ok().map(|address| address.ip());
+        let mut channel = Channel::new(stream)?;
+        let offered = rejoins(channel.receive("Rejoin", STEP_PATIENCE).await?)?;
+        if let Why::Unheard(arrival) = &self.why {
+            return released(&mut channel, arrival).await;
+        }
+        let mut options = self.drain.options.clone();
+        options.endpoint.local = local;
+        let dock = Dock { listener, options: &options, peer, session };
+        if let Err(error) = self.drain.go_on(&mut channel, &offered, dock).await {
+            let _ = channel.send(&Message::Refuse(error.to_string())).await;
+            return Err(error);
+        }
+        passed("Rejoined", self.drain.begun);
+        self.drain.channel = channel;
+        // If it does not hear it, its lanes serve all the same.
+        self.drain.tell(&Message::LanesReady).await;
+        Ok(())
+    }
+}
+
+/// The next connection of the session's source. Others are turned away.
+async fn await_rejoin(listener: &TcpListener, session: SessionId) -> Result<TcpStream, SessionError> {
+    loop {
+        let (mut stream, peer) =
+            listener.accept().await.map_err(|source| SessionError::Connection { source })?;
+        match greet(&mut stream).await {
+            Ok(theirs) if theirs == (Preamble { session, purpose: Purpose::Rejoin }) => {
+                tracing::info!(%peer, "the source is back");
+                return Ok(stream);
+            }
+            Ok(Preamble { purpose: Purpose::Lane(_), .. }) => {
+                tracing::warn!(%peer, "a lane of a source that is not back yet");
+            }
+            Ok(_) => {
+                tracing::warn!(%peer, "a connection that is not of the guest's source");
+                turn_away(stream, "a guest is here already, and its own source is waited for").await;
+            }
+            Err(error) => tracing::warn!(%peer, %error, "a connection that is no source"),
+        }
+    }
+}

@@ -1,0 +1,200 @@
+//! What a source owes that cannot hear its destination any more: the memory of a guest that may run there.
+//!
+//! ```text
+//!  source                                             destination
+//!  Kept       ── Rejoin ────────────────────────────▶ stands at the door again           Stranded
+//!             ◀─ Accept (lane requests) ────────────  or Resident: all of it had come
+//!  new lanes  ── Granted (grants, keys) ────────────▶ connects them, the pager goes on
+//!             ◀─ LanesReady, Progress … ────────────                                     Resumed
+//!             ◀─ Resident ──────────────────────────                                     Resident
+//!  Released   ── Release ───────────────────────────▶
+//! ```
+
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use postcopy_transport::{EndpointOptions, Transport};
+
+use super::channel::{Channel, unexpected};
+use super::course::{Course, accepted, micros};
+use super::message::Message;
+use super::preamble::Purpose;
+use super::report::{ArrivalReport, MigrationReport, Phase};
+use super::source::{MigrationError, Owner};
+use super::{SessionError, WORK_PATIENCE, blocking};
+use crate::export::Export;
+
+/// The rest between two attempts to reach a destination.
+const RETRY: Duration = Duration::from_millis(500);
+
+/// Memory of a guest that has left, on offer until its destination has all of it. Lanes that still live serve it
+/// meanwhile. Dropping it takes the memory back: what the destination has not read is lost then.
+pub struct Owed {
+    pub(super) course: Course,
+    pub(super) export: Export,
+    pub(super) owner: Owner,
+}
+
+impl std::fmt::Debug for Owed {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Owed").field("peer", &self.course.peer).field("owner", &self.owner).finish()
+    }
+}
+
+/// How to reach a destination again.
+#[derive(Clone, Debug, Default)]
+pub struct RecoverOptions {
+    /// Where it listens, if that is elsewhere now.
+    pub peer: Option<SocketAddr>,
+    /// Transports to offer, best first, and how lanes are made over them; `None`: as before.
+    pub wire: Option<(Vec<Transport>, EndpointOptions)>,
+    /// For how long to try, counted anew each time that it was reached.
+    pub patience: Duration,
+}
+
+/// Reaches the destination again and serves it until it has all of the memory, over new lanes where the old ones are
+/// lost.
+///
+/// Errors: it was not reached in time, or refused. All is then as it was, and this can be tried again.
+pub async fn recover(
+    mut owed: Box<Owed>,
+    options: RecoverOptions,
+) -> Result<MigrationReport, MigrationError> {
+    let RecoverOptions { peer, wire, patience } = options;
+    owed.course.peer = peer.unwrap_or(owed.course.peer);
+    if let Some((transports, endpoint)) = wire {
+        (owed.course.options.transports, owed.course.options.endpoint) = (transports, endpoint);
+    }
+    let mut until = Instant::now() + patience;
+    loop {
+        owed.course.enter(Phase::Recovering);
+        let error = match owed.rejoin().await {
+            Ok((channel, arrival)) => {
+                return Ok(owed.release(channel, &arrival).await);
+            }
+            Err(Attempt::Lost(error)) => {
+                until = Instant::now() + patience;
+                error
+            }
+            Err(Attempt::Refused(error)) => return Err(owed.failed(error)),
+            Err(Attempt::Unreached(error)) if Instant::now() + RETRY > until => {
+                return Err(owed.failed(error));
+            }
+            Err(Attempt::Unreached(error)) => error,
+        };
+        tracing::info!(%error, peer = %owed.course.peer, "trying to reach the destination");
+        tokio::time::sleep(RETRY).await;
+    }
+}
+
+/// How an attempt to reach the destination failed.
+enum Attempt {
+    /// It was not reached, or not for long enough.
+    Unreached(SessionError),
+    /// It was reached, and lost again.
+    Lost(SessionError),
+    /// It wants nothing of us.
+    Refused(SessionError),
+}
+
+impl Attempt {
+    fn of(error: SessionError) -> Self {
+        match error {
+            SessionError::Refused { .. } | SessionError::Version { .. } | SessionError::NotOurs => {
+                Self::Refused(error)
+            }
+            error => Self::Unreached(error),
+        }
+    }
+}
+
+impl Owed {
+    /// Who has the guest, as far as is known.
+    pub fn owner(&self) -> Owner {
+        self.owner
+    }
+
+    /// A person knows that the destination runs the guest.
+    pub fn resolve(&mut self) {
+        self.owner = Owner::Destination;
+    }
+
+    /// Where the destination listened.
+    pub fn peer(&self) -> SocketAddr {
+        self.course.peer
+    }
+
+    pub(super) fn failed(self: Box<Self>, error: SessionError) -> MigrationError {
+        MigrationError { error, owner: self.owner, owed: Some(self) }
+    }
+
+    /// The guest is there with all its memory.
+    pub(super) async fn release(
+        self: Box<Self>,
+        mut channel: Channel,
+        arrival: &ArrivalReport,
+    ) -> MigrationReport {
+        let Self { course, export, .. } = *self;
+        drop(export);
+        // Whether this last word arrives changes nothing.
+        let _ = channel.send(&Message::Release).await;
+        course.finish(arrival)
+    }
+
+    async fn rejoin(&mut self) -> Result<(Channel, ArrivalReport), Attempt> {
+        let mut channel = self.course.call(Purpose::Rejoin).await.map_err(Attempt::of)?;
+        match self.take_up(&mut channel).await.map_err(Attempt::of)? {
+            Some(arrival) => Ok((channel, arrival)),
+            None => match self.course.serve(&mut channel).await {
+                Ok(arrival) => Ok((channel, arrival)),
+                Err(error) => Err(Attempt::Lost(error)),
+            },
+        }
+    }
+
+    /// Gives the destination new lanes; or it has all of the memory already.
+    async fn take_up(&mut self, channel: &mut Channel) -> Result<Option<ArrivalReport>, SessionError> {
+        let transports = self.course.transports()?;
+        let transports = transports.iter().map(|transport| transport.name().to_owned()).collect();
+        channel.send(&Message::Rejoin { transports }).await?;
+        let answer = channel.receive("Accept or Resident", WORK_PATIENCE).await?;
+        if let Message::Resident(arrival) = answer {
+            self.is_there();
+            return Ok(Some(arrival));
+        }
+        let (transport, requests) = accepted(answer)?;
+        self.is_there();
+        self.course.report.transport = transport.name().into();
+        let endpoint = self.course.options.endpoint.clone();
+        let connected = async {
+            self.renew(transport, endpoint).await?;
+            self.course.connect(&mut self.export, &requests, channel).await
+        };
+        if let Err(error) = connected.await {
+            let _ = channel.send(&Message::Refuse(error.to_string())).await;
+            return Err(error);
+        }
+        match channel.receive("LanesReady", WORK_PATIENCE).await? {
+            Message::LanesReady => {}
+            other => return Err(unexpected(&other, "LanesReady")),
+        }
+        self.course.enter(Phase::Draining);
+        Ok(None)
+    }
+
+    /// The destination has spoken of the guest, so it runs there.
+    fn is_there(&mut self) {
+        self.owner = Owner::Destination;
+        if self.course.report.downtime_us == 0 {
+            // Nobody heard when it was resumed.
+            self.course.report.downtime_us = micros(self.course.frozen.elapsed());
+        }
+    }
+
+    /// Registers the memory for new lanes, and closes the old ones.
+    async fn renew(&mut self, transport: Transport, endpoint: EndpointOptions) -> Result<(), SessionError> {
+        let again = self.export.again(transport, endpoint);
+        self.export.renew(blocking(again).await?);
+        Ok(())
+    }
+}

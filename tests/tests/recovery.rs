@@ -1,0 +1,183 @@
+//! The network between source and destination is lost after the handover: the guest waits, nothing of it is lost, and
+//! its memory comes when there is a way again. The tiny guest, on this host's KVM, verifies every word that it reads.
+#![allow(clippy::unwrap_used)] // helpers of tests, where a panic is the report
+
+use postcopy_e2e::cutter::{Line, cut_after};
+use postcopy_e2e::{Pcvm, Scratch, assert_refused, free_port, pcvm, stderr};
+use serde_json::Value;
+
+/// Bytes a second of the line that is cut: the guest has 6 MiB that are not zero.
+const SLOW: u64 = 2 << 20;
+/// Messages until the one that hands the guest over, and that one.
+const WITH_COMMIT: i64 = 9;
+
+fn number(report: &Value, path: &str) -> u64 {
+    report.pointer(path).and_then(Value::as_u64).unwrap_or_else(|| panic!("no {path} in {report}"))
+}
+
+/// All pages have come, each once.
+fn assert_whole(report: &Value) {
+    let kinds = ["fault_pages", "recent_pages", "prepage_pages", "drain_pages", "zero_pages", "kept_pages"];
+    let pages = kinds.map(|kind| number(report, &format!("/pager/pages/{kind}")));
+    assert_eq!(pages.iter().sum::<u64>(), 2048, "{report}");
+    assert_eq!(number(report, "/pager/total_pages"), 2048);
+    assert_eq!(number(report, "/pager/outstanding_pages"), 0);
+}
+
+fn assert_runs(destination: &Pcvm) {
+    destination.wait_for_progress();
+    assert_eq!(destination.status()["state"], "running");
+    let console = destination.console();
+    assert!(!console.contains("BAD") && !console.contains(" bad "), "{console}");
+}
+
+fn recover(source: &Pcvm, more: &[&str]) -> std::process::Output {
+    let control = source.control().to_str().unwrap();
+    pcvm(&[&["recover", "--quiet", "--json", "--control", control][..], more].concat())
+}
+
+/// Cuts the line while the guest's memory comes.
+fn cut_in_the_drain(line: &Line, source: &Pcvm, destination: &Pcvm) {
+    source
+        .wait_until("its memory is on its way", |source| source.status()["migration"]["phase"] == "draining");
+    line.cut();
+    destination.wait_until("the guest is stranded", |there| there.status()["state"] == "stranded");
+}
+
+/// The line is cut while the memory comes, and mended when the destination has said that it is stranded.
+fn outlives(name: &str, receive: &[&str], mode: &str) {
+    let scratch = Scratch::new(&format!("outlives-{name}"));
+    let port = free_port();
+    let source = Pcvm::run_tiny(&scratch, "a");
+    let destination = Pcvm::receive(&scratch, "b", port, receive);
+    let line = Line::to(([127, 0, 0, 1], port), SLOW);
+    let to = format!("127.0.0.1:{}", line.port());
+    let report = std::thread::scope(|scope| {
+        let moving = scope.spawn(|| source.migrate(&to, &["--transport", "tcp", "--mode", mode]));
+        cut_in_the_drain(&line, &source, &destination);
+        source.wait_until("the source tries again", |source| {
+            source.status()["migration"]["phase"] == "recovering"
+        });
+        let printed = destination.console();
+        std::thread::sleep(std::time::Duration::from_millis(300));
+        assert_eq!(destination.console(), printed, "{name}: it waits for its memory");
+        line.mend();
+        moving.join().unwrap()
+    });
+    assert_whole(&report);
+    let blocked = report["vcpu_blocktime_us"][0].as_u64().unwrap();
+    assert!(blocked > 300_000, "{name}: it waited for at least as long as it was watched: {blocked} µs");
+    assert_runs(&destination);
+    let (ended_well, log) = source.wait();
+    assert!(ended_well, "{log}");
+}
+
+#[test]
+fn a_guest_outlives_a_lost_network() {
+    outlives("pool", &["--self-service", "off"], "postcopy");
+    outlives("in-place", &["--self-service", "off", "--landing", "in-place"], "postcopy");
+    outlives("shards", &["--self-service", "off", "--shards", "3"], "postcopy");
+}
+
+#[test]
+#[ignore = "needs to be told of KVM's page faults: run by scripts/test in the lab"]
+fn one_whose_vcpu_serves_itself_does() {
+    outlives("self", &["--self-service", "on"], "postcopy");
+    outlives("self-in-place", &["--self-service", "on", "--landing", "in-place"], "postcopy");
+    outlives("self-shards", &["--self-service", "on", "--shards", "3"], "postcopy");
+}
+
+#[test]
+fn one_that_moves_by_hybrid_does() {
+    outlives("hybrid", &[], "hybrid");
+}
+
+/// The memory comes over another transport, and another way, than it began to.
+fn recovers_over(transport: &str, address: &str, receive: &[&str]) {
+    let scratch = Scratch::new(&format!("recover-{transport}"));
+    let port = free_port();
+    let source = Pcvm::run_tiny(&scratch, "a");
+    let there = format!("{address}:{port}");
+    let destination = Pcvm::start(&scratch, "b", &[&["receive", "--listen", &there][..], receive].concat());
+    assert_refused(&recover(&source, &[]), &["no guest has left"]);
+    let line = Line::to(there.parse::<std::net::SocketAddr>().unwrap(), SLOW);
+    let to = format!("127.0.0.1:{}", line.port());
+    let out = std::thread::scope(|scope| {
+        let moving = scope.spawn(|| source.try_migrate(&to, &["--transport", "tcp", "--patience", "0"]));
+        cut_in_the_drain(&line, &source, &destination);
+        moving.join().unwrap()
+    });
+    assert_refused(&out, &["the guest is at the destination", "kept on offer here", "pcvm recover"]);
+    assert_eq!(source.status()["state"], "kept");
+
+    // The line is still cut, and nobody else's guest gets in meanwhile.
+    assert_refused(&recover(&source, &["--patience", "1"]), &["kept on offer here"]);
+    let other = Pcvm::run_tiny(&scratch, "c");
+    let out = other.try_migrate(&there, &["--transport", "tcp"]);
+    assert_refused(&out, &["a guest is here already", "the guest runs on here"]);
+
+    let out = recover(&source, &["--to", &there, "--transport", transport]);
+    assert!(out.status.success(), "{}", stderr(&out));
+    let report = serde_json::from_slice(&out.stdout).unwrap();
+    assert_whole(&report);
+    assert_eq!(report["transport"], transport);
+    assert_runs(&destination);
+    let (ended_well, log) = source.wait();
+    assert!(ended_well, "{log}");
+}
+
+#[test]
+fn a_source_that_was_not_patient_is_told_to_recover_over_another_way() {
+    for transport in ["tcp", "shm"] {
+        recovers_over(transport, "127.0.0.1", &[]);
+    }
+}
+
+#[test]
+#[ignore = "needs an RDMA device at LAB_RDMA_ADDR: run by scripts/test in the lab"]
+fn it_recovers_over_verbs() {
+    let address = postcopy_e2e::variable("LAB_RDMA_ADDR");
+    recovers_over("verbs", &address, &["--self-service", "off"]);
+    recovers_over("verbs", &address, &["--self-service", "on", "--landing", "pool"]);
+}
+
+#[test]
+fn a_doubt_ends_when_the_destination_is_heard_again() {
+    let scratch = Scratch::new("doubt-ends");
+    let port = free_port();
+    let source = Pcvm::run_tiny(&scratch, "a");
+    let destination = Pcvm::receive(&scratch, "b", port, &[]);
+    // Its lanes live, so all is there when the source comes back; a control connection of that kind is not cut.
+    let report = source.migrate(&format!("127.0.0.1:{}", cut_after(WITH_COMMIT, port)), &[]);
+    assert_whole(&report);
+    assert!(number(&report, "/downtime_us") > 0, "{report}");
+    assert_runs(&destination);
+    let (ended_well, log) = source.wait();
+    assert!(ended_well, "{log}");
+}
+
+#[test]
+fn a_guest_that_outlived_a_lost_network_moves_on() {
+    let scratch = Scratch::new("moves-on");
+    let [port_a, port_b] = postcopy_e2e::free_ports();
+    let kernel = scratch.tiny_kernel();
+    let listen_a = format!("127.0.0.1:{port_a}");
+    let run =
+        ["run", "--kernel", kernel.to_str().unwrap(), "--memory", "8M", "--again", "--listen", &listen_a];
+    let a = Pcvm::start(&scratch, "a", &run);
+    let b = Pcvm::receive(&scratch, "b", port_b, &["--again"]);
+    a.wait_for_console("tiny: round 1 ok");
+    for turn in 0..4 {
+        let (from, to, port) = if turn % 2 == 0 { (&a, &b, port_b) } else { (&b, &a, port_a) };
+        let line = Line::to(([127, 0, 0, 1], port), SLOW);
+        std::thread::scope(|scope| {
+            let moving =
+                scope.spawn(|| from.migrate(&format!("127.0.0.1:{}", line.port()), &["--transport", "tcp"]));
+            cut_in_the_drain(&line, from, to);
+            line.mend();
+            assert_whole(&moving.join().unwrap());
+        });
+        assert_runs(to);
+        from.wait_until("it waits again", |from| from.status()["state"] == "waiting");
+    }
+}

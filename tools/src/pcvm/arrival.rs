@@ -1,0 +1,94 @@
+//! The memory of a guest that has arrived here: it follows, and when its source is lost, that is waited for.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use postcopy_engine::pager::PagerStatus;
+use postcopy_engine::session::{Drain, Parted, Rejoined};
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+
+use crate::host::{Host, bind};
+
+/// The rest before a port is tried again that could not be listened on.
+const RETRY: Duration = Duration::from_secs(1);
+
+/// Where the memory of a guest that arrived here is.
+pub(crate) enum Arrival {
+    /// No guest has arrived.
+    None,
+    /// On its way.
+    Draining(watch::Receiver<PagerStatus>),
+    /// All of it is here.
+    Resident(watch::Receiver<PagerStatus>),
+    /// The pager failed; it stays, so that the guest waits instead of reading zeros.
+    Stranded {
+        /// Why, and what is done about it.
+        reason: String,
+        /// Where the pager stood.
+        status: watch::Receiver<PagerStatus>,
+    },
+}
+
+/// Follows the memory until all of it is here and its source knows. Must not be dropped while the guest runs: it
+/// has what keeps the guest from reading zeros. A source that is lost comes back to `address`.
+pub(crate) async fn follow(host: Arc<Host>, mut drain: Drain, address: Option<SocketAddr>) {
+    loop {
+        let status = drain.status();
+        host.set_arrival(Arrival::Draining(status.clone()));
+        let Err(parted) = drain.finish().await else {
+            return host.set_arrival(Arrival::Resident(status));
+        };
+        let door = address.filter(|_| parted.can_rejoin());
+        host.set_arrival(match (parted.is_resident(), door) {
+            (true, _) => Arrival::Resident(status),
+            (false, door) => stranded(&parted, door, status),
+        });
+        let Some(door) = door else {
+            // It keeps the guest waiting for as long as that lives.
+            let _kept = parted;
+            return std::future::pending().await;
+        };
+        match await_source(parted, door).await {
+            Rejoined::Draining(again) => drain = again,
+            Rejoined::Released(_) => return,
+        }
+        eprintln!("pcvm: the source is back; the guest's memory follows");
+    }
+}
+
+fn stranded(parted: &Parted, door: Option<SocketAddr>, status: watch::Receiver<PagerStatus>) -> Arrival {
+    let mut reason = parted.reason();
+    if let Some(door) = door {
+        reason += &format!("; its source is waited for at {door}");
+    }
+    eprintln!("pcvm: {reason}");
+    Arrival::Stranded { reason, status }
+}
+
+/// Listens until the source has come back.
+async fn await_source(mut parted: Parted, door: SocketAddr) -> Rejoined {
+    let listener = listen(door).await;
+    loop {
+        match parted.rejoin(&listener).await {
+            Ok(rejoined) => return rejoined,
+            Err((error, again)) => {
+                tracing::warn!(%error, "the source came back and was lost again");
+                parted = again;
+                // Of a port that fails too.
+                tokio::time::sleep(RETRY / 10).await;
+            }
+        }
+    }
+}
+
+async fn listen(door: SocketAddr) -> TcpListener {
+    loop {
+        match bind(door).await {
+            Ok(listener) => return listener,
+            Err(error) => tracing::warn!(%error, "the source cannot come back yet"),
+        }
+        tokio::time::sleep(RETRY).await;
+    }
+}
