@@ -54,9 +54,9 @@ fn touch(memory: &GuestMemory, thread: u64) {
         let page = (step * 1_009 + thread * 777) % PAGES;
         let mut seen = vec![0; PAGE_SIZE as usize];
         assert!(guest.read(page * PAGE_SIZE, &mut seen));
-        let from = if page % 7 == 0 { MARK.len() } else { 0 };
+        let from = if page.is_multiple_of(7) { MARK.len() } else { 0 };
         assert!(seen[from..] == content(page)[from..], "page {page}");
-        if page % 7 == 0 {
+        if page.is_multiple_of(7) {
             assert!(guest.write(page * PAGE_SIZE, MARK));
         }
     }
@@ -107,11 +107,14 @@ fn outlive(transport: Transport, setup: Setup, told: FaultsTo, seed: u64) -> u64
     assert!(matches!(end.state, PagerState::Resident), "{transport} {setup:?}: {:?}", end.state);
     assert_eq!(end.report.outstanding_pages, 0);
     assert_eq!(end.report.total_pages, PAGES);
+    let counts = end.report.pages;
+    let counted = counts.fault_pages + counts.prepage_pages + counts.drain_pages + counts.zero_pages;
+    assert_eq!(counted, PAGES, "{transport} {setup:?}: each comes once: {counts:?}");
     for page in 0..PAGES {
         let mut seen = vec![0; PAGE_SIZE as usize];
         assert!(memory.guest().read(page * PAGE_SIZE, &mut seen));
         let mut expected = content(page);
-        if page % 7 == 0 {
+        if page.is_multiple_of(7) {
             expected[..MARK.len()].copy_from_slice(MARK);
         }
         assert!(seen == expected, "page {page} at the end");
@@ -150,10 +153,8 @@ fn it_goes_on_over_another_transport() {
         let other = Setup { landing: Landing::Pool, ..setup };
         let pool = import(Transport::Shm, &memory, other);
         let ways = lanes(&pool, &mut offered, other, 0);
-        let gone_on = pool.go_on(&mut pager, ways, offered.regions(), config);
-        if pager.lands_in_place() && gone_on.is_err() {
-            let said = gone_on.unwrap_err().to_string();
-            assert!(said.contains("landed in place"), "{said}");
+        if let Err(error) = pool.go_on(&mut pager, ways, offered.regions(), config) {
+            assert!(landing == Landing::InPlace && error.to_string().contains("landed in place"), "{error}");
             let way = import(Transport::Shm, &memory, setup);
             let ways = lanes(&way, &mut offered, setup, 0);
             way.go_on(&mut pager, ways, offered.regions(), config).unwrap();

@@ -312,6 +312,7 @@ impl Pager {
             shared.claims.abandon();
         }
         self.end();
+        // A shard that panicked did not.
         for shared in &*self.shards {
             shared.claims.await_left();
         }

@@ -118,7 +118,7 @@ impl Shared {
         self.stop.rouse();
         self.claims.leave();
         self.await_resident(page);
-        self.waited(this_thread(), seen);
+        self.waited(seen.elapsed());
     }
 
     /// Before a touch is tried again, where nobody can bring its page.
@@ -128,9 +128,9 @@ impl Shared {
         }
     }
 
-    /// Tells that a thread waits no more.
-    fn waited(&self, thread: i32, seen: Instant) {
-        drop(self.notes.send(Note::Waited(thread, seen.elapsed())));
+    /// Tells that this thread waits no more.
+    fn waited(&self, time: Duration) {
+        drop(self.notes.send(Note::Waited(THREAD.with(|thread| *thread), time)));
     }
 
     /// Waits until a page that somebody else brings is published, or memory is let go.
@@ -188,14 +188,14 @@ pub struct FaultServer {
     /// Whether spinning keeps a background read from the processor.
     crowded: bool,
     completions: Vec<Completion>,
-    /// The thread that it serves, once that has faulted.
-    thread: Option<i32>,
+    /// How long it was stranded, as far as that is not told yet.
+    stranded: Duration,
 }
 
 impl FaultServer {
     pub(super) fn new(outfit: Outfit, relay: Arc<Relay>, spin: Duration) -> Self {
         let crowded = postcopy_transport::is_crowded();
-        Self { outfit, relay, spin, crowded, completions: Vec::with_capacity(1), thread: None }
+        Self { outfit, relay, spin, crowded, completions: Vec::with_capacity(1), stranded: Duration::ZERO }
     }
 
     /// Whether it reads the memory of `shared`.
@@ -219,7 +219,14 @@ impl FaultServer {
     /// thread must not go on.
     pub fn serve(&mut self, page: PageIndex) -> Result<Served, FaultFailed> {
         let seen = Instant::now();
-        let thread = *self.thread.get_or_insert_with(this_thread);
+        let served = self.try_serve(page, seen);
+        if served == Ok(Served::Stranded) {
+            self.stranded += seen.elapsed();
+        }
+        served
+    }
+
+    fn try_serve(&mut self, page: PageIndex, seen: Instant) -> Result<Served, FaultFailed> {
         self.renew();
         if self.outfit.lane.is_none() {
             std::thread::sleep(STRANDED_NAP);
@@ -242,11 +249,16 @@ impl FaultServer {
             Claim::Taken => {
                 shared.claims.leave();
                 shared.await_resident(page);
-                shared.waited(thread, seen);
-                return Ok(if shared.claims.is_abandoned() { Served::Stranded } else { Served::Here });
+                if shared.claims.is_abandoned() {
+                    return Ok(Served::Stranded);
+                }
+                self.waited(shared, seen);
+                return Ok(Served::Here);
             }
         };
-        shared.waited(thread, seen);
+        if served.is_ok() {
+            self.waited(shared, seen);
+        }
         shared.claims.leave();
         match served {
             Ok(()) => Ok(Served::Here),
@@ -256,6 +268,11 @@ impl FaultServer {
             }
             Err(error) => fail(shared, error),
         }
+    }
+
+    /// Tells that the thread waits no more, and with it how long it was stranded before.
+    fn waited(&mut self, shared: &Shared, seen: Instant) {
+        shared.waited(seen.elapsed() + std::mem::take(&mut self.stranded));
     }
 
     fn bring(&mut self, shared: &Shared, page: PageIndex, seen: Instant) -> Result<(), PagerError> {
@@ -320,8 +337,9 @@ fn tell_failed(shared: &Shared, error: PagerError) {
     shared.stop.rouse();
 }
 
-fn this_thread() -> i32 {
-    rustix::thread::gettid().as_raw_nonzero().get()
+thread_local! {
+    /// This thread's number, asked for once.
+    static THREAD: i32 = rustix::thread::gettid().as_raw_nonzero().get();
 }
 
 /// Publishes a claimed page that the map was enough for.

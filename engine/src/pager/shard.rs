@@ -98,16 +98,17 @@ pub(super) fn supervise(mut shard: Shard, number: usize, board: &Board) {
     let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| shard.run(tell)));
     let state = match outcome {
         Ok(Ok(state)) => state,
-        Ok(Err(error)) => PagerState::Failed(Arc::new(error)),
+        Ok(Err(error)) => {
+            shard.abandon();
+            PagerState::Failed(Arc::new(error))
+        }
         Err(panic) => {
             let said = panic.downcast_ref::<String>().map(String::as_str);
             let said = said.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("no message");
+            shard.shared.claims.abandon();
             PagerState::Failed(Arc::new(PagerError::Panicked(said.into())))
         }
     };
-    if matches!(state, PagerState::Failed(_)) {
-        shard.shared.claims.abandon();
-    }
     let (report, timing) = (shard.report(), std::mem::take(&mut shard.timing));
     // The lanes close before anybody learns of the end, so the source may go when they do.
     drop(shard);
@@ -188,7 +189,11 @@ impl Shard {
             }
         }
         // What was served before is counted.
-        self.take_notes()?;
+        if self.shared.claims.is_abandoned() {
+            self.abandon();
+        } else {
+            self.take_notes()?;
+        }
         Ok(PagerState::Stopped)
     }
 

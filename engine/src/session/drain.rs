@@ -102,7 +102,7 @@ impl Drain {
         self.with_pager(Pager::collapse);
         if let Err(error) = released {
             tracing::warn!(%error, "the source did not confirm; every page is here all the same");
-            return Err(Parted { drain: self, why: Why::Unheard(arrival) });
+            return Err(Parted { drain: self, why: Why::Unheard(Box::new(arrival)) });
         }
         passed("Released", self.begun);
         Ok(arrival)
@@ -160,15 +160,15 @@ pub struct Parted {
 
 enum Why {
     Stranded(Arc<PagerError>),
-    Unheard(ArrivalReport),
+    Unheard(Box<ArrivalReport>),
 }
 
 /// What a source that has come back brings.
 pub enum Rejoined {
     /// The way to what is missing.
-    Draining(Drain),
+    Draining(Box<Drain>),
     /// Nothing: every page was here, and it knows now.
-    Released(ArrivalReport),
+    Released(Box<ArrivalReport>),
 }
 
 impl Parted {
@@ -204,7 +204,7 @@ impl Parted {
     pub async fn rejoin(mut self, listener: &TcpListener) -> Result<Rejoined, (SessionError, Self)> {
         match self.take_up(listener).await {
             Ok(()) => Ok(match self.why {
-                Why::Stranded(_) => Rejoined::Draining(self.drain),
+                Why::Stranded(_) => Rejoined::Draining(Box::new(self.drain)),
                 Why::Unheard(arrival) => Rejoined::Released(arrival),
             }),
             Err(error) => Err((error, self)),

@@ -51,7 +51,7 @@ pub(crate) async fn follow(host: Arc<Host>, mut drain: Drain, address: Option<So
             return std::future::pending().await;
         };
         match await_source(parted, door).await {
-            Rejoined::Draining(again) => drain = again,
+            Rejoined::Draining(again) => drain = *again,
             Rejoined::Released(_) => return,
         }
         eprintln!("pcvm: the source is back; the guest's memory follows");

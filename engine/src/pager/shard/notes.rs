@@ -6,7 +6,7 @@ use super::Shard;
 use crate::memory::PAGE_SIZE;
 use crate::pager::PagerError;
 use crate::pager::server::Note;
-use crate::planner::LaneId;
+use crate::planner::{Action, LaneId};
 
 impl Shard {
     /// Hears of the faults that other threads serve, as if it had seen and served them itself.
@@ -14,32 +14,50 @@ impl Shard {
         let mut any = false;
         while let Ok(note) = self.notes.try_recv() {
             any = true;
-            let when = self.nanos(Instant::now());
-            match note {
-                Note::Serving(page) | Note::Wanted(page) => {
-                    if !self.elsewhere.contains_key(&page)
-                        && !self.planner.fault(page, when, &mut self.actions)
-                    {
-                        return Err(PagerError::StrayFault(self.shared.part.global(page)));
-                    }
-                }
-                Note::Served(page, stamps) => {
-                    self.timing.served(stamps);
-                    self.self_served += 1;
-                    if let Some(lane) = self.elsewhere.remove(&page) {
-                        self.bytes[LaneId::Urgent as usize] += PAGE_SIZE;
-                        let known = self.planner.landed_elsewhere(lane, page, &mut self.actions);
-                        assert!(known, "a page that is brought elsewhere is a flight of its own");
-                    }
-                }
-                Note::Prefer(runs) if self.planner.prefer(&runs) => {}
-                Note::Prefer(_) => return Err(PagerError::Peer("it prefers pages that are not there")),
-                Note::Waited(thread, time) => self.timing.waits.add(thread, time),
-                Note::Failed(error) => return Err(error),
-            }
+            self.hear(note)?;
             self.carry_out()?;
         }
         Ok(any)
+    }
+
+    fn hear(&mut self, note: Note) -> Result<(), PagerError> {
+        let when = self.nanos(Instant::now());
+        match note {
+            Note::Serving(page) | Note::Wanted(page) => {
+                if !self.elsewhere.contains_key(&page) && !self.planner.fault(page, when, &mut self.actions) {
+                    return Err(PagerError::StrayFault(self.shared.part.global(page)));
+                }
+            }
+            Note::Served(page, stamps) => {
+                self.timing.served(stamps);
+                self.self_served += 1;
+                if let Some(lane) = self.elsewhere.remove(&page) {
+                    self.bytes[LaneId::Urgent as usize] += PAGE_SIZE;
+                    let known = self.planner.landed_elsewhere(lane, page, &mut self.actions);
+                    assert!(known, "a page that is brought elsewhere is a flight of its own");
+                }
+            }
+            Note::Prefer(runs) if self.planner.prefer(&runs) => {}
+            Note::Prefer(_) => return Err(PagerError::Peer("it prefers pages that are not there")),
+            Note::Waited(thread, time) => self.timing.waits.add(thread, time),
+            Note::Failed(error) => return Err(error),
+        }
+        Ok(())
+    }
+
+    /// The shard has failed: waits until nobody serves a fault any more, and counts what was served until then.
+    pub(super) fn abandon(&mut self) {
+        self.shared.claims.abandon();
+        self.shared.claims.await_left();
+        while let Ok(note) = self.notes.try_recv() {
+            // What is wrong now changes nothing.
+            let _ = self.hear(note);
+            for action in std::mem::take(&mut self.actions) {
+                if let Action::Read(why, run) = action {
+                    self.read(why, run);
+                }
+            }
+        }
     }
 
     /// What threads that serve themselves have said since the last page was seen to be here.
