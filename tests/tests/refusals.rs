@@ -148,10 +148,10 @@ fn a_peer_of_another_version_or_of_another_kind() {
     let source = Pcvm::run_tiny(&scratch, "a");
     let mut newer = [0u8; 32];
     newer[..8].copy_from_slice(b"PCOPYMIG");
-    newer[8] = 9;
+    let ours = postcopy_engine::session::PROTOCOL_VERSION;
+    newer[8..10].copy_from_slice(&(ours + 1).to_le_bytes());
     let out = source.try_migrate(&format!("127.0.0.1:{}", impostor(newer.to_vec())), &[]);
-    let versions =
-        format!("speaks protocol version 9, this program {}", postcopy_engine::session::PROTOCOL_VERSION);
+    let versions = format!("speaks protocol version {}, this program {ours}", ours + 1);
     assert_refused(&out, &[&versions, "same release", "runs on here"]);
     let web = b"HTTP/1.1 400 Bad Request\r\n\r\n and more".to_vec();
     let out = source.try_migrate(&format!("127.0.0.1:{}", impostor(web)), &[]);
