@@ -127,6 +127,20 @@ impl Pcvm {
         Self::start(scratch, name, &[&["receive", "--listen", &listen][..], more].concat())
     }
 
+    /// Two processes on the loopback that take guests from each other, and where each waits; the first runs the tiny
+    /// guest.
+    pub fn pair(scratch: &Scratch) -> ([Self; 2], [u16; 2]) {
+        let ports @ [port_a, port_b] = free_ports();
+        let kernel = scratch.tiny_kernel();
+        let listen = format!("127.0.0.1:{port_a}");
+        let run =
+            ["run", "--kernel", kernel.to_str().unwrap(), "--memory", "8M", "--again", "--listen", &listen];
+        let a = Self::start(scratch, "a", &run);
+        let b = Self::receive(scratch, "b", port_b, &["--again"]);
+        a.wait_for_console("tiny: round 1 ok");
+        ([a, b], ports)
+    }
+
     /// The control socket.
     pub fn control(&self) -> &Path {
         &self.control

@@ -1,7 +1,7 @@
 //! A real guest moves between processes of this host: the tiny guest, on this host's KVM.
 #![allow(clippy::unwrap_used)] // helpers of tests, where a panic is the report
 
-use postcopy_e2e::{Pcvm, Scratch, free_port, free_ports};
+use postcopy_e2e::{Pcvm, Scratch, free_port};
 use serde_json::Value;
 
 fn number(report: &Value, path: &str) -> u64 {
@@ -98,14 +98,7 @@ fn memory_that_lands_in_a_pool() {
 #[test]
 fn back_and_forth_between_two_processes() {
     let scratch = Scratch::new("back-and-forth");
-    let [port_a, port_b] = free_ports();
-    let kernel = scratch.tiny_kernel();
-    let listen_a = format!("127.0.0.1:{port_a}");
-    let run =
-        ["run", "--kernel", kernel.to_str().unwrap(), "--memory", "8M", "--again", "--listen", &listen_a];
-    let a = Pcvm::start(&scratch, "a", &run);
-    let b = Pcvm::receive(&scratch, "b", port_b, &["--again"]);
-    a.wait_for_console("tiny: round 1 ok");
+    let ([a, b], [port_a, port_b]) = Pcvm::pair(&scratch);
     for turn in 0..10 {
         let (from, to, port) = if turn % 2 == 0 { (&a, &b, port_b) } else { (&b, &a, port_a) };
         // A guest's memory is watched anew in each process that it comes to.

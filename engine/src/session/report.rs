@@ -55,7 +55,8 @@ pub struct MigrationReport {
     /// What the destination's pager did.
     pub pager: PagerReport,
     /// How long each vCPU waited for pages at the destination, by number: from when its faults were seen
-    /// until they were served. Where KVM had a worker wait in the vCPU's stead, that is not in it. Empty
+    /// until they were served. Where KVM had a worker wait in the vCPU's stead, or the wait began while the
+    /// source was lost, that is not in it. Empty
     /// where the vCPUs' threads are not known.
     #[serde(default)]
     pub vcpu_blocktime_us: Vec<u64>,

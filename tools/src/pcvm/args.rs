@@ -259,16 +259,8 @@ pub(crate) struct MigrateArgs {
     /// after the handover what it has written meanwhile.
     #[arg(long, value_enum, default_value_t = When::Postcopy)]
     pub(crate) mode: When,
-    /// For how many seconds to try to reach the destination again if it is lost after the handover. The guest
-    /// waits for what it has not got, and its memory stays on offer here also after that.
-    #[arg(long, default_value_t = 60, value_name = "SECONDS")]
-    pub(crate) patience: u64,
-    /// Print the report as JSON.
-    #[arg(long)]
-    pub(crate) json: bool,
-    /// No progress on stderr.
-    #[arg(long)]
-    pub(crate) quiet: bool,
+    #[command(flatten)]
+    pub(crate) told: ToldArgs,
 }
 
 #[derive(Debug, Args)]
@@ -281,7 +273,15 @@ pub(crate) struct RecoverArgs {
     pub(crate) to: Option<String>,
     #[command(flatten)]
     pub(crate) wire: WireArgs,
-    /// For how many seconds to try to reach the destination.
+    #[command(flatten)]
+    pub(crate) told: ToldArgs,
+}
+
+/// How long a move is tried, and how it is told of.
+#[derive(Debug, Args)]
+pub(crate) struct ToldArgs {
+    /// For how many seconds to try to reach the destination again when it is lost after the handover. The guest
+    /// waits for what it has not got, and its memory stays on offer here also after that.
     #[arg(long, default_value_t = 60, value_name = "SECONDS")]
     pub(crate) patience: u64,
     /// Print the report as JSON.

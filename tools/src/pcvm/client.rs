@@ -38,7 +38,7 @@ pub(crate) fn migrate(args: &MigrateArgs) -> anyhow::Result<()> {
         (None, Some(monitor)) => crate::qemu::migrate(args, monitor)?,
         (None, None) => bail!("say where the guest is: --control SOCK or --qmp SOCK"),
     };
-    print_report(&migration, args.json)
+    print_report(&migration, args.told.json)
 }
 
 /// Has the process that holds the guest move it.
@@ -48,9 +48,9 @@ fn migrate_held(args: &MigrateArgs, control: &Path) -> anyhow::Result<MigrationR
         transports: names(&args.wire),
         lanes: args.wire.device.clone(),
         mode: args.mode.into(),
-        patience: args.patience,
+        patience: args.told.patience,
     };
-    reported(control, &request, args.quiet)
+    reported(control, &request, args.told.quiet)
 }
 
 fn names(wire: &WireArgs) -> Vec<String> {
@@ -62,9 +62,9 @@ pub(crate) fn recover(args: &RecoverArgs) -> anyhow::Result<()> {
         to: args.to.clone(),
         transports: names(&args.wire),
         lanes: args.wire.device.clone(),
-        patience: args.patience,
+        patience: args.told.patience,
     };
-    print_report(&reported(&args.control, &request, args.quiet)?, args.json)
+    print_report(&reported(&args.control, &request, args.told.quiet)?, args.told.json)
 }
 
 /// Asks for what ends with a report.

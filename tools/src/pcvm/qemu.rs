@@ -25,13 +25,13 @@ pub(crate) fn migrate(args: &MigrateArgs, monitor: &Path) -> anyhow::Result<Migr
         transports: args.wire.transports(),
         endpoint: args.wire.device.endpoint(None),
         mode: args.mode.into(),
-        patience: Duration::from_secs(args.patience),
+        patience: Duration::from_secs(args.told.patience),
     };
     let guest = Arc::new(QemuGuest::attach(monitor)?);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     runtime.context("starting the control plane")?.block_on(async {
         let (progress, mut watched) = watch::channel(Progress::default());
-        let mut meter = Meter::new(args.quiet);
+        let mut meter = Meter::new(args.told.quiet);
         let moving = session::migrate(guest.clone(), peer, options, &progress);
         tokio::pin!(moving);
         let outcome = loop {
