@@ -40,7 +40,10 @@ fn relay(mut client: TcpStream, mut server: TcpStream, messages: i64) -> std::io
     }
     let (mut client_too, mut server_too) = (client.try_clone()?, server.try_clone()?);
     if !is_control {
-        std::thread::spawn(move || std::io::copy(&mut server_too, &mut client_too));
+        std::thread::spawn(move || {
+            let _ = std::io::copy(&mut server_too, &mut client_too);
+            client_too.shutdown(Shutdown::Both)
+        });
         std::io::copy(&mut client, &mut server)?;
         return Ok(());
     }
