@@ -161,6 +161,38 @@ fn a_doubt_ends_when_the_destination_is_heard_again() {
     assert!(ended_well, "{log}");
 }
 
+/// Ends a guest that waits for its memory, as a user would.
+fn ends_while_stranded(name: &str, receive: &[&str]) {
+    let scratch = Scratch::new(&format!("ends-{name}"));
+    let port = free_port();
+    let source = Pcvm::run_tiny(&scratch, "a");
+    let destination = Pcvm::receive(&scratch, "b", port, receive);
+    let line = Line::to(([127, 0, 0, 1], port), SLOW);
+    let to = format!("127.0.0.1:{}", line.port());
+    std::thread::scope(|scope| {
+        let moving = scope.spawn(|| source.try_migrate(&to, &["--transport", "tcp", "--patience", "0"]));
+        cut_in_the_drain(&line, &source, &destination);
+        moving.join().unwrap()
+    });
+    let console = destination.console();
+    let out = pcvm(&["quit", "--control", destination.control().to_str().unwrap()]);
+    assert!(out.status.success(), "{}", stderr(&out));
+    let (ended_well, log) = destination.wait();
+    assert!(ended_well, "{log}");
+    assert!(!console.contains("BAD"), "{console}");
+}
+
+#[test]
+fn a_stranded_guest_can_be_ended() {
+    ends_while_stranded("handler", &["--self-service", "off"]);
+}
+
+#[test]
+#[ignore = "needs to be told of KVM's page faults: run by scripts/test in the lab"]
+fn a_stranded_guest_whose_vcpu_serves_itself_can_be_ended() {
+    ends_while_stranded("self", &["--self-service", "on"]);
+}
+
 #[test]
 fn a_guest_that_outlived_a_lost_network_moves_on() {
     let scratch = Scratch::new("moves-on");

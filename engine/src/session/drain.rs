@@ -225,7 +225,10 @@ impl Parted {
         options.endpoint.local = local;
         let dock = Dock { listener, options: &options, peer, session };
         if let Err(error) = self.drain.go_on(&mut channel, &offered, dock).await {
-            let _ = channel.send(&Message::Refuse(error.to_string())).await;
+            // If it was lost once more it is to come again, and is not told to stay away.
+            if !error.is_of_the_network() {
+                let _ = channel.send(&Message::Refuse(error.to_string())).await;
+            }
             return Err(error);
         }
         passed("Rejoined", self.drain.begun);

@@ -177,6 +177,16 @@ pub enum SessionError {
     },
 }
 
+impl SessionError {
+    /// Whether the peer was not heard, so that it may be heard later.
+    fn is_of_the_network(&self) -> bool {
+        matches!(
+            self,
+            Self::Unreachable { .. } | Self::Closed { .. } | Self::Silent { .. } | Self::Connection { .. }
+        )
+    }
+}
+
 /// Runs blocking work off the control plane's thread.
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
     match tokio::task::spawn_blocking(work).await {
