@@ -10,7 +10,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use postcopy_e2e::qemu::{Connection, Machine, Network, Place, QemuGuest, Storage};
-use postcopy_e2e::{Scratch, free_port, variable};
+use postcopy_e2e::{Scratch, assert_refused, free_port, pcvm, stderr, variable};
 use postcopy_guest::audit;
 use serde_json::{Value, json};
 
@@ -174,4 +174,42 @@ fn a_stock_guest_with_disk_and_network_moves_in_hybrid_over_tcp() {
 #[ignore = "needs the lab: scripts/test runs it there"]
 fn a_stock_guest_with_disk_and_network_moves_in_hybrid_over_verbs() {
     moves_by_pcvm("verbs", "hybrid", false);
+}
+
+/// What the guest calls free is taken out of it before it moves, and given back when it has moved or cannot.
+#[test]
+#[ignore = "needs the lab: scripts/test runs it there"]
+fn a_stock_guest_leaves_its_free_memory_behind() {
+    let scratch = Scratch::new("qemu-free");
+    let (storage, network) = (Storage::new(&scratch), Network::new(2));
+    let image = storage.image("disk.img", DISK_BYTES);
+    let machine =
+        Machine::new(image, "pcguest.mb=64 pcguest.pattern=random pcguest.access=write pcguest.pace_us=1000");
+    let source = QemuGuest::start(&machine, Place::new(&scratch, "q0", network.tap(0)), &BALLOON);
+    source.wait_for_reports(1);
+    let has_all = |guest: &QemuGuest| guest.qmp("query-balloon", json!({}))["actual"] == 256u64 << 20;
+    let migrate = |to: SocketAddr, more: &[&str]| {
+        let (from, to) = (source.place().qmp.to_str().unwrap().to_owned(), to.to_string());
+        let args =
+            ["migrate", "--transport", "tcp", "--balloon", "95", "--json", "--qmp", &from, "--to", &to];
+        pcvm(&[&args[..], more].concat())
+    };
+    let refused = migrate("127.0.0.1:9".parse().unwrap(), &["--quiet"]);
+    assert_refused(&refused, &["cannot reach 127.0.0.1:9", "the guest runs on here"]);
+    source.wait_until("the guest has its memory back", || has_all(&source));
+
+    let place = Place::new(&scratch, "q1", network.tap(1));
+    let args = machine.args(&place, &BALLOON);
+    let (next, to) = QemuGuest::receive(place, &args, variable("LAB_RDMA_ADDR").parse().unwrap(), &[]);
+    let out = migrate(to, &[]);
+    let said = stderr(&out);
+    assert!(out.status.success(), "{said}");
+    let took = said.split("balloon took ").nth(1).and_then(|rest| rest.split(' ').next()).unwrap();
+    let took: u64 = took.parse().unwrap();
+    assert!((50..200).contains(&took), "{said}");
+    next.wait_until("the guest has its memory back", || has_all(&next));
+    next.wait_for_reports(1);
+    next.verify();
+    let report: Value = serde_json::from_slice(&out.stdout).unwrap();
+    println!("the balloon took {took} MiB; {}", report["pager"]["pages"]);
 }

@@ -321,6 +321,26 @@ fn a_guest_that_does_not_run_and_a_monitor_that_is_taken() {
 }
 
 #[test]
+fn a_balloon_that_is_not_there_or_says_nothing() {
+    let scratch = Scratch::new("stock-balloon");
+    for (at, (more, said)) in [
+        (vec![], "has no balloon (-device virtio-balloon-pci)"),
+        (vec!["-device", "virtio-balloon-pci"], "does the guest have the driver"),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let more = more.into_iter().map(str::to_owned).collect();
+        let machine = Plain { more, ..Plain::firmware() };
+        let source = machine.start(&scratch, &format!("a{at}"));
+        let (monitor, nobody) = (source.place().qmp.to_str().unwrap(), NOBODY.to_string());
+        let out = pcvm(&["migrate", "--quiet", "--balloon", "95", "--qmp", monitor, "--to", &nobody]);
+        assert_refused(&out, &["cannot be moved", said, "eave --balloon out"]);
+        assert!(runs(&source));
+    }
+}
+
+#[test]
 fn a_guest_whose_qemu_is_another_users() {
     let scratch = Scratch::new("stock-user");
     let machine = Plain::firmware();

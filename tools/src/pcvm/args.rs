@@ -259,6 +259,11 @@ pub(crate) struct MigrateArgs {
     /// after the handover what it has written meanwhile.
     #[arg(long, value_enum, default_value_t = When::Postcopy)]
     pub(crate) mode: When,
+    /// Have the guest's balloon take so many per cent of its free memory before the move, which then need not
+    /// move, and give it back when all else is there (the paper's self-ballooning takes 95). For a QEMU's guest with a
+    /// virtio-balloon.
+    #[arg(long, value_name = "PERCENT", requires = "qmp", value_parser = clap::value_parser!(u8).range(1..=100))]
+    pub(crate) balloon: Option<u8>,
     #[command(flatten)]
     pub(crate) told: ToldArgs,
 }

@@ -18,8 +18,8 @@ pub struct Facts {
     pub cpus: u32,
     /// Bytes of RAM, all in one shared backend.
     pub ram_bytes: u64,
-    /// Whether it has a balloon, by which it gives memory back.
-    pub balloon: bool,
+    /// Where in QEMU's tree its balloon is, by which it gives memory back, if it has one.
+    pub balloon: Option<String>,
 }
 
 /// The threads of a QEMU's vCPUs in their order, as gettid(2) gives them.
@@ -162,7 +162,7 @@ mod tests {
             machine: "pc-q35-7.2".into(),
             cpus: 2,
             ram_bytes: 256 << 20,
-            balloon: false,
+            balloon: None,
         }
     }
 

@@ -76,16 +76,19 @@ impl Part {
     }
 }
 
-/// Refuses a machine with a part that reaches its memory past QEMU, and says whether it has a balloon.
-pub(super) fn look(qmp: &mut Qmp) -> Result<bool, QemuError> {
-    let mut balloon = false;
+/// Refuses a machine with a part that reaches its memory past QEMU, and says where in its tree its balloon is, if it has
+/// one.
+pub(super) fn look(qmp: &mut Qmp) -> Result<Option<String>, QemuError> {
+    let mut balloon = None;
     let devices = ["/machine/peripheral", "/machine/peripheral-anon", "/machine/unattached"];
     for (what, path) in
         devices.map(|path| (What::Device, path)).into_iter().chain([(What::Object, "/objects")])
     {
         for part in children(what, &qmp.execute("qom-list", &json!({"path": path}))?) {
             part.check()?;
-            balloon |= part.kind.contains("balloon");
+            if part.kind.contains("balloon") {
+                balloon = Some(format!("{path}/{}", part.name));
+            }
         }
     }
     // QMP itself does not tell what a netdev is.

@@ -16,7 +16,8 @@ use postcopy_engine::proc_pages::SoftDirty;
 use postcopy_engine::session::{DestinationGuest, DirtyLog, Frozen, GuestError, SourceGuest};
 use serde_json::{Value, json};
 
-use super::host::{VMM, layout};
+use super::balloon::{self, Inflated};
+use super::host::{Described, VMM, layout};
 use super::process::{PrivateDir, Process};
 use super::qmp::Qmp;
 use super::{Facts, QemuError, ram};
@@ -39,6 +40,8 @@ pub struct QemuGuest {
     threads: Vec<i32>,
     /// Whether it may have run in the QEMU that was started for it.
     resumed: AtomicBool,
+    /// Bytes that the guest is to have after the move, where its balloon took some for that.
+    deflate_to: Mutex<Option<u64>>,
 }
 
 impl Drop for QemuGuest {
@@ -63,7 +66,7 @@ impl QemuGuest {
         let layout = layout(facts.ram_bytes).map_err(|error| QemuError::Unfit(error.to_string()))?;
         let memory =
             GuestMemory::of_file(layout, file).map_err(QemuError::system("mapping the guest's RAM"))?;
-        Ok(Self::new(facts, memory, qmp, PrivateDir::new()?, None, Vec::new()))
+        Ok(Self::new(facts, memory, qmp, PrivateDir::new()?, None, None))
     }
 
     pub(super) fn new(
@@ -71,11 +74,38 @@ impl QemuGuest {
         memory: GuestMemory,
         qmp: Qmp,
         dir: PrivateDir,
-        process: Option<Process>,
-        threads: Vec<i32>,
+        started: Option<(Process, Vec<i32>)>,
+        deflate_to: Option<u64>,
     ) -> Self {
-        let resumed = AtomicBool::new(false);
-        Self { facts, memory, qmp: Arc::new(Mutex::new(qmp)), dir, process, threads, resumed }
+        let (process, threads) = started.unzip();
+        let (qmp, threads) = (Arc::new(Mutex::new(qmp)), threads.unwrap_or_default());
+        let (resumed, deflate_to) = (AtomicBool::new(false), Mutex::new(deflate_to));
+        Self { facts, memory, qmp, dir, process, threads, resumed, deflate_to }
+    }
+
+    /// Has its balloon take so many per cent of what it calls free, which then need not move. It gets them back at
+    /// the destination when all else is there, or by [`QemuGuest::deflate`]. To be called from a blocking thread, before
+    /// a migration; ends early when told to `stop`.
+    ///
+    /// Errors: it has no balloon, or one that tells nothing.
+    pub fn inflate(&self, percent: u8, stop: &AtomicBool) -> Result<Inflated, QemuError> {
+        let none =
+            || QemuError::Unfit("it has no balloon (-device virtio-balloon-pci); leave --balloon out".into());
+        let device = self.facts.balloon.as_deref().ok_or_else(none)?;
+        let mut qmp = self.qmp();
+        let before = balloon::actual(&mut qmp)?;
+        *self.deflate_to.lock().unwrap_or_else(PoisonError::into_inner) = Some(before);
+        balloon::inflate(&mut qmp, device, (before, percent), stop)
+    }
+
+    /// Gives back what [`QemuGuest::inflate`] has taken, if the guest stays.
+    ///
+    /// Errors: QEMU refuses, or has ended.
+    pub fn deflate(&self) -> Result<(), QemuError> {
+        match self.deflate_to.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            Some(bytes) => balloon::set(&mut self.qmp(), bytes),
+            None => Ok(()),
+        }
     }
 
     /// What QEMU it is.
@@ -186,11 +216,13 @@ impl SourceGuest for QemuGuest {
             let now = status["status"].as_str().unwrap_or("stopped");
             return Err(format!("the guest does not run ({now}); continue it first (cont)").into());
         }
-        Ok((VMM.into(), postcard::to_stdvec(&self.facts)?))
+        let deflate_to = *self.deflate_to.lock().unwrap_or_else(PoisonError::into_inner);
+        let described = Described { facts: self.facts.clone(), deflate_to };
+        Ok((VMM.into(), postcard::to_stdvec(&described)?))
     }
 
     fn may_discard(&self) -> bool {
-        self.facts.balloon
+        self.facts.balloon.is_some()
     }
 
     fn freeze(&self) -> Result<Frozen, GuestError> {
@@ -268,6 +300,21 @@ impl DestinationGuest for QemuGuest {
             tracing::warn!(%error, "the network was not told that the guest has moved");
         }
         Ok(())
+    }
+
+    fn memory_arrived(&self) {
+        let Some(bytes) = self.deflate_to.lock().unwrap_or_else(PoisonError::into_inner).take() else {
+            return;
+        };
+        let qmp = self.qmp.clone();
+        let deflating = std::thread::Builder::new().name("balloon".into()).spawn(move || {
+            if let Err(error) = balloon::set(&mut locked(&qmp), bytes) {
+                tracing::warn!(%error, "the guest's balloon keeps what it took for the move");
+            }
+        });
+        if let Err(error) = deflating {
+            tracing::warn!(%error, "the guest's balloon keeps what it took for the move");
+        }
     }
 
     fn vcpu_threads(&self) -> Vec<i32> {

@@ -7,6 +7,7 @@ use std::sync::{Mutex, PoisonError};
 use postcopy_engine::memory::{Gpa, GuestMemory, MemoryLayout, MemoryRegion};
 use postcopy_engine::pager::{Shards, Trap};
 use postcopy_engine::session::{DestinationHost, GuestDescription, GuestError};
+use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::facts::vcpu_threads;
@@ -104,18 +105,26 @@ pub(super) fn layout(bytes: u64) -> Result<MemoryLayout, GuestError> {
     Ok(MemoryLayout::new(vec![MemoryRegion { gpa: Gpa(0), len: bytes, offset: 0 }])?)
 }
 
-fn described(description: &GuestDescription) -> Result<Facts, GuestError> {
+/// What a source says of its guest.
+#[derive(Serialize, Deserialize)]
+pub(super) struct Described {
+    pub(super) facts: Facts,
+    /// Bytes that the guest is to have when all of it is here, where its balloon took some for the move.
+    pub(super) deflate_to: Option<u64>,
+}
+
+fn described(description: &GuestDescription) -> Result<Described, GuestError> {
     if description.vmm != VMM {
         return Err(format!("the guest is of {:?}, this side waits for one of QEMU", description.vmm).into());
     }
     if description.config.len() > MAX_FACTS {
         return Err("the description of the guest is longer than 4 KiB".into());
     }
-    let facts: Facts = postcard::from_bytes(&description.config)?;
-    if layout(facts.ram_bytes)? != description.layout {
+    let described: Described = postcard::from_bytes(&description.config)?;
+    if layout(described.facts.ram_bytes)? != description.layout {
         return Err("the guest's memory does not fit its description".into());
     }
-    Ok(facts)
+    Ok(described)
 }
 
 impl DestinationHost for QemuHost {
@@ -127,7 +136,7 @@ impl DestinationHost for QemuHost {
         _served: bool,
         _shards: Shards,
     ) -> Result<(GuestMemory, Trap), GuestError> {
-        let facts = described(description)?;
+        let Described { facts, .. } = described(description)?;
         let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
         let waiting = waiting.as_mut().ok_or("QEMU has its guest already")?;
         facts.fits(&waiting.facts)?;
@@ -137,17 +146,14 @@ impl DestinationHost for QemuHost {
         Ok((memory, trap))
     }
 
-    fn prepare(
-        &self,
-        _description: &GuestDescription,
-        memory: &GuestMemory,
-    ) -> Result<QemuGuest, GuestError> {
+    fn prepare(&self, description: &GuestDescription, memory: &GuestMemory) -> Result<QemuGuest, GuestError> {
+        let Described { deflate_to, .. } = described(description)?;
         let waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner).take();
         let Waiting { facts, process, mut qmp, dir, .. } = waiting.ok_or("QEMU has its guest already")?;
         let uri = format!("unix:{}", dir.file("state").display());
         let ready =
             qmp.execute("migrate-incoming", &json!({"uri": uri})).and_then(|_| vcpu_threads(&mut qmp));
         let threads = ready.inspect_err(|_| process.kill())?;
-        Ok(QemuGuest::new(facts, memory.clone(), qmp, dir, Some(process), threads))
+        Ok(QemuGuest::new(facts, memory.clone(), qmp, dir, Some((process, threads)), deflate_to))
     }
 }

@@ -14,8 +14,9 @@
 //! ```
 //!
 //! `facts.rs` says what a QEMU is, and refuses before anything stops what could not be moved;
-//! `foreign.rs`, who else would reach its memory.
+//! `foreign.rs`, who else would reach its memory. `balloon.rs` takes what is free out of the guest before.
 
+mod balloon;
 mod facts;
 mod foreign;
 mod guest;
@@ -25,6 +26,7 @@ mod process;
 mod qmp;
 mod ram;
 
+pub use balloon::Inflated;
 pub use facts::Facts;
 pub use guest::QemuGuest;
 pub use host::{QemuCommand, QemuHost};
