@@ -63,10 +63,12 @@ impl Claims {
         Self { states, outstanding, serving: AtomicU32::new(0), closing: AtomicU8::new(OPEN) }
     }
 
-    /// Those that follow on these, which are abandoned and which nobody serves by any more: pages that were
-    /// claimed and not published are missing.
+    /// Those that follow on these, which nobody serves by any more: pages that were claimed and not published
+    /// are missing. If the memory was let go before a lane was lost, all of it is the guest's.
     pub(super) fn following(&self) -> Self {
+        let released = self.closing.load(Ordering::SeqCst) == RELEASED;
         let state = |state: &AtomicU8| match state.load(Ordering::Acquire) {
+            _ if released => RESIDENT,
             CLAIMED => MISSING,
             other => other,
         };
@@ -230,6 +232,40 @@ mod tests {
         assert_eq!((pieces, taken), (vec![run(1, 2), run(4, 2)], vec![PageIndex(3)]));
         assert!(!claims.published(run(3, 1)));
         assert_eq!(claims.claim(PageIndex(3)), Claim::Resident);
+    }
+
+    #[test]
+    fn what_was_claimed_is_missing_in_those_that_follow_unless_memory_was_let_go() {
+        let claims = Claims::new(6);
+        let claim = |page| claims.claim(PageIndex(page));
+        assert_eq!([claim(0), claim(1)], [Claim::Read; 2]);
+        claims.published(Run::one(PageIndex(1)));
+        claims.zero(PageIndex(2));
+        claims.keep(PageIndex(3));
+        claims.abandon();
+        assert!(!claims.enter() && claims.is_abandoned());
+        let next = claims.following();
+        assert!(next.enter() && !next.is_abandoned());
+        let pages = next.pages();
+        let of = |page| pages.get(PageIndex(page)).unwrap();
+        use PageState::{Kept, Missing, Resident, Zero};
+        assert_eq!([0, 1, 2, 3, 4, 5].map(of), [Missing, Resident, Zero, Kept, Missing, Missing]);
+        assert_eq!(pages.outstanding(), 3);
+        for page in [0, 4] {
+            assert_eq!(next.claim(PageIndex(page)), Claim::Read);
+            assert!(!next.published(Run::one(PageIndex(page))));
+        }
+        assert_eq!(next.claim(PageIndex(5)), Claim::Read);
+        assert!(next.published(Run::one(PageIndex(5))), "that was the last");
+
+        // What was zero or kept is shown by the kernel itself, without a trap to publish it in.
+        next.leave();
+        next.close();
+        next.abandon();
+        assert!(!next.is_abandoned());
+        let pages = next.following().pages();
+        assert!((0..6).all(|page| pages.get(PageIndex(page)) == Some(Resident)));
+        assert_eq!(pages.outstanding(), 0);
     }
 
     #[test]
