@@ -153,7 +153,8 @@ fn a_doubt_ends_when_the_destination_is_heard_again() {
     let source = Pcvm::run_tiny(&scratch, "a");
     let destination = Pcvm::receive(&scratch, "b", port, &[]);
     // Its lanes live, so all is there when the source comes back; a control connection of that kind is not cut.
-    let report = source.migrate(&format!("127.0.0.1:{}", cut_after(WITH_COMMIT, port)), &[]);
+    let cut = format!("127.0.0.1:{}", cut_after(WITH_COMMIT, port));
+    let report = source.migrate(&cut, &["--patience", &u64::MAX.to_string()]);
     assert_whole(&report);
     assert!(number(&report, "/downtime_us") > 0, "{report}");
     assert_runs(&destination);

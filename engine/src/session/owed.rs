@@ -27,6 +27,9 @@ use crate::export::Export;
 /// The rest between two attempts to reach a destination.
 const RETRY: Duration = Duration::from_millis(500);
 
+/// Nobody is tried for longer; more would be past what the clock can count.
+const MOST_PATIENCE: Duration = Duration::from_secs(365 * 24 * 60 * 60);
+
 /// Memory of a guest that has left, on offer until its destination has all of it. Lanes that still live serve it
 /// meanwhile. Dropping it takes the memory back: what the destination has not read is lost then.
 pub struct Owed {
@@ -61,6 +64,7 @@ pub async fn recover(
     options: RecoverOptions,
 ) -> Result<MigrationReport, MigrationError> {
     let RecoverOptions { peer, wire, patience } = options;
+    let patience = patience.min(MOST_PATIENCE);
     owed.course.peer = peer.unwrap_or(owed.course.peer);
     if let Some((transports, endpoint)) = wire {
         (owed.course.options.transports, owed.course.options.endpoint) = (transports, endpoint);
