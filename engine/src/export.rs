@@ -28,10 +28,21 @@ pub struct Export {
     pinned: bool,
 }
 
-/// See [`Export::again`].
-pub(crate) struct Renewed {
+/// Memory that a transport has registered, and whether that pinned it.
+pub(crate) struct Registered {
     exporter: Exporter,
     pinned: bool,
+}
+
+impl Registered {
+    fn new(
+        transport: Transport,
+        memories: &[HostMemory],
+        options: &EndpointOptions,
+    ) -> Result<Self, SetupError> {
+        let exporter = Exporter::new(transport, memories, options)?;
+        Ok(Self { exporter, pinned: options.pins_memory(transport) })
+    }
 }
 
 impl std::fmt::Debug for Export {
@@ -53,8 +64,9 @@ impl Export {
             .map_err(|source| SetupError::Io { operation: "making the page map", source })?;
         // Not the guest's own: pages leave that and come back while it is watched (`touched`).
         let memory = memory.landing().clone();
-        let exporter = Exporter::new(transport, &[memory.clone(), map.memory().clone()], options)?;
-        Ok(Self { exporter, map, memory, pinned: options.pins_memory(transport) })
+        let registered = Registered::new(transport, &[memory.clone(), map.memory().clone()], options)?;
+        let Registered { exporter, pinned } = registered;
+        Ok(Self { exporter, map, memory, pinned })
     }
 
     /// What registers the same memory once more, for other lanes. To be called where that may take long.
@@ -62,16 +74,13 @@ impl Export {
         &self,
         transport: Transport,
         options: EndpointOptions,
-    ) -> impl FnOnce() -> Result<Renewed, SetupError> + Send + use<> {
+    ) -> impl FnOnce() -> Result<Registered, SetupError> + Send + use<> {
         let memories = [self.memory.clone(), self.map.memory().clone()];
-        move || {
-            let exporter = Exporter::new(transport, &memories, &options)?;
-            Ok(Renewed { exporter, pinned: options.pins_memory(transport) })
-        }
+        move || Registered::new(transport, &memories, &options)
     }
 
     /// Closes all lanes; others are granted from now on.
-    pub(crate) fn renew(&mut self, Renewed { exporter, pinned }: Renewed) {
+    pub(crate) fn renew(&mut self, Registered { exporter, pinned }: Registered) {
         (self.exporter, self.pinned) = (exporter, pinned);
     }
 

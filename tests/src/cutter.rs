@@ -72,7 +72,7 @@ fn pass_frames(from: &mut TcpStream, to: &mut TcpStream, left: &AtomicI64) -> st
 /// A slow line between source and destination. When it is cut all its connections are lost, and it takes no other
 /// until it is mended.
 pub struct Line {
-    port: u16,
+    address: SocketAddr,
     state: Arc<LineState>,
 }
 
@@ -88,7 +88,7 @@ impl Line {
     pub fn to(target: impl Into<SocketAddr>, rate: u64) -> Self {
         let target = target.into();
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let port = listener.local_addr().unwrap().port();
+        let address = listener.local_addr().unwrap();
         let state =
             LineState { cut: AtomicBool::new(false), rate: AtomicU64::new(rate), open: Mutex::default() };
         let state = Arc::new(state);
@@ -101,12 +101,12 @@ impl Line {
                 }
             }
         });
-        Self { port, state }
+        Self { address, state }
     }
 
-    /// The port to connect to.
-    pub fn port(&self) -> u16 {
-        self.port
+    /// Where to connect to.
+    pub fn address(&self) -> SocketAddr {
+        self.address
     }
 
     /// Loses all connections.

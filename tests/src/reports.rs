@@ -1,5 +1,5 @@
-//! What the guest program of the test images has printed on a console. Whole lines only: the last
-//! may still be on its way.
+//! What the guest program of the test images has printed on a console (whole lines only: the last
+//! may still be on its way), and what pcvm reports of a move.
 
 use serde_json::Value;
 
@@ -28,4 +28,18 @@ pub fn assert_well(console: &str) -> Value {
         assert_eq!((&walk["bad"], &walk["monotonic_ok"]), (&0.into(), &true.into()), "{walk}");
     }
     walks.pop().unwrap_or_else(|| panic!("no report yet: {console}"))
+}
+
+/// A figure of a move's report, by its JSON pointer.
+pub fn number(report: &Value, path: &str) -> u64 {
+    report.pointer(path).and_then(Value::as_u64).unwrap_or_else(|| panic!("no {path} in {report}"))
+}
+
+/// All of so many pages have come, each once.
+pub fn assert_whole(report: &Value, total: u64) {
+    assert_eq!(number(report, "/pager/total_pages"), total);
+    assert_eq!(number(report, "/pager/outstanding_pages"), 0);
+    let kinds = ["fault_pages", "recent_pages", "prepage_pages", "drain_pages", "zero_pages", "kept_pages"];
+    let pages = kinds.map(|kind| number(report, &format!("/pager/pages/{kind}")));
+    assert_eq!(pages.iter().sum::<u64>(), total, "{report}");
 }

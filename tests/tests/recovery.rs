@@ -2,27 +2,20 @@
 //! its memory comes when there is a way again. The tiny guest, on this host's KVM, verifies every word that it reads.
 #![allow(clippy::unwrap_used)] // helpers of tests, where a panic is the report
 
+use std::net::SocketAddr;
+use std::process::Output;
+
 use postcopy_e2e::cutter::{Line, cut_after};
+use postcopy_e2e::reports::{assert_whole, number};
 use postcopy_e2e::{Pcvm, Scratch, assert_refused, free_port, pcvm, stderr};
 use serde_json::Value;
 
 /// Bytes a second of the line that is cut: the guest has 6 MiB that are not zero.
 const SLOW: u64 = 2 << 20;
+/// Pages of the guest.
+const PAGES: u64 = 2048;
 /// Messages until the one that hands the guest over, and that one.
 const WITH_COMMIT: i64 = 9;
-
-fn number(report: &Value, path: &str) -> u64 {
-    report.pointer(path).and_then(Value::as_u64).unwrap_or_else(|| panic!("no {path} in {report}"))
-}
-
-/// All pages have come, each once.
-fn assert_whole(report: &Value) {
-    let kinds = ["fault_pages", "recent_pages", "prepage_pages", "drain_pages", "zero_pages", "kept_pages"];
-    let pages = kinds.map(|kind| number(report, &format!("/pager/pages/{kind}")));
-    assert_eq!(pages.iter().sum::<u64>(), 2048, "{report}");
-    assert_eq!(number(report, "/pager/total_pages"), 2048);
-    assert_eq!(number(report, "/pager/outstanding_pages"), 0);
-}
 
 fn assert_runs(destination: &Pcvm) {
     destination.wait_for_progress();
@@ -31,7 +24,7 @@ fn assert_runs(destination: &Pcvm) {
     assert!(!console.contains("BAD") && !console.contains(" bad "), "{console}");
 }
 
-fn recover(source: &Pcvm, more: &[&str]) -> std::process::Output {
+fn recover(source: &Pcvm, more: &[&str]) -> Output {
     let control = source.control().to_str().unwrap();
     pcvm(&[&["recover", "--quiet", "--json", "--control", control][..], more].concat())
 }
@@ -44,6 +37,16 @@ fn cut_in_the_drain(line: &Line, source: &Pcvm, destination: &Pcvm) {
     destination.wait_until("the guest is stranded", |there| there.status()["state"] == "stranded");
 }
 
+/// Begins a move that is cut while the memory comes, and not tried again; what was said of it.
+fn strand(line: &Line, source: &Pcvm, destination: &Pcvm) -> Output {
+    let to = line.address().to_string();
+    std::thread::scope(|scope| {
+        let moving = scope.spawn(|| source.try_migrate(&to, &["--transport", "tcp", "--patience", "0"]));
+        cut_in_the_drain(line, source, destination);
+        moving.join().unwrap()
+    })
+}
+
 /// The line is cut while the memory comes, and mended when the destination has said that it is stranded.
 fn outlives(name: &str, receive: &[&str], mode: &str) -> Value {
     let scratch = Scratch::new(&format!("outlives-{name}"));
@@ -51,7 +54,7 @@ fn outlives(name: &str, receive: &[&str], mode: &str) -> Value {
     let source = Pcvm::run_tiny(&scratch, "a");
     let destination = Pcvm::receive(&scratch, "b", port, receive);
     let line = Line::to(([127, 0, 0, 1], port), SLOW);
-    let to = format!("127.0.0.1:{}", line.port());
+    let to = line.address().to_string();
     let report = std::thread::scope(|scope| {
         let moving = scope.spawn(|| source.migrate(&to, &["--transport", "tcp", "--mode", mode]));
         cut_in_the_drain(&line, &source, &destination);
@@ -64,7 +67,7 @@ fn outlives(name: &str, receive: &[&str], mode: &str) -> Value {
         line.mend();
         moving.join().unwrap()
     });
-    assert_whole(&report);
+    assert_whole(&report, PAGES);
     assert_runs(&destination);
     let (ended_well, log) = source.wait();
     assert!(ended_well, "{log}");
@@ -105,13 +108,8 @@ fn recovers_over(transport: &str, address: &str, receive: &[&str]) {
     let there = format!("{address}:{port}");
     let destination = Pcvm::start(&scratch, "b", &[&["receive", "--listen", &there][..], receive].concat());
     assert_refused(&recover(&source, &[]), &["no guest has left"]);
-    let line = Line::to(there.parse::<std::net::SocketAddr>().unwrap(), SLOW);
-    let to = format!("127.0.0.1:{}", line.port());
-    let out = std::thread::scope(|scope| {
-        let moving = scope.spawn(|| source.try_migrate(&to, &["--transport", "tcp", "--patience", "0"]));
-        cut_in_the_drain(&line, &source, &destination);
-        moving.join().unwrap()
-    });
+    let line = Line::to(there.parse::<SocketAddr>().unwrap(), SLOW);
+    let out = strand(&line, &source, &destination);
     assert_refused(&out, &["the guest is at the destination", "kept on offer here", "pcvm recover"]);
     assert_eq!(source.status()["state"], "kept");
 
@@ -124,7 +122,7 @@ fn recovers_over(transport: &str, address: &str, receive: &[&str]) {
     let out = recover(&source, &["--to", &there, "--transport", transport]);
     assert!(out.status.success(), "{}", stderr(&out));
     let report = serde_json::from_slice(&out.stdout).unwrap();
-    assert_whole(&report);
+    assert_whole(&report, PAGES);
     assert_eq!(report["transport"], transport);
     assert_runs(&destination);
     let (ended_well, log) = source.wait();
@@ -155,7 +153,7 @@ fn a_doubt_ends_when_the_destination_is_heard_again() {
     // Its lanes live, so all is there when the source comes back; a control connection of that kind is not cut.
     let cut = format!("127.0.0.1:{}", cut_after(WITH_COMMIT, port));
     let report = source.migrate(&cut, &["--patience", &u64::MAX.to_string()]);
-    assert_whole(&report);
+    assert_whole(&report, PAGES);
     assert!(number(&report, "/downtime_us") > 0, "{report}");
     assert_runs(&destination);
     let (ended_well, log) = source.wait();
@@ -169,12 +167,7 @@ fn ends_while_stranded(name: &str, receive: &[&str]) {
     let source = Pcvm::run_tiny(&scratch, "a");
     let destination = Pcvm::receive(&scratch, "b", port, receive);
     let line = Line::to(([127, 0, 0, 1], port), SLOW);
-    let to = format!("127.0.0.1:{}", line.port());
-    std::thread::scope(|scope| {
-        let moving = scope.spawn(|| source.try_migrate(&to, &["--transport", "tcp", "--patience", "0"]));
-        cut_in_the_drain(&line, &source, &destination);
-        moving.join().unwrap()
-    });
+    strand(&line, &source, &destination);
     let console = destination.console();
     let out = pcvm(&["quit", "--control", destination.control().to_str().unwrap()]);
     assert!(out.status.success(), "{}", stderr(&out));
@@ -202,11 +195,10 @@ fn a_guest_that_outlived_a_lost_network_moves_on() {
         let (from, to, port) = if turn % 2 == 0 { (&a, &b, port_b) } else { (&b, &a, port_a) };
         let line = Line::to(([127, 0, 0, 1], port), SLOW);
         std::thread::scope(|scope| {
-            let moving =
-                scope.spawn(|| from.migrate(&format!("127.0.0.1:{}", line.port()), &["--transport", "tcp"]));
+            let moving = scope.spawn(|| from.migrate(&line.address().to_string(), &["--transport", "tcp"]));
             cut_in_the_drain(&line, from, to);
             line.mend();
-            assert_whole(&moving.join().unwrap());
+            assert_whole(&moving.join().unwrap(), PAGES);
         });
         assert_runs(to);
         from.wait_until("it waits again", |from| from.status()["state"] == "waiting");

@@ -115,9 +115,8 @@ fn a_stock_guest_outlives_a_lost_network() {
     source.wait_for_reports(2);
     let (next, to) = wait_there_with(&scratch, "q1", &machine, LOOPBACK, &["--shards", "2"]);
     let line = Line::to(to, 8 << 20);
-    let at = SocketAddr::new(LOOPBACK, line.port());
     let report = std::thread::scope(|scope| {
-        let moving = scope.spawn(|| source.migrate(&next, at, "tcp"));
+        let moving = scope.spawn(|| source.migrate(&next, line.address(), "tcp"));
         let arrived = || next.status_of_pcvm()["arrival"]["total_pages"].as_u64().unwrap_or(0);
         wait_until("it runs there", || next.status_of_pcvm()["state"] == "running" && arrived() > 0);
         line.cut();

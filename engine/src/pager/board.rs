@@ -77,9 +77,7 @@ impl Board {
         // How many pages there are, and how many are to come, the next shards tell themselves.
         let report = PagerReport { shards: 0, total_pages: 0, outstanding_pages: 0, ..told.report() };
         told.waits.interrupt();
-        let mut waits = Waits::default();
-        waits.add_all(&told.waits);
-        Past { report, stages: told.stages.clone(), waits }
+        Past { report, stages: told.stages.clone(), waits: told.waits.clone() }
     }
 
     /// A shard has got so far.
@@ -98,7 +96,7 @@ impl Board {
         told.ended += 1;
         if !matches!(end.state, PagerState::Resident) {
             // Who waits here goes on to wait.
-            told.waits.take_over(end.timing.waits.under_way());
+            told.waits.take_over(&mut end.timing.waits);
         }
         match end.state {
             PagerState::Failed(error) => drop(told.failed.get_or_insert(error)),

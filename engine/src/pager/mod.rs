@@ -24,7 +24,7 @@ mod waits;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Receiver;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -274,7 +274,7 @@ impl Pager {
     ///
     /// Errors: there are 64 such threads already.
     pub fn server(&self, lane: AnyLane) -> Result<FaultServer, PagerError> {
-        let mut servers = self.servers.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut servers = self.relays();
         let outfit = self.outfit(servers.len(), lane)?;
         let relay = Arc::<Relay>::default();
         servers.push(relay.clone());
@@ -296,7 +296,11 @@ impl Pager {
 
     /// How many threads serve themselves.
     pub fn servers(&self) -> usize {
-        self.servers.lock().unwrap_or_else(PoisonError::into_inner).len()
+        self.relays().len()
+    }
+
+    fn relays(&self) -> MutexGuard<'_, Vec<Arc<Relay>>> {
+        self.servers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Whether pages land in the guest's memory. They must then to the end: what has landed there and is not
@@ -342,9 +346,9 @@ impl Pager {
         let outfits: Result<Vec<_>, _> =
             servers.into_iter().enumerate().map(|(at, lane)| next.outfit(at, lane)).collect();
         let outfits = outfits?;
-        let relays = std::mem::take(&mut *self.servers.lock().unwrap_or_else(PoisonError::into_inner));
+        let relays = std::mem::take(&mut *self.relays());
         relays.iter().zip(outfits).for_each(|(relay, outfit)| relay.give(outfit));
-        *next.servers.lock().unwrap_or_else(PoisonError::into_inner) = relays;
+        *next.relays() = relays;
         // What they wait for was asked of shards that are no more.
         for part in self.trap.parts() {
             part.wake_all()?;

@@ -109,7 +109,7 @@ impl Shared {
             return;
         }
         if !self.claims.enter() {
-            self.rest_if_stranded();
+            self.turned_away();
             return;
         }
         let seen = Instant::now();
@@ -121,11 +121,9 @@ impl Shared {
         self.waited(seen.elapsed());
     }
 
-    /// Before a touch is tried again, where nobody can bring its page.
-    fn rest_if_stranded(&self) {
-        if self.claims.is_abandoned() {
-            std::thread::sleep(STRANDED_NAP);
-        }
+    /// What it is with a page that may not be claimed any more; after a rest, where nobody can bring it.
+    fn turned_away(&self) -> Served {
+        if self.claims.is_abandoned() { stranded() } else { Served::Here }
     }
 
     /// Tells that this thread waits no more.
@@ -229,8 +227,7 @@ impl FaultServer {
     fn try_serve(&mut self, page: PageIndex, seen: Instant) -> Result<Served, FaultFailed> {
         self.renew();
         if self.outfit.lane.is_none() {
-            std::thread::sleep(STRANDED_NAP);
-            return Ok(Served::Stranded);
+            return Ok(stranded());
         }
         let shards = self.outfit.shards.clone();
         let mut here = shards.iter().filter_map(|shard| Some((&**shard, shard.part.local(page)?)));
@@ -238,8 +235,7 @@ impl FaultServer {
             return fail(&shards[0], PagerError::StrayFault(page));
         };
         if !shared.claims.enter() {
-            shared.rest_if_stranded();
-            return Ok(if shared.claims.is_abandoned() { Served::Stranded } else { Served::Here });
+            return Ok(shared.turned_away());
         }
         let served = match shared.claims.claim(page) {
             Claim::Read => self.bring(shared, page, seen),
@@ -324,6 +320,12 @@ impl FaultServer {
             }
         }
     }
+}
+
+/// Before a touch is tried again.
+fn stranded() -> Served {
+    std::thread::sleep(STRANDED_NAP);
+    Served::Stranded
 }
 
 /// Tells a shard that a page of its does not come.

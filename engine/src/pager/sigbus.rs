@@ -169,10 +169,9 @@ fn bring(shared: &Shared, page: PageIndex) {
     // SAFETY: set by `of_this_thread` for this thread and valid until it is unset; the interrupted
     // code is a touch of guest memory, which is never inside the server, so this is the only use.
     let server = (!server.is_null()).then(|| unsafe { &mut *server });
-    let Some(server) = server else { return shared.ask(page) };
-    match server.is_of(shared) {
-        false => shared.ask(page),
-        true => {
+    match server.and_then(|server| server.is_of(shared).then_some(server)) {
+        None => shared.ask(page),
+        Some(server) => {
             if server.serve(shared.part.global(page)).is_err() {
                 // Fail closed: the touch must not go on, and there is nothing to go back to.
                 loop {

@@ -18,14 +18,15 @@ pub struct Waited {
 }
 
 /// A thread that waits.
-pub(super) struct Wait {
+#[derive(Clone)]
+struct Wait {
     thread: i32,
     page: PageIndex,
     since: Instant,
 }
 
 /// The waits that are under way, and the sums of those that are over.
-#[derive(Default)]
+#[derive(Clone, Default)]
 pub(super) struct Waits {
     under_way: Vec<Wait>,
     over: BTreeMap<i32, (u64, Duration)>,
@@ -45,14 +46,9 @@ impl Waits {
         }
     }
 
-    /// Those that are under way, in no order.
-    pub(super) fn under_way(&mut self) -> Vec<Wait> {
-        std::mem::take(&mut self.under_way)
-    }
-
-    /// Adds waits that are under way elsewhere.
-    pub(super) fn take_over(&mut self, waits: Vec<Wait>) {
-        self.under_way.extend(waits);
+    /// Takes those of another that are under way.
+    pub(super) fn take_over(&mut self, other: &mut Self) {
+        self.under_way.append(&mut other.under_way);
     }
 
     /// Those that wait begin to wait again, elsewhere: what they have waited is counted.

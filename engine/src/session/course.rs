@@ -50,13 +50,14 @@ impl Course {
         });
     }
 
-    /// What to offer: what was asked for, if this machine has it, else all that it has.
-    pub(super) fn transports(&self) -> Result<Vec<Transport>, SessionError> {
+    /// The names of what to offer: what was asked for, if this machine has it, else all that it has.
+    pub(super) fn transports(&self) -> Result<Vec<String>, SessionError> {
+        let name = |transport: &Transport| transport.name().to_owned();
         for transport in &self.options.transports {
             transport.available()?;
         }
         if !self.options.transports.is_empty() {
-            return Ok(self.options.transports.clone());
+            return Ok(self.options.transports.iter().map(name).collect());
         }
         let usable = |transport: &Transport| match transport.available() {
             Ok(()) => true,
@@ -65,7 +66,7 @@ impl Course {
                 false
             }
         };
-        Ok([Transport::Verbs, Transport::Tcp].into_iter().filter(usable).collect())
+        Ok([Transport::Verbs, Transport::Tcp].iter().filter(|one| usable(one)).map(name).collect())
     }
 
     /// Connects to the destination and says what for. Whoever will speak there is answered.
@@ -87,6 +88,23 @@ impl Course {
         let stream = self.dial(purpose).await?;
         self.options.endpoint.local = stream.local_addr().ok().map(|address| address.ip());
         Channel::new(stream)
+    }
+
+    /// What the destination accepted, checked.
+    pub(super) fn accepted(&mut self, message: Message) -> Result<(Transport, Vec<Vec<u8>>), SessionError> {
+        match message {
+            Message::Accept { lanes, .. } if !(LANES..=MAX_LANES).contains(&lanes.len()) => {
+                Err(SessionError::Protocol("it asked for an impossible number of lanes"))
+            }
+            Message::Accept { transport, lanes } => {
+                let known =
+                    transport.parse().map_err(|_| SessionError::Protocol("it accepted an unknown transport"));
+                let known: Transport = known?;
+                self.report.transport = known.name().into();
+                Ok((known, lanes))
+            }
+            other => Err(unexpected(&other, "Accept")),
+        }
     }
 
     /// Grants the lanes that the destination asked for, and connects those that need it.
@@ -142,21 +160,6 @@ impl Course {
         self.report.vcpu_blocktime_us.clone_from(&arrival.vcpu_blocktime_us);
         tracing::info!(phase = "Released", elapsed_us = micros(self.begun.elapsed()), "migration");
         self.report
-    }
-}
-
-/// What the destination accepted, checked.
-pub(super) fn accepted(message: Message) -> Result<(Transport, Vec<Vec<u8>>), SessionError> {
-    match message {
-        Message::Accept { lanes, .. } if !(LANES..=MAX_LANES).contains(&lanes.len()) => {
-            Err(SessionError::Protocol("it asked for an impossible number of lanes"))
-        }
-        Message::Accept { transport, lanes } => {
-            let known =
-                transport.parse().map_err(|_| SessionError::Protocol("it accepted an unknown transport"));
-            Ok((known?, lanes))
-        }
-        other => Err(unexpected(&other, "Accept")),
     }
 }
 

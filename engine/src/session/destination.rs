@@ -125,13 +125,12 @@ pub async fn receive<H: DestinationHost>(
     let (stream, peer, session) = await_source(listener).await?;
     let begun = Instant::now();
     tracing::info!(%peer, "a source has connected");
-    let local = stream.local_addr().ok().map(|address| address.ip());
+    let dock = Dock::of(listener, &stream, session, options);
     let mut channel = Channel::new(stream)?;
-    let mut destination = Destination { listener, host, options, peer, session, begun };
-    destination.options.endpoint.local = local;
+    let mut destination = Destination { dock, host, begun };
     match destination.take_in(&mut channel).await {
         Ok((guest, memory, pager)) => {
-            let Destination { options, .. } = destination;
+            let options = destination.dock.options;
             let drain =
                 Drain::new(channel, pager, (guest.clone(), memory.clone()), (session, options), begun);
             Ok(Arrived { guest, memory, drain })
@@ -182,11 +181,8 @@ pub(super) async fn turn_away(stream: TcpStream, reason: &str) {
 }
 
 struct Destination<'a, H> {
-    listener: &'a TcpListener,
+    dock: Dock<'a>,
     host: Arc<H>,
-    options: ReceiveOptions,
-    peer: SocketAddr,
-    session: SessionId,
     begun: Instant,
 }
 
@@ -203,16 +199,12 @@ impl<H: DestinationHost> Destination<'_, H> {
         let (description, offered, mode) = offered(channel.receive("Offer", STEP_PATIENCE).await?)?;
         passed("Offer", self.begun);
         self.check_size(&description)?;
-        self.options.pager.huge_pages = self.options.pager.huge_pages.resolved(description.huge_pages);
+        let huge_pages = &mut self.dock.options.pager.huge_pages;
+        *huge_pages = huge_pages.resolved(description.huge_pages);
         let threads = self.host.serving_threads(&description).min(MAX_SERVERS);
         let (guest, memory, trap) = self.prepare(description, threads > 0).await?;
-        let dock = Dock {
-            listener: self.listener,
-            options: &self.options,
-            peer: self.peer.ip(),
-            session: self.session,
-        };
-        let landing = |transport| self.options.landing.resolved(transport, mode == Mode::Hybrid);
+        let dock = &self.dock;
+        let landing = |transport| dock.options.landing.resolved(transport, mode == Mode::Hybrid);
         let (transport, import) = dock.import(&offered, &memory, (trap.shards(), landing)).await?;
         passed("Prepared", self.begun);
         let mut connected = dock.connect(channel, transport, import, (trap.shards(), threads)).await?;
@@ -234,7 +226,7 @@ impl<H: DestinationHost> Destination<'_, H> {
 
     fn check_size(&self, description: &GuestDescription) -> Result<(), SessionError> {
         let bytes = description.layout.total_bytes();
-        match self.options.memory_limit {
+        match self.dock.options.memory_limit {
             Some(limit) if bytes > limit => {
                 let source = std::io::Error::other(format!("this side accepts at most {limit} bytes"));
                 Err(SessionError::Memory { bytes, source })
@@ -248,7 +240,7 @@ impl<H: DestinationHost> Destination<'_, H> {
         description: GuestDescription,
         served: bool,
     ) -> Result<(Arc<H::Guest>, GuestMemory, Trap), SessionError> {
-        let (host, shards) = (self.host.clone(), self.options.shards);
+        let (host, shards) = (self.host.clone(), self.dock.options.shards);
         let prepared = blocking(move || {
             let (memory, trap) = host.memory(&description, served, shards)?;
             Ok((Arc::new(host.prepare(&description, &memory)?), memory, trap))
@@ -266,7 +258,7 @@ impl<H: DestinationHost> Destination<'_, H> {
         trap: Trap,
     ) -> Result<(Pager, Vec<FaultServer>), SessionError> {
         let Connected { import, lanes: Lanes { shards, servers }, regions, round } = connected;
-        let config = self.options.pager;
+        let config = self.dock.options.pager;
         let started = blocking(move || import.start(trap, shards, regions, round, config)).await?;
         let servers = servers.into_iter().map(|lane| started.server(lane)).collect::<Result<_, _>>()?;
         Ok((started, servers))

@@ -1,9 +1,9 @@
 //! Where a destination is reached: it takes lanes in at its port, for what it has registered.
 
-use std::net::IpAddr;
+use std::net::SocketAddr;
 
 use postcopy_transport::{LaneRequest, Transport};
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpStream};
 
 use super::channel::Channel;
 use super::destination::ReceiveOptions;
@@ -18,13 +18,24 @@ use crate::pager::{Landing, Round};
 
 /// A port, and the source that lanes are taken in from there.
 pub(super) struct Dock<'a> {
-    pub(super) listener: &'a TcpListener,
-    pub(super) options: &'a ReceiveOptions,
-    pub(super) peer: IpAddr,
+    listener: &'a TcpListener,
+    pub(super) options: ReceiveOptions,
+    peer: Option<SocketAddr>,
     pub(super) session: SessionId,
 }
 
-impl Dock<'_> {
+impl<'a> Dock<'a> {
+    /// For the source at the other end of a control connection, whose address here is that of the lanes too.
+    pub(super) fn of(
+        listener: &'a TcpListener,
+        control: &TcpStream,
+        session: SessionId,
+        mut options: ReceiveOptions,
+    ) -> Self {
+        options.endpoint.local = control.local_addr().ok().map(|address| address.ip());
+        Self { listener, options, peer: control.peer_addr().ok(), session }
+    }
+
     /// Registers memory for the first offered transport that works here.
     pub(super) async fn import(
         &self,
@@ -86,7 +97,7 @@ impl Dock<'_> {
                     lane as usize
                 }
                 other => {
-                    tracing::warn!(%from, source = %self.peer, ?other, "a connection that is no lane of this session");
+                    tracing::warn!(%from, source = ?self.peer, ?other, "a connection that is no lane of this session");
                     continue;
                 }
             };

@@ -1,7 +1,7 @@
 //! The rest of a session at its destination: the guest runs, its memory follows. [`Drain::finish`] reads as the
 //! protocol, and [`Parted::rejoin`] as what follows when the source is out of hearing.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use postcopy_transport::Transport;
@@ -51,11 +51,7 @@ impl Drain {
 
     /// Where the pager stands, for whoever watches.
     pub fn status(&self) -> watch::Receiver<PagerStatus> {
-        self.with_pager(|pager| pager.status())
-    }
-
-    fn with_pager<T>(&self, work: impl FnOnce(&mut Pager) -> T) -> T {
-        work(&mut self.pager.lock().unwrap_or_else(PoisonError::into_inner))
+        locked(&self.pager).status()
     }
 
     /// Waits until every page is here, telling the source on the way, and lets the source go.
@@ -99,7 +95,7 @@ impl Drain {
         let arrival = ArrivalReport { resident_us, pager, vcpu_blocktime_us };
         passed("Resident", self.begun);
         let released = released(&mut self.channel, &arrival).await;
-        self.with_pager(Pager::collapse);
+        locked(&self.pager).collapse();
         if let Err(error) = released {
             tracing::warn!(%error, "the source did not confirm; every page is here all the same");
             return Err(Parted { drain: self, why: Why::Unheard(Box::new(arrival)) });
@@ -123,7 +119,7 @@ impl Drain {
     ) -> Result<(), SessionError> {
         let pager = self.pager.clone();
         let parted = blocking(move || {
-            let mut pager = pager.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut pager = locked(&pager);
             pager.part();
             (pager.shards(), pager.servers(), pager.lands_in_place())
         });
@@ -137,11 +133,14 @@ impl Drain {
         let (pager, config) = (self.pager.clone(), self.options.pager);
         let gone_on = blocking(move || {
             let Connected { import, lanes, regions, .. } = connected;
-            let mut pager = pager.lock().unwrap_or_else(PoisonError::into_inner);
-            import.go_on(&mut pager, lanes, regions, config)
+            import.go_on(&mut locked(&pager), lanes, regions, config)
         });
         Ok(gone_on.await?)
     }
+}
+
+fn locked(pager: &Mutex<Pager>) -> MutexGuard<'_, Pager> {
+    pager.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Tells the source that it can go, and hears that it does.
@@ -193,11 +192,6 @@ impl Parted {
         }
     }
 
-    /// Where the pager stood.
-    pub fn status(&self) -> watch::Receiver<PagerStatus> {
-        self.drain.status()
-    }
-
     /// Waits at `listener` for the source to come back ([`recover`](super::recover)) and takes new lanes in.
     ///
     /// Errors: it came and could not be taken in. All is as it was, and this can be tried again.
@@ -212,18 +206,13 @@ impl Parted {
     }
 
     async fn take_up(&mut self, listener: &TcpListener) -> Result<(), SessionError> {
-        let session = self.drain.session;
-        let stream = await_rejoin(listener, session).await?;
-        let peer = stream.peer_addr().map_err(|source| SessionError::Connection { source })?.ip();
-        let local = stream.local_addr().ok().map(|address| address.ip());
+        let stream = await_rejoin(listener, self.drain.session).await?;
+        let dock = Dock::of(listener, &stream, self.drain.session, self.drain.options.clone());
         let mut channel = Channel::new(stream)?;
         let offered = rejoins(channel.receive("Rejoin", STEP_PATIENCE).await?)?;
         if let Why::Unheard(arrival) = &self.why {
             return released(&mut channel, arrival).await;
         }
-        let mut options = self.drain.options.clone();
-        options.endpoint.local = local;
-        let dock = Dock { listener, options: &options, peer, session };
         if let Err(error) = self.drain.go_on(&mut channel, &offered, dock).await {
             // If it was lost once more it is to come again, and is not told to stay away.
             if !error.is_of_the_network() {

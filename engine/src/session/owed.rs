@@ -16,11 +16,11 @@ use std::time::{Duration, Instant};
 use postcopy_transport::{EndpointOptions, Transport};
 
 use super::channel::{Channel, unexpected};
-use super::course::{Course, accepted, micros};
+use super::course::{Course, micros};
 use super::message::Message;
 use super::preamble::Purpose;
 use super::report::{ArrivalReport, MigrationReport, Phase};
-use super::source::{MigrationError, Owner};
+use super::source::Owner;
 use super::{SessionError, WORK_PATIENCE, blocking};
 use crate::export::Export;
 
@@ -62,7 +62,7 @@ pub struct RecoverOptions {
 pub async fn recover(
     mut owed: Box<Owed>,
     options: RecoverOptions,
-) -> Result<MigrationReport, MigrationError> {
+) -> Result<MigrationReport, (SessionError, Box<Owed>)> {
     let RecoverOptions { peer, wire, patience } = options;
     let patience = patience.min(MOST_PATIENCE);
     owed.course.peer = peer.unwrap_or(owed.course.peer);
@@ -73,16 +73,14 @@ pub async fn recover(
     loop {
         owed.course.enter(Phase::Recovering);
         let error = match owed.rejoin().await {
-            Ok((channel, arrival)) => {
-                return Ok(owed.release(channel, &arrival).await);
-            }
+            Ok((channel, arrival)) => return Ok(owed.release(channel, &arrival).await),
             Err(Attempt::Lost(error)) => {
                 until = Instant::now() + patience;
                 error
             }
-            Err(Attempt::Refused(error)) => return Err(owed.failed(error)),
+            Err(Attempt::Refused(error)) => return Err((error, owed)),
             Err(Attempt::Unreached(error)) if Instant::now() + RETRY > until => {
-                return Err(owed.failed(error));
+                return Err((error, owed));
             }
             Err(Attempt::Unreached(error)) => error,
         };
@@ -123,15 +121,6 @@ impl Owed {
         self.owner = Owner::Destination;
     }
 
-    /// Where the destination listened.
-    pub fn peer(&self) -> SocketAddr {
-        self.course.peer
-    }
-
-    pub(super) fn failed(self: Box<Self>, error: SessionError) -> MigrationError {
-        MigrationError { error, owner: self.owner, owed: Some(self) }
-    }
-
     /// The guest is there with all its memory.
     pub(super) async fn release(
         self: Box<Self>,
@@ -159,16 +148,14 @@ impl Owed {
     /// Gives the destination new lanes; or it has all of the memory already.
     async fn take_up(&mut self, channel: &mut Channel) -> Result<Option<ArrivalReport>, SessionError> {
         let transports = self.course.transports()?;
-        let transports = transports.iter().map(|transport| transport.name().to_owned()).collect();
         channel.send(&Message::Rejoin { transports }).await?;
         let answer = channel.receive("Accept or Resident", WORK_PATIENCE).await?;
         if let Message::Resident(arrival) = answer {
             self.is_there();
             return Ok(Some(arrival));
         }
-        let (transport, requests) = accepted(answer)?;
+        let (transport, requests) = self.course.accepted(answer)?;
         self.is_there();
-        self.course.report.transport = transport.name().into();
         let endpoint = self.course.options.endpoint.clone();
         let connected = async {
             self.renew(transport, endpoint).await?;

@@ -9,7 +9,7 @@ use postcopy_transport::{EndpointOptions, Transport};
 use tokio::sync::watch;
 
 use super::channel::{Channel, unexpected};
-use super::course::{Course, accepted, micros};
+use super::course::{Course, micros};
 use super::dirty::{DirtyLog, Watched};
 use super::message::{GuestDescription, Message, Mode, STATE_PIECE};
 use super::owed::{Owed, RecoverOptions, recover};
@@ -106,11 +106,16 @@ pub enum Owner {
 pub struct MigrationError {
     /// What went wrong.
     pub error: SessionError,
-    /// Who has the guest now.
-    pub owner: Owner,
     /// The memory on offer, where the destination may still need it. Keep it as long as that:
-    /// [`recover`](super::recover) serves it again.
+    /// [`recover`](super::recover) serves it again. `None`: the guest runs on here.
     pub owed: Option<Box<Owed>>,
+}
+
+impl MigrationError {
+    /// Who has the guest now.
+    pub fn owner(&self) -> Owner {
+        self.owed.as_ref().map_or(Owner::Source, |owed| owed.owner())
+    }
 }
 
 /// Moves `guest` to the destination that listens at `peer`.
@@ -142,26 +147,23 @@ pub async fn migrate(
     };
     match served {
         Ok(arrival) => Ok(owed.release(channel, &arrival).await),
-        Err(error) if owed.course.options.patience.is_zero() => Err(owed.failed(error)),
-        Err(error) => {
-            tracing::warn!(%error, "the destination is lost");
-            let options = RecoverOptions { patience: owed.course.options.patience, ..Default::default() };
-            recover(owed, options).await.map_err(|failed| failed.after(error))
+        Err(error) if owed.course.options.patience.is_zero() => {
+            Err(MigrationError { error, owed: Some(owed) })
         }
-    }
-}
-
-impl MigrationError {
-    /// Names the error that this one came of.
-    fn after(self, first: SessionError) -> Self {
-        let error = SessionError::NotReached { first: Box::new(first), last: Box::new(self.error) };
-        Self { error, ..self }
+        Err(first) => {
+            tracing::warn!(error = %first, "the destination is lost");
+            let options = RecoverOptions { patience: owed.course.options.patience, ..Default::default() };
+            recover(owed, options).await.map_err(|(last, owed)| {
+                let error = SessionError::NotReached { first: Box::new(first), last: Box::new(last) };
+                MigrationError { error, owed: Some(owed) }
+            })
+        }
     }
 }
 
 /// The guest runs on here.
 fn kept(error: SessionError) -> MigrationError {
-    MigrationError { error, owner: Owner::Source, owed: None }
+    MigrationError { error, owed: None }
 }
 
 struct Source {
@@ -199,7 +201,7 @@ impl Source {
         let offer = self.offer(huge_pages)?;
         let mut channel = self.course.call(Purpose::Control).await?;
         channel.send(&offer).await?;
-        let (transport, requests) = accepted(channel.receive("Accept", WORK_PATIENCE).await?)?;
+        let (transport, requests) = self.course.accepted(channel.receive("Accept", WORK_PATIENCE).await?)?;
         match self.export(transport, &requests, &mut channel).await {
             Ok(export) => Ok((channel, export)),
             Err(error) => {
@@ -227,8 +229,7 @@ impl Source {
             .describe()
             .map_err(|source| SessionError::Guest { operation: "describing the guest", source })?;
         let layout = self.guest.memory().layout().clone();
-        let transports =
-            self.course.transports()?.iter().map(|transport| transport.name().to_owned()).collect();
+        let transports = self.course.transports()?;
         let guest = GuestDescription { vmm, layout, config, huge_pages };
         Ok(Message::Offer { guest, transports, mode: self.course.options.mode })
     }
@@ -239,7 +240,6 @@ impl Source {
         requests: &[Vec<u8>],
         channel: &mut Channel,
     ) -> Result<Export, SessionError> {
-        self.course.report.transport = transport.name().into();
         let (memory, endpoint) = (self.guest.memory(), self.course.options.endpoint.clone());
         let mut export = blocking(move || Export::new(transport, &memory, &endpoint)).await?;
         if self.course.options.mode == Mode::Hybrid {

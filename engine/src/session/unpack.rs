@@ -10,10 +10,7 @@ use crate::planner::Run;
 
 pub(super) fn offered(message: Message) -> Result<(GuestDescription, Vec<Transport>, Mode), SessionError> {
     match message {
-        Message::Offer { guest, transports, mode } => {
-            // A newer source may offer what this side does not know.
-            Ok((guest, transports.iter().filter_map(|name| name.parse().ok()).collect(), mode))
-        }
+        Message::Offer { guest, transports, mode } => Ok((guest, known(&transports), mode)),
         other => Err(unexpected(&other, "Offer")),
     }
 }
@@ -21,11 +18,14 @@ pub(super) fn offered(message: Message) -> Result<(GuestDescription, Vec<Transpo
 /// The transports over which a source that has come back would serve.
 pub(super) fn rejoins(message: Message) -> Result<Vec<Transport>, SessionError> {
     match message {
-        Message::Rejoin { transports } => {
-            Ok(transports.iter().filter_map(|name| name.parse().ok()).collect())
-        }
+        Message::Rejoin { transports } => Ok(known(&transports)),
         other => Err(unexpected(&other, "Rejoin")),
     }
+}
+
+/// Those that this side knows: a newer source may offer others.
+fn known(transports: &[String]) -> Vec<Transport> {
+    transports.iter().filter_map(|name| name.parse().ok()).collect()
 }
 
 pub(super) type Granted = (Vec<Vec<u8>>, [RemoteRegion; 2]);

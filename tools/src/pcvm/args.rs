@@ -13,6 +13,8 @@ use postcopy_tools::drain::BulkWaitArgs;
 use postcopy_tools::size;
 use postcopy_transport::Transport;
 
+use crate::control::PATIENCE;
+
 /// Runs KVM guests and moves them by post-copy live migration.
 ///
 /// The guest resumes at the destination at once; its memory follows by one-sided reads, over TCP
@@ -287,7 +289,7 @@ pub(crate) struct RecoverArgs {
 pub(crate) struct ToldArgs {
     /// For how many seconds to try to reach the destination again when it is lost after the handover. The guest
     /// waits for what it has not got, and its memory stays on offer here also after that.
-    #[arg(long, default_value_t = 60, value_name = "SECONDS")]
+    #[arg(long, default_value_t = PATIENCE, value_name = "SECONDS")]
     pub(crate) patience: u64,
     /// Print the report as JSON.
     #[arg(long)]

@@ -31,19 +31,18 @@ pub(crate) enum Arrival {
     },
 }
 
-/// Follows the memory until all of it is here and its source knows. Must not be dropped while the guest runs: it
+/// Follows the memory, of which the host knows that it drains, until all of it is here and its source knows. Must not be dropped while the guest runs: it
 /// has what keeps the guest from reading zeros. A source that is lost comes back to `address`.
 pub(crate) async fn follow(host: Arc<Host>, mut drain: Drain, address: Option<SocketAddr>) {
     loop {
         let status = drain.status();
-        host.set_arrival(Arrival::Draining(status.clone()));
         let Err(parted) = drain.finish().await else {
             return host.set_arrival(Arrival::Resident(status));
         };
         let door = address.filter(|_| parted.can_rejoin());
-        host.set_arrival(match (parted.is_resident(), door) {
-            (true, _) => Arrival::Resident(status),
-            (false, door) => stranded(&parted, door, status),
+        host.set_arrival(match parted.is_resident() {
+            true => Arrival::Resident(status),
+            false => stranded(&parted, door, status),
         });
         let Some(door) = door else {
             // It keeps the guest waiting for as long as that lives.
@@ -54,6 +53,7 @@ pub(crate) async fn follow(host: Arc<Host>, mut drain: Drain, address: Option<So
             Rejoined::Draining(again) => drain = *again,
             Rejoined::Released(_) => return,
         }
+        host.set_arrival(Arrival::Draining(drain.status()));
         eprintln!("pcvm: the source is back; the guest's memory follows");
     }
 }

@@ -63,9 +63,11 @@ pub(crate) enum Request {
     Quit,
 }
 
-/// What `pcvm migrate` has where nothing is said.
+/// For how many seconds a lost destination is tried, where nothing is said.
+pub(crate) const PATIENCE: u64 = 60;
+
 fn patience() -> u64 {
-    60
+    PATIENCE
 }
 
 /// What the process answers, a line each.

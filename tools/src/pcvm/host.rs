@@ -42,9 +42,9 @@ pub(crate) enum State {
     /// It is being moved away.
     Migrating(Arc<dyn HeldGuest>),
     /// The handover was not confirmed. Guest and exported memory are kept until a person decides.
-    InDoubt { guest: Arc<dyn HeldGuest>, owed: Option<Box<Owed>> },
+    InDoubt { guest: Arc<dyn HeldGuest>, owed: Box<Owed> },
     /// It runs at the destination, which still needs this memory and cannot be heard.
-    Kept { owed: Option<Box<Owed>>, reason: String },
+    Kept { owed: Box<Owed>, reason: String },
     /// The same, and the destination is being reached again.
     Recovering,
     /// It has moved away, or ended.
@@ -54,7 +54,7 @@ pub(crate) enum State {
 }
 
 /// A guest whose handover was not confirmed, and its memory on offer.
-type Doubtful = (Arc<dyn HeldGuest>, Option<Box<Owed>>);
+type Doubtful = (Arc<dyn HeldGuest>, Box<Owed>);
 
 /// What the control server and the main loop share.
 pub(crate) struct Host {
@@ -120,17 +120,19 @@ impl Host {
     /// Takes the memory that is kept on offer, to reach the destination again.
     pub(crate) fn take_kept(&self) -> Result<Box<Owed>, String> {
         let mut state = lock(&self.state);
-        match &mut *state {
-            State::Kept { owed, .. } => {
-                let owed = owed.take().ok_or("nothing is kept here any more")?;
-                *state = State::Recovering;
-                Ok(owed)
+        match std::mem::replace(&mut *state, State::Recovering) {
+            State::Kept { owed, .. } => Ok(owed),
+            other => {
+                let reason = match &other {
+                    State::InDoubt { .. } => {
+                        "the handover is in doubt: end that with `pcvm resolve --guest there` first"
+                    }
+                    State::Recovering | State::Migrating(_) => "that is under way already",
+                    _ => "no guest has left that could need its memory from here",
+                };
+                *state = other;
+                Err(reason.into())
             }
-            State::InDoubt { .. } => {
-                Err("the handover is in doubt: end that with `pcvm resolve --guest there` first".into())
-            }
-            State::Recovering | State::Migrating(_) => Err("that is under way already".into()),
-            _ => Err("no guest has left that could need its memory from here".into()),
         }
     }
 
@@ -178,11 +180,8 @@ impl Host {
                  `pcvm resolve`"
                     .into(),
             ),
-            State::Kept { owed, reason } => {
-                let held = match owed {
-                    Some(_) => "its memory is kept on offer here, see `pcvm recover`",
-                    None => "nothing is kept",
-                };
+            State::Kept { reason, .. } => {
+                let held = "its memory is kept on offer here, see `pcvm recover`";
                 ("kept", format!("the guest is at the destination; {held}: {reason}"))
             }
             State::Recovering => {

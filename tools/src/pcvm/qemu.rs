@@ -94,14 +94,14 @@ async fn inflate(guest: &Arc<QemuGuest>, percent: u8) -> anyhow::Result<Inflated
 /// Who has the guest after a migration that failed. Where the destination still needs this side's
 /// memory, it is kept on offer, and the destination tried again, until somebody ends this process.
 async fn settle(failed: MigrationError) -> anyhow::Result<MigrationReport> {
-    let MigrationError { error, owner, owed } = failed;
-    match (owner, owed) {
-        (Owner::Source, _) => bail!("{error}; the guest runs on here"),
-        (Owner::InDoubt, _) => bail!(
+    let MigrationError { error, owed } = failed;
+    match owed {
+        None => bail!("{error}; the guest runs on here"),
+        Some(owed) if owed.owner() == Owner::InDoubt => bail!(
             "{error}; the handover is in doubt and the guest stays stopped in its QEMU here: find out whether it runs \
              at the destination, then end the QEMU that does not have it (quit), or let it run on here (cont)"
         ),
-        (Owner::Destination, owed) => {
+        Some(owed) => {
             eprintln!(
                 "pcvm: {error}; the guest is at the destination, and its memory is kept on offer here until this \
                  program is interrupted"
@@ -117,16 +117,15 @@ async fn settle(failed: MigrationError) -> anyhow::Result<MigrationReport> {
 }
 
 /// Tries to reach the destination for as long as it takes. Ends with a report, or not at all.
-async fn serve_on(mut owed: Option<Box<Owed>>) -> MigrationReport {
-    while let Some(kept) = owed.take() {
-        match session::recover(kept, RecoverOptions { patience: ROUND, ..Default::default() }).await {
+async fn serve_on(mut owed: Box<Owed>) -> MigrationReport {
+    loop {
+        match session::recover(owed, RecoverOptions { patience: ROUND, ..Default::default() }).await {
             Ok(report) => return report,
-            Err(failed) => {
-                tracing::warn!(error = %failed.error, "the destination is not reached");
-                owed = failed.owed;
+            Err((error, kept)) => {
+                tracing::warn!(%error, "the destination is not reached");
+                owed = kept;
                 tokio::time::sleep(REST).await;
             }
         }
     }
-    std::future::pending().await
 }

@@ -7,7 +7,8 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use postcopy_engine::session::{
-    self, MigrateOptions, MigrationError, MigrationReport, Owner, Progress, RecoverOptions, SourceGuest,
+    self, MigrateOptions, MigrationError, MigrationReport, Owed, Owner, Progress, RecoverOptions,
+    SessionError, SourceGuest,
 };
 use postcopy_tools::device::DeviceArgs;
 use postcopy_transport::Transport;
@@ -157,7 +158,7 @@ async fn migrate(
                 let _ = tokio::task::spawn_blocking(move || guest.end()).await;
                 gone(report)
             }
-            Err(failed) => settle(failed, Some(guest)),
+            Err(failed) => settle(failed, guest),
         }
     };
     watched(host, task, writer).await
@@ -181,7 +182,7 @@ async fn recover(
     let task = async move {
         match session::recover(owed, RecoverOptions { peer, ..options }).await {
             Ok(report) => gone(report),
-            Err(failed) => settle(failed, None),
+            Err((error, owed)) => kept(&error, owed),
         }
     };
     watched(host, task, writer).await
@@ -217,30 +218,29 @@ async fn watched(
     }
 }
 
-/// Who has the guest after a migration that failed, in words and as a state. Without a `guest` here the
-/// destination has it.
-fn settle(failed: MigrationError, guest: Option<Arc<dyn HeldGuest>>) -> (Answer, State) {
-    let MigrationError { error, owner, owed } = failed;
-    let reason = error.to_string();
-    match (owner, guest) {
-        (Owner::Source, Some(guest)) => {
-            (Answer::Error(format!("{reason}; the guest runs on here")), State::Running(guest))
-        }
-        (Owner::InDoubt, Some(guest)) => {
+/// Who has the guest after a migration that failed, in words and as a state.
+fn settle(failed: MigrationError, guest: Arc<dyn HeldGuest>) -> (Answer, State) {
+    let MigrationError { error, owed } = failed;
+    match owed {
+        None => (Answer::Error(format!("{error}; the guest runs on here")), State::Running(guest)),
+        Some(owed) if owed.owner() == Owner::InDoubt => {
             let doubt = format!(
-                "{reason}; the handover is in doubt and the guest stays stopped here: find out whether it runs at \
+                "{error}; the handover is in doubt and the guest stays stopped here: find out whether it runs at \
                  the destination, then `pcvm resolve --guest there` or `--guest here`"
             );
             (Answer::Error(doubt), State::InDoubt { guest, owed })
         }
-        _ => {
-            let kept = format!(
-                "{reason}; the guest is at the destination, its memory is kept on offer here until quit: see \
-                 `pcvm recover`"
-            );
-            (Answer::Error(kept), State::Kept { owed, reason })
-        }
+        Some(owed) => kept(&error, owed),
     }
+}
+
+/// The destination has the guest, and is lost.
+fn kept(error: &SessionError, owed: Box<Owed>) -> (Answer, State) {
+    let reason = error.to_string();
+    let kept = format!(
+        "{reason}; the guest is at the destination, its memory is kept on offer here until quit: see `pcvm recover`"
+    );
+    (Answer::Error(kept), State::Kept { owed, reason })
 }
 
 async fn end_doubt(host: &Arc<Host>, guest: Resolution) -> Outcome {
@@ -250,7 +250,7 @@ async fn end_doubt(host: &Arc<Host>, guest: Resolution) -> Outcome {
     match guest {
         Resolution::There => {
             let reason = "resolved by hand".to_owned();
-            owed.iter_mut().for_each(|owed| owed.resolve());
+            owed.resolve();
             (Answer::Done, Some(State::Kept { owed, reason }))
         }
         Resolution::Here => {

@@ -94,7 +94,7 @@ impl QemuGuest {
         let device = self.facts.balloon.as_deref().ok_or_else(none)?;
         let mut qmp = self.qmp();
         let before = balloon::actual(&mut qmp)?;
-        *self.deflate_to.lock().unwrap_or_else(PoisonError::into_inner) = Some(before);
+        *locked(&self.deflate_to) = Some(before);
         balloon::inflate(&mut qmp, device, (before, percent), stop)
     }
 
@@ -102,7 +102,7 @@ impl QemuGuest {
     ///
     /// Errors: QEMU refuses, or has ended.
     pub fn deflate(&self) -> Result<(), QemuError> {
-        match self.deflate_to.lock().unwrap_or_else(PoisonError::into_inner).take() {
+        match locked(&self.deflate_to).take() {
             Some(bytes) => balloon::set(&mut self.qmp(), bytes),
             None => Ok(()),
         }
@@ -139,6 +139,25 @@ impl QemuGuest {
         match (&error, &self.process) {
             (QemuError::Ended { .. }, Some(process)) => process.last_words().into(),
             _ => error.into(),
+        }
+    }
+
+    /// Asks something of QEMU in a thread of this `name`, for which nothing has to wait; says what it means if it
+    /// `failed`.
+    fn later(
+        &self,
+        name: &str,
+        failed: &'static str,
+        ask: impl FnOnce(&mut Qmp) -> Result<(), QemuError> + Send + 'static,
+    ) {
+        let qmp = self.qmp.clone();
+        let work = move || {
+            if let Err(error) = ask(&mut locked(&qmp)) {
+                tracing::warn!(%error, "{failed}");
+            }
+        };
+        if let Err(error) = std::thread::Builder::new().name(name.into()).spawn(work) {
+            tracing::warn!(%error, "{failed}");
         }
     }
 
@@ -216,7 +235,7 @@ impl SourceGuest for QemuGuest {
             let now = status["status"].as_str().unwrap_or("stopped");
             return Err(format!("the guest does not run ({now}); continue it first (cont)").into());
         }
-        let deflate_to = *self.deflate_to.lock().unwrap_or_else(PoisonError::into_inner);
+        let deflate_to = *locked(&self.deflate_to);
         let described = Described { facts: self.facts.clone(), deflate_to };
         Ok((VMM.into(), postcard::to_stdvec(&described)?))
     }
@@ -294,27 +313,14 @@ impl DestinationGuest for QemuGuest {
         qmp.execute("cont", &json!({})).map_err(|error| self.explain(error))?;
         drop(qmp);
         // The guest runs: that is told first.
-        let qmp = self.qmp.clone();
-        let announcing = std::thread::Builder::new().name("announce".into());
-        if let Err(error) = announcing.spawn(move || announce(&mut locked(&qmp))) {
-            tracing::warn!(%error, "the network was not told that the guest has moved");
-        }
+        self.later("announce", "the network was not told that the guest has moved", announce);
         Ok(())
     }
 
     fn memory_arrived(&self) {
-        let Some(bytes) = self.deflate_to.lock().unwrap_or_else(PoisonError::into_inner).take() else {
-            return;
-        };
-        let qmp = self.qmp.clone();
-        let deflating = std::thread::Builder::new().name("balloon".into()).spawn(move || {
-            if let Err(error) = balloon::set(&mut locked(&qmp), bytes) {
-                tracing::warn!(%error, "the guest's balloon keeps what it took for the move");
-            }
-        });
-        if let Err(error) = deflating {
-            tracing::warn!(%error, "the guest's balloon keeps what it took for the move");
-        }
+        let Some(bytes) = locked(&self.deflate_to).take() else { return };
+        let failed = "the guest's balloon keeps what it took for the move";
+        self.later("balloon", failed, move |qmp| balloon::set(qmp, bytes));
     }
 
     fn vcpu_threads(&self) -> Vec<i32> {
@@ -324,15 +330,13 @@ impl DestinationGuest for QemuGuest {
 
 /// Tells switches where the guest is now. QEMU has begun to say so when it had loaded; the guest was not
 /// yet there to answer.
-fn announce(qmp: &mut Qmp) {
+fn announce(qmp: &mut Qmp) -> Result<(), QemuError> {
     let announcement = json!({"initial": 50, "max": 550, "rounds": 5, "step": 100});
-    if let Err(error) = qmp.execute("announce-self", &announcement) {
-        tracing::warn!(%error, "the network was not told that the guest has moved");
-    }
+    qmp.execute("announce-self", &announcement).map(drop)
 }
 
-fn locked(qmp: &Mutex<Qmp>) -> MutexGuard<'_, Qmp> {
-    qmp.lock().unwrap_or_else(PoisonError::into_inner)
+fn locked<T>(shared: &Mutex<T>) -> MutexGuard<'_, T> {
+    shared.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Does something while the guest stands still with no device at work.

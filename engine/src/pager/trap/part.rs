@@ -239,13 +239,16 @@ impl PartTrap {
 
     /// Wakes who waits for a page that is mapped.
     pub(in crate::pager) fn wake(&self, page: PageIndex) -> Result<(), PagerError> {
-        let woken = self.uffd.wake(self.address(page.offset()), PAGE_SIZE as usize);
-        woken.map_err(|error| PagerError::Userfault { operation: "UFFDIO_WAKE", source: errno(error) })
+        self.wake_bytes(page.offset(), PAGE_SIZE)
     }
 
     /// Wakes whoever waits, for whichever page: what is not there they ask for again.
     pub(in crate::pager) fn wake_all(&self) -> Result<(), PagerError> {
-        let woken = self.uffd.wake(self.address(0), self.part.bytes() as usize);
+        self.wake_bytes(0, self.part.bytes())
+    }
+
+    fn wake_bytes(&self, offset: u64, len: u64) -> Result<(), PagerError> {
+        let woken = self.uffd.wake(self.address(offset), len as usize);
         woken.map_err(|error| PagerError::Userfault { operation: "UFFDIO_WAKE", source: errno(error) })
     }
 
