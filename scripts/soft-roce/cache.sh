@@ -85,7 +85,7 @@ unpack_kernel() { # DEB ROOT VERSION
     dpkg-deb -x "$1" "$2" || return 1
     [[ -e $2/lib ]] || ln -s usr/lib "$2/lib"
     rm -rf "$2"/usr/share "$2/lib/modules/$3"/kernel/{sound,drivers/gpu,drivers/media}
-    depmod -b "$2" "$3"
+    depmod -b "$2" "$3" || return 1
     [[ -s $2/boot/vmlinuz-$3 ]] || { echo "lab: no kernel in $1" >&2; return 1; }
 }
 
