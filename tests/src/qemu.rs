@@ -129,8 +129,8 @@ impl Machine {
         format!("{quiet} pcguest.disk=/dev/vda {net} {}", self.load)
     }
 
-    /// QEMU's arguments for this machine at `place`, and then `extra`.
-    pub fn args(&self, place: &Place, extra: &[&str]) -> Vec<String> {
+    /// QEMU's command line for this machine at `place`, and then `extra`.
+    pub fn command_line(&self, place: &Place, extra: &[&str]) -> Vec<String> {
         let (ram, image, tap) = (place.ram.display(), self.image.display(), &place.tap);
         let vhost = if self.vhost { ",vhost=on" } else { "" };
         let pairs = [
@@ -148,7 +148,7 @@ impl Machine {
             ("-device", format!("virtio-net-pci,netdev=net0,mac={MAC}")),
         ];
         let pairs = pairs.into_iter().flat_map(|(name, value)| [name.to_owned(), value]);
-        let here = place.args().into_iter().chain(["-no-reboot".to_owned()]);
+        let here = std::iter::once(QEMU.to_owned()).chain(place.args()).chain(["-no-reboot".to_owned()]);
         here.chain(pairs).chain(extra.iter().map(|extra| (*extra).to_owned())).collect()
     }
 }
@@ -172,25 +172,24 @@ impl Deref for QemuGuest {
 impl QemuGuest {
     /// Starts QEMU with the machine's arguments and `extra`, as `-incoming`.
     pub fn start(machine: &Machine, place: Place, extra: &[&str]) -> Self {
-        let args = machine.args(&place, extra);
-        Self::start_by_itself(place, &args)
+        let line = machine.command_line(&place, extra);
+        Self::start_by_itself(place, &line)
     }
 
-    /// Starts QEMU with these arguments, which are of `place`.
-    pub fn start_by_itself(place: Place, args: &[String]) -> Self {
-        let mut command = Command::new(QEMU);
-        command.args(args);
+    /// Starts a QEMU by its command line, which is of `place`.
+    pub fn start_by_itself(place: Place, line: &[String]) -> Self {
+        let mut command = Command::new(&line[0]);
+        command.args(&line[1..]);
         Self::launch(command, place, false)
     }
 
     /// Starts `pcvm receive` with `options` and such a QEMU, which waits for a guest; says where.
-    pub fn receive(place: Place, args: &[String], address: IpAddr, options: &[&str]) -> (Self, SocketAddr) {
+    pub fn receive(place: Place, line: &[String], address: IpAddr, options: &[&str]) -> (Self, SocketAddr) {
         let to = SocketAddr::new(address, free_port());
         let listen = to.to_string();
         let mut command = Command::new(program("pcvm"));
         command.args(["receive", "--vmm", "qemu", "--listen", &listen, "--control"]).arg(&place.control);
-        let qemu = std::env::var("POSTCOPY_QEMU_THERE").unwrap_or_else(|_| QEMU.to_owned());
-        command.args(options).args(["--", &qemu]).args(args);
+        command.args(options).arg("--").args(line);
         (Self::launch(command, place, true), to)
     }
 

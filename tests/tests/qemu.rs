@@ -108,12 +108,12 @@ fn moves_by_pcvm(transport: &str, mode: &str, vhost: bool) {
     chatter.wait_for(20);
     for at in 1..=moves {
         let place = Place::new(&scratch, &format!("q{at}"), network.tap(at % 2));
-        let args = machine.args(&place, &BALLOON);
+        let line = machine.command_line(&place, &BALLOON);
         // By one thread and by two in turn; what it is to keep of a round has to land in place.
         let shards = 1 + at % 2;
         let landing = if mode == "hybrid" || at % 4 < 2 { "in-place" } else { "pool" };
         let options = ["--shards", &shards.to_string(), "--landing", landing];
-        let (next, to) = QemuGuest::receive(place, &args, address, &options);
+        let (next, to) = QemuGuest::receive(place, &line, address, &options);
         let report = move_under_a_balloon(&guest, &next, to, (transport, mode));
         assert_eq!(report["pager"]["shards"], shards, "{report}");
         let recent = &report["pager"]["pages"]["recent_pages"];
@@ -199,8 +199,8 @@ fn a_stock_guest_leaves_its_free_memory_behind() {
     source.wait_until("the guest has its memory back", || has_all(&source));
 
     let place = Place::new(&scratch, "q1", network.tap(1));
-    let args = machine.args(&place, &BALLOON);
-    let (next, to) = QemuGuest::receive(place, &args, variable("LAB_RDMA_ADDR").parse().unwrap(), &[]);
+    let line = machine.command_line(&place, &BALLOON);
+    let (next, to) = QemuGuest::receive(place, &line, variable("LAB_RDMA_ADDR").parse().unwrap(), &[]);
     let out = migrate(to, &[]);
     let said = stderr(&out);
     assert!(out.status.success(), "{said}");

@@ -2,8 +2,7 @@
 //!
 //! What needs a Linux guest is ignored unless asked for: it needs POSTCOPY_KERNEL and
 //! POSTCOPY_INITRD (`scripts/test` sets them), and takes POSTCOPY_ACCELERATOR (`tcg` if not set) and
-//! POSTCOPY_TRANSPORTS (`tcp` if not set). To move to another version of QEMU: POSTCOPY_QEMU_THERE, the
-//! destinations' program, and POSTCOPY_MACHINE, a machine type that both have (`q35` if not set).
+//! POSTCOPY_TRANSPORTS (`tcp` if not set).
 #![allow(clippy::unwrap_used)] // helpers of tests, where a panic is the report
 
 use std::io::{BufRead, BufReader, Read};
@@ -25,23 +24,6 @@ const BEFORE_STATE: i64 = 4;
 const NOBODY: SocketAddr = SocketAddr::new(LOOPBACK, 9);
 const LOOPBACK: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 
-fn wait_there(scratch: &Scratch, name: &str, machine: &Plain, address: IpAddr) -> (QemuGuest, SocketAddr) {
-    wait_there_with(scratch, name, machine, address, &[])
-}
-
-/// With these options.
-fn wait_there_with(
-    scratch: &Scratch,
-    name: &str,
-    machine: &Plain,
-    address: IpAddr,
-    options: &[&str],
-) -> (QemuGuest, SocketAddr) {
-    let place = Place::apart(scratch, name);
-    let args = machine.args(&place);
-    QemuGuest::receive(place, &args, address, options)
-}
-
 fn runs(guest: &QemuGuest) -> bool {
     guest.status() == "running"
 }
@@ -56,7 +38,7 @@ fn moves(name: &str, transport: &str, count: usize) {
     for at in 1..=count {
         let shards = 1 + at % 3;
         let options = ["--shards", &shards.to_string(), "--landing", ["in-place", "pool"][at % 2]];
-        let (next, to) = wait_there_with(&scratch, &format!("q{at}"), &machine, address, &options);
+        let (next, to) = machine.receive(&scratch, &format!("q{at}"), address, &options);
         let report = guest.migrate(&next, to, transport);
         assert_eq!(report["pager"]["shards"], shards, "{report}");
         let pages = &report["pager"]["pages"];
@@ -93,7 +75,7 @@ fn a_stock_guest_moves_in_hybrid_or_is_told_why_it_cannot() {
     let machine = Plain::linux("pcguest.mb=64 pcguest.access=write pcguest.pace_us=100");
     let guest = machine.start(&scratch, "q0");
     guest.wait_for_reports(2);
-    let (next, to) = wait_there(&scratch, "q1", &machine, LOOPBACK);
+    let (next, to) = machine.receive(&scratch, "q1", LOOPBACK, &[]);
     if let Err(error) = SoftDirty::check() {
         let out = guest.try_migrate_by(to, "tcp", "hybrid");
         assert_refused(&out, &["CONFIG_MEM_SOFT_DIRTY", "--mode postcopy", "the guest runs on here"]);
@@ -113,7 +95,7 @@ fn a_stock_guest_outlives_a_lost_network() {
     let machine = Plain::linux("pcguest.mb=64 pcguest.access=write");
     let source = machine.start(&scratch, "q0");
     source.wait_for_reports(2);
-    let (next, to) = wait_there_with(&scratch, "q1", &machine, LOOPBACK, &["--shards", "2"]);
+    let (next, to) = machine.receive(&scratch, "q1", LOOPBACK, &["--shards", "2"]);
     let line = Line::to(to, 8 << 20);
     let report = std::thread::scope(|scope| {
         let moving = scope.spawn(|| source.migrate(&next, line.address(), "tcp"));
@@ -138,7 +120,7 @@ fn stranded(scratch: &Scratch) -> (QemuGuest, QemuGuest, std::process::Child) {
     let machine = Plain::linux("pcguest.mb=160 pcguest.access=write");
     let source = machine.start(scratch, "a");
     source.wait_for_reports(2);
-    let (destination, to) = wait_there(scratch, "b", &machine, LOOPBACK);
+    let (destination, to) = machine.receive(scratch, "b", LOOPBACK, &[]);
     let monitor = &source.place().qmp;
     let mut moving = Command::new(program("pcvm"))
         .args(["migrate", "--transport", "tcp", "--qmp", monitor.to_str().unwrap(), "--to", &to.to_string()])
@@ -197,14 +179,14 @@ fn a_connection_cut_before_the_handover_leaves_the_guest_running() {
     let machine = Plain::firmware();
     let source = machine.start(&scratch, "a");
     for messages in [0, 1, BEFORE_STATE - 1, BEFORE_STATE] {
-        let (destination, to) = wait_there(&scratch, &format!("b{messages}"), &machine, LOOPBACK);
+        let (destination, to) = machine.receive(&scratch, &format!("b{messages}"), LOOPBACK, &[]);
         let cut = SocketAddr::new(LOOPBACK, cut_after(messages, to.port()));
         assert_refused(&source.try_migrate(cut, "tcp"), &["the guest runs on here"]);
         assert!(runs(&source), "cut after {messages}");
         wait_until("the destination has let go", || destination.log().contains("no guest was taken in"));
     }
     // Unharmed: it can still be moved.
-    let (destination, to) = wait_there(&scratch, "b", &machine, LOOPBACK);
+    let (destination, to) = machine.receive(&scratch, "b", LOOPBACK, &[]);
     source.migrate(&destination, to, "tcp");
     assert!(runs(&destination));
 }
@@ -246,7 +228,7 @@ fn a_memfd_serves_as_well_as_a_file_where_qemu_lets_it() {
         );
         return;
     }
-    let (destination, to) = wait_there(&scratch, "b", &machine, LOOPBACK);
+    let (destination, to) = machine.receive(&scratch, "b", LOOPBACK, &[]);
     source.migrate(&destination, to, "tcp");
     assert!(runs(&destination));
 }
@@ -289,7 +271,7 @@ fn machines_that_do_not_fit() {
     for (name, change, words) in unlike {
         let mut there = here.clone();
         change(&mut there);
-        let (destination, to) = wait_there(&scratch, name, &there, LOOPBACK);
+        let (destination, to) = there.receive(&scratch, name, LOOPBACK, &[]);
         let out = source.try_migrate(to, "tcp");
         assert_refused(&out, &[&["does not fit this side"], &words[..]].concat());
         assert!(runs(&source));
@@ -299,7 +281,7 @@ fn machines_that_do_not_fit() {
     let alias = Plain { kind: "q35".into(), ..here };
     let kind = source.qmp("query-version", json!({}))["qemu"]["major"] == 7;
     if kind {
-        let (destination, to) = wait_there(&scratch, "alias", &alias, LOOPBACK);
+        let (destination, to) = alias.receive(&scratch, "alias", LOOPBACK, &[]);
         source.migrate(&destination, to, "tcp");
         assert!(runs(&destination));
     }
@@ -345,7 +327,7 @@ fn a_guest_whose_qemu_is_another_users() {
     let machine = Plain::firmware();
     let theirs = Plain { more: ["-runas", "nobody"].map(str::to_owned).into(), ..machine.clone() };
     let source = theirs.start(&scratch, "a");
-    let (destination, to) = wait_there(&scratch, "b", &machine, LOOPBACK);
+    let (destination, to) = machine.receive(&scratch, "b", LOOPBACK, &[]);
     source.migrate(&destination, to, "tcp");
     assert!(runs(&destination));
 }
@@ -377,8 +359,8 @@ fn the_library_leaves_other_programs_alone_and_refuses_without_a_pager() {
     let private = preloaded("qemu-system-x86_64 --version");
     assert!(private.status.success() && private.stderr.is_empty(), "{private:?}");
     let place = Place::apart(&scratch, "alone");
-    let machine = Plain::firmware().args(&place);
-    let mut qemu = Command::new("qemu-system-x86_64");
-    qemu.args(machine).env("LD_PRELOAD", &library).env("POSTCOPY_HANDOVER", scratch.file("nobody"));
+    let line = Plain::firmware().command_line(&place);
+    let mut qemu = Command::new(&line[0]);
+    qemu.args(&line[1..]).env("LD_PRELOAD", &library).env("POSTCOPY_HANDOVER", scratch.file("nobody"));
     assert_refused(&run(&mut qemu), &["no pager takes this guest's memory", "pcvm receive --vmm qemu"]);
 }

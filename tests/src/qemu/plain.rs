@@ -1,5 +1,6 @@
 //! A machine of processors and memory only, which differs from test to test.
 
+use std::net::{IpAddr, SocketAddr};
 use std::process::{Command, Output};
 
 use super::{Place, QEMU, QemuGuest};
@@ -8,6 +9,8 @@ use crate::{Scratch, free_port, program, run, variable};
 /// See the module.
 #[derive(Clone, Debug)]
 pub struct Plain {
+    /// The program.
+    pub qemu: String,
     /// The machine type.
     pub kind: String,
     /// RAM backend, with `FILE` and `MIB` where its file's name and its size go; none: RAM that nobody
@@ -27,9 +30,8 @@ impl Plain {
     /// Two vCPUs and 256 MiB in a shared file in memory; only firmware.
     pub fn firmware() -> Self {
         let backend = "memory-backend-file,id=ram0,size=MIBM,mem-path=FILE,share=on".to_owned();
-        let kind = std::env::var("POSTCOPY_MACHINE").unwrap_or_else(|_| "q35".to_owned());
-        let backend = Some(backend);
-        Self { kind, backend, mib: 256, cpus: 2, kernel: None, more: Vec::new() }
+        let (qemu, kind, backend) = (QEMU.to_owned(), "q35".to_owned(), Some(backend));
+        Self { qemu, kind, backend, mib: 256, cpus: 2, kernel: None, more: Vec::new() }
     }
 
     /// The same with the test guest, as POSTCOPY_KERNEL and POSTCOPY_INITRD say.
@@ -39,8 +41,8 @@ impl Plain {
         Self { kernel, ..Self::firmware() }
     }
 
-    /// QEMU's arguments for this machine at `place`.
-    pub fn args(&self, place: &Place) -> Vec<String> {
+    /// QEMU's command line for this machine at `place`.
+    pub fn command_line(&self, place: &Place) -> Vec<String> {
         // Emulated unless told otherwise: a KVM that cannot run a stock guest looks like one that can.
         let accelerator = std::env::var("POSTCOPY_ACCELERATOR").unwrap_or_else(|_| "tcg".into());
         let processor = if accelerator == "kvm" { "host" } else { "max" };
@@ -61,14 +63,28 @@ impl Plain {
             pairs.extend(["-kernel", "-initrd", "-append"].into_iter().zip(kernel.iter().cloned()));
         }
         let pairs = pairs.into_iter().flat_map(|(name, value)| [name.to_owned(), value]);
-        place.args().into_iter().chain(pairs).chain(self.more.iter().cloned()).collect()
+        let here = std::iter::once(self.qemu.clone()).chain(place.args());
+        here.chain(pairs).chain(self.more.iter().cloned()).collect()
     }
 
     /// Starts it, by itself.
     pub fn start(&self, scratch: &Scratch, name: &str) -> QemuGuest {
         let place = Place::apart(scratch, name);
-        let args = self.args(&place);
-        QemuGuest::start_by_itself(place, &args)
+        let line = self.command_line(&place);
+        QemuGuest::start_by_itself(place, &line)
+    }
+
+    /// Starts `pcvm receive` with `options` and such a QEMU, which waits for a guest; says where.
+    pub fn receive(
+        &self,
+        scratch: &Scratch,
+        name: &str,
+        address: IpAddr,
+        options: &[&str],
+    ) -> (QemuGuest, SocketAddr) {
+        let place = Place::apart(scratch, name);
+        let line = self.command_line(&place);
+        QemuGuest::receive(place, &line, address, options)
     }
 
     /// Runs `pcvm receive` with it to its end: it is to be refused.
@@ -76,15 +92,7 @@ impl Plain {
         let control = scratch.file("refused.sock");
         let listen = format!("127.0.0.1:{}", free_port());
         let mut command = Command::new(program("pcvm"));
-        command.args([
-            "receive",
-            "--vmm",
-            "qemu",
-            "--listen",
-            &listen,
-            "--control",
-            control.to_str().unwrap(),
-        ]);
-        run(command.args(["--", QEMU]).args(self.args(&Place::apart(scratch, name))))
+        command.args(["receive", "--vmm", "qemu", "--listen", &listen, "--control"]).arg(control);
+        run(command.arg("--").args(self.command_line(&Place::apart(scratch, name))))
     }
 }
