@@ -8,6 +8,7 @@ pub mod cutter;
 pub mod process;
 pub mod qemu;
 pub mod reports;
+pub mod system;
 
 use std::io::{BufRead, BufReader, Read};
 use std::ops::Deref;
@@ -19,6 +20,7 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 
 use process::Process;
+use system::Hosts;
 
 /// How long anything may take before a test calls it hung. The lab is slow.
 pub const PATIENCE: Duration = Duration::from_secs(90);
@@ -95,20 +97,23 @@ impl Deref for Pcvm {
 impl Pcvm {
     /// Starts `pcvm ARGS --control … --console …` with files named after `name`.
     pub fn start(scratch: &Scratch, name: &str, args: &[&str]) -> Self {
-        Self::launch(scratch, name, args, None)
+        Self::launch(scratch, name, Command::new(program("pcvm")).args(args))
+    }
+
+    /// As [`Pcvm::start`], on a host.
+    pub fn start_on(hosts: &Hosts, host: usize, scratch: &Scratch, name: &str, args: &[&str]) -> Self {
+        Self::launch(scratch, name, hosts.command(host, &program("pcvm")).args(args))
     }
 
     /// As [`Pcvm::start`], logging what `filter` says.
     pub fn start_logging(scratch: &Scratch, name: &str, args: &[&str], filter: &str) -> Self {
-        Self::launch(scratch, name, args, Some(filter))
+        Self::launch(scratch, name, Command::new(program("pcvm")).args(args).env("RUST_LOG", filter))
     }
 
-    fn launch(scratch: &Scratch, name: &str, args: &[&str], filter: Option<&str>) -> Self {
+    fn launch(scratch: &Scratch, name: &str, command: &mut Command) -> Self {
         let [control, console, log] =
             ["sock", "console", "log"].map(|suffix| scratch.file(&format!("{name}.{suffix}")));
-        let mut command = Command::new(program("pcvm"));
-        command.args(args).arg("--control").arg(&control).arg("--console").arg(&console);
-        filter.map(|filter| command.env("RUST_LOG", filter));
+        command.arg("--control").arg(&control).arg("--console").arg(&console);
         Self { process: Process::start(command, console, log, &control), control }
     }
 

@@ -17,7 +17,7 @@ pub struct Process {
 impl Process {
     /// Starts it with its standard error in `log`, and waits until it has made the file `ready`. Its
     /// guest prints to `console`, as the command says.
-    pub fn start(mut command: Command, console: PathBuf, log: PathBuf, ready: &Path) -> Self {
+    pub fn start(command: &mut Command, console: PathBuf, log: PathBuf, ready: &Path) -> Self {
         let stderr = std::fs::File::create(&log).unwrap();
         let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(stderr).spawn().unwrap();
         let started = Self { child: Mutex::new(child), console, log };

@@ -34,21 +34,6 @@ const QEMU: &str = "qemu-system-x86_64";
 const ECHO_PORT: u16 = 7777;
 const MAC: &str = "52:54:00:77:00:02";
 
-/// Loads a module of the kernel that runs here: in the lab from the lab's own kernel package.
-pub fn load_module(name: &str, parameters: &[&str]) {
-    let mut command = Command::new("modprobe");
-    if let Some(root) = std::env::var_os("LAB_KERNEL_ROOT") {
-        command.arg("-d").arg(root);
-    }
-    succeed(command.arg(name).args(parameters));
-}
-
-/// Runs a program that must succeed.
-fn succeed(command: &mut Command) {
-    let out = crate::run(command);
-    assert!(out.status.success(), "{command:?}: {}", crate::stderr(&out));
-}
-
 /// What is the same of the guest wherever it runs.
 pub struct Machine {
     load: String,
@@ -193,8 +178,8 @@ impl QemuGuest {
         (Self::launch(command, place, true), to)
     }
 
-    fn launch(command: Command, place: Place, under_pcvm: bool) -> Self {
-        let process = Process::start(command, place.console.clone(), place.log.clone(), &place.qmp);
+    fn launch(mut command: Command, place: Place, under_pcvm: bool) -> Self {
+        let process = Process::start(&mut command, place.console.clone(), place.log.clone(), &place.qmp);
         let tty = UnixStream::connect(&place.tty).unwrap_or_else(|e| panic!("{e}; it {}", process.story()));
         let mut unread = tty.try_clone().unwrap();
         // The console is read from its log; what also comes here must not pile up.

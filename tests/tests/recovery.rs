@@ -7,6 +7,7 @@ use std::process::Output;
 
 use postcopy_e2e::cutter::{Line, cut_after};
 use postcopy_e2e::reports::{assert_whole, number};
+use postcopy_e2e::system::Hosts;
 use postcopy_e2e::{Pcvm, Scratch, assert_refused, free_port, pcvm, stderr};
 use serde_json::Value;
 
@@ -29,12 +30,17 @@ fn recover(source: &Pcvm, more: &[&str]) -> Output {
     pcvm(&[&["recover", "--quiet", "--json", "--control", control][..], more].concat())
 }
 
-/// Cuts the line while the guest's memory comes.
-fn cut_in_the_drain(line: &Line, source: &Pcvm, destination: &Pcvm) {
+/// Loses the network while the guest's memory comes.
+fn lose_in_the_drain(lose: impl FnOnce(), source: &Pcvm, destination: &Pcvm) {
     source
         .wait_until("its memory is on its way", |source| source.status()["migration"]["phase"] == "draining");
-    line.cut();
+    lose();
     destination.wait_until("the guest is stranded", |there| there.status()["state"] == "stranded");
+}
+
+fn wait_until_it_tries_again(source: &Pcvm) {
+    source
+        .wait_until("the source tries again", |source| source.status()["migration"]["phase"] == "recovering");
 }
 
 /// Begins a move that is cut while the memory comes, and not tried again; what was said of it.
@@ -42,7 +48,7 @@ fn strand(line: &Line, source: &Pcvm, destination: &Pcvm) -> Output {
     let to = line.address().to_string();
     std::thread::scope(|scope| {
         let moving = scope.spawn(|| source.try_migrate(&to, &["--transport", "tcp", "--patience", "0"]));
-        cut_in_the_drain(line, source, destination);
+        lose_in_the_drain(|| line.cut(), source, destination);
         moving.join().unwrap()
     })
 }
@@ -57,10 +63,8 @@ fn outlives(name: &str, receive: &[&str], mode: &str) -> Value {
     let to = line.address().to_string();
     let report = std::thread::scope(|scope| {
         let moving = scope.spawn(|| source.migrate(&to, &["--transport", "tcp", "--mode", mode]));
-        cut_in_the_drain(&line, &source, &destination);
-        source.wait_until("the source tries again", |source| {
-            source.status()["migration"]["phase"] == "recovering"
-        });
+        lose_in_the_drain(|| line.cut(), &source, &destination);
+        wait_until_it_tries_again(&source);
         let printed = destination.console();
         std::thread::sleep(std::time::Duration::from_millis(300));
         assert_eq!(destination.console(), printed, "{name}: it waits for its memory");
@@ -98,6 +102,31 @@ fn one_whose_vcpu_serves_itself_does() {
 #[test]
 fn one_that_moves_by_hybrid_does() {
     outlives("hybrid", &[], "hybrid");
+}
+
+/// Neither side is told: a connection whose other end is silent for 20 s is lost (ADR 16).
+#[test]
+#[ignore = "needs root, for hosts of its own: run by scripts/test in the lab"]
+fn one_whose_host_vanished_does() {
+    let scratch = Scratch::new("vanishes");
+    let hosts = Hosts::new(8 * SLOW);
+    let kernel = scratch.tiny_kernel();
+    let run = ["run", "--kernel", kernel.to_str().unwrap(), "--memory", "8M"];
+    let source = Pcvm::start_on(&hosts, 0, &scratch, "a", &run);
+    source.wait_for_console("tiny: round 1 ok");
+    let there = SocketAddr::new(Hosts::address(1), 7070).to_string();
+    let destination = Pcvm::start_on(&hosts, 1, &scratch, "b", &["receive", "--listen", &there]);
+    let report = std::thread::scope(|scope| {
+        let moving = scope.spawn(|| source.migrate(&there, &["--transport", "tcp"]));
+        lose_in_the_drain(|| hosts.part(), &source, &destination);
+        wait_until_it_tries_again(&source);
+        hosts.join();
+        moving.join().unwrap()
+    });
+    assert_whole(&report, PAGES);
+    assert_runs(&destination);
+    let (ended_well, log) = source.wait();
+    assert!(ended_well, "{log}");
 }
 
 /// The memory comes over another transport, and another way, than it began to.
@@ -196,7 +225,7 @@ fn a_guest_that_outlived_a_lost_network_moves_on() {
         let line = Line::to(([127, 0, 0, 1], port), SLOW);
         std::thread::scope(|scope| {
             let moving = scope.spawn(|| from.migrate(&line.address().to_string(), &["--transport", "tcp"]));
-            cut_in_the_drain(&line, from, to);
+            lose_in_the_drain(|| line.cut(), from, to);
             line.mend();
             assert_whole(&moving.join().unwrap(), PAGES);
         });

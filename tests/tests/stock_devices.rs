@@ -8,7 +8,8 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
-use postcopy_e2e::qemu::{Plain, QemuGuest, load_module};
+use postcopy_e2e::qemu::{Plain, QemuGuest};
+use postcopy_e2e::system::load_module;
 use postcopy_e2e::{Scratch, assert_refused, stderr, wait_until};
 use serde_json::json;
 

@@ -9,8 +9,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use super::{load_module, succeed};
 use crate::PATIENCE;
+use crate::system::{ip, load_module};
 
 /// The guest's address, wherever it runs.
 pub(super) const GUEST: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 2);
@@ -20,10 +20,6 @@ const HOST: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 1);
 
 /// Longest message, from which on lengths begin anew.
 const MESSAGE_BYTES: u64 = 1000;
-
-fn ip(arguments: &str) {
-    succeed(Command::new("ip").args(arguments.split(' ')));
-}
 
 /// A bridge with this host's address and some taps, which are gone when it is dropped.
 pub struct Network {

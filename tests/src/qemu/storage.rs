@@ -10,8 +10,8 @@ use std::process::Command;
 
 use rustix::fs::OFlags;
 
-use super::{load_module, succeed};
 use crate::Scratch;
+use crate::system::{load_module, succeed};
 
 const RAM_DISK: &str = "/dev/ram0";
 const RAM_DISK_KIB: u32 = 64 << 10;
