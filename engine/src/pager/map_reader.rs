@@ -112,9 +112,14 @@ impl MapReader {
         self.known >= self.said
     }
 
-    /// The next read, if none is under way and the map is not finished.
+    /// Whether there is a next read: the map is not finished, and none is under way.
+    pub(super) fn wants_more(&self) -> bool {
+        !self.finished() && matches!(self.state, State::Idle)
+    }
+
+    /// The next read, if there is one.
     pub(super) fn next(&mut self) -> Option<Read> {
-        if self.finished() || !matches!(self.state, State::Idle) {
+        if !self.wants_more() {
             return None;
         }
         if self.known < self.said {

@@ -386,12 +386,12 @@ impl Shard {
     }
 
     fn idle(&mut self, now: Instant) -> Result<(), PagerError> {
-        let limit = match self.map.finished() {
-            // One that is under way ends a sleep by itself; the next is due some time.
-            false => Some(MAP_PATIENCE),
-            true if self.shared.trap.is_for_self_service() => Some(NOTES_PATIENCE),
-            true => self.unreported.then_some(PROGRESS),
-        };
+        let limits = [
+            self.map.wants_more().then(|| self.map_due.saturating_duration_since(now)),
+            self.shared.trap.is_for_self_service().then_some(NOTES_PATIENCE),
+            self.unreported.then_some(PROGRESS),
+        ];
+        let limit = limits.into_iter().flatten().min();
         let others = [self.shared.trap.as_fd(), self.shared.stop.wake.as_fd()];
         let rested = self.rest.idle(now, &mut self.lanes, others, limit);
         rested.map_err(|(lane, error)| self.lane_failed(lane, error))
