@@ -119,9 +119,18 @@ impl Pcvm {
 
     /// Runs the tiny guest in 8 MiB.
     pub fn run_tiny(scratch: &Scratch, name: &str) -> Self {
+        Self::tiny(scratch, &[], |args| Self::start(scratch, name, args))
+    }
+
+    /// As [`Pcvm::run_tiny`], on a host.
+    pub fn run_tiny_on(hosts: &Hosts, host: usize, scratch: &Scratch, name: &str) -> Self {
+        Self::tiny(scratch, &[], |args| Self::start_on(hosts, host, scratch, name, args))
+    }
+
+    fn tiny(scratch: &Scratch, more: &[&str], start: impl FnOnce(&[&str]) -> Self) -> Self {
         let kernel = scratch.tiny_kernel();
-        let guest =
-            Self::start(scratch, name, &["run", "--kernel", kernel.to_str().unwrap(), "--memory", "8M"]);
+        let run = ["run", "--kernel", kernel.to_str().unwrap(), "--memory", "8M"];
+        let guest = start(&[&run[..], more].concat());
         guest.wait_for_console("tiny: round 1 ok");
         guest
     }
@@ -136,13 +145,10 @@ impl Pcvm {
     /// guest.
     pub fn pair(scratch: &Scratch) -> ([Self; 2], [u16; 2]) {
         let ports @ [port_a, port_b] = free_ports();
-        let kernel = scratch.tiny_kernel();
         let listen = format!("127.0.0.1:{port_a}");
-        let run =
-            ["run", "--kernel", kernel.to_str().unwrap(), "--memory", "8M", "--again", "--listen", &listen];
-        let a = Self::start(scratch, "a", &run);
+        let more = ["--again", "--listen", &listen];
+        let a = Self::tiny(scratch, &more, |args| Self::start(scratch, "a", args));
         let b = Self::receive(scratch, "b", port_b, &["--again"]);
-        a.wait_for_console("tiny: round 1 ok");
         ([a, b], ports)
     }
 

@@ -9,7 +9,7 @@ mod plain;
 mod storage;
 
 use std::io::{BufRead, BufReader, Write};
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::ops::Deref;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -33,6 +33,22 @@ const QEMU: &str = "qemu-system-x86_64";
 /// The port of the guest's echo.
 const ECHO_PORT: u16 = 7777;
 const MAC: &str = "52:54:00:77:00:02";
+
+/// Where all of it may be on one host.
+pub const LOOPBACK: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
+/// Where nobody listens: nothing gets that far.
+pub const NOBODY: SocketAddr = SocketAddr::new(LOOPBACK, 9);
+
+/// Where destinations listen: at LAB_RDMA_ADDR, if it is set.
+pub fn address() -> IpAddr {
+    std::env::var("LAB_RDMA_ADDR").map_or(LOOPBACK, |address| address.parse().unwrap())
+}
+
+/// The transports to move over, as POSTCOPY_TRANSPORTS has them: `tcp` if it is not set.
+pub fn transports() -> Vec<String> {
+    let names = std::env::var("POSTCOPY_TRANSPORTS").unwrap_or_else(|_| "tcp".into());
+    names.split(',').map(str::to_owned).collect()
+}
 
 /// What is the same of the guest wherever it runs.
 pub struct Machine {
@@ -230,6 +246,13 @@ impl QemuGuest {
     /// Whether the guest runs here, as QEMU says: `running`, `inmigrate`, `postmigrate`, …
     pub fn status(&self) -> String {
         self.qmp("query-status", json!({}))["status"].as_str().unwrap_or_default().to_owned()
+    }
+
+    /// QEMU's version, major and minor.
+    pub fn version(&self) -> (u64, u64) {
+        let version = &self.qmp("query-version", json!({}))["qemu"];
+        let part = |name: &str| version[name].as_u64().unwrap();
+        (part("major"), part("minor"))
     }
 
     /// Types a line at the guest's console.

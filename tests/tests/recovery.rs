@@ -38,11 +38,6 @@ fn lose_in_the_drain(lose: impl FnOnce(), source: &Pcvm, destination: &Pcvm) {
     destination.wait_until("the guest is stranded", |there| there.status()["state"] == "stranded");
 }
 
-fn wait_until_it_tries_again(source: &Pcvm) {
-    source
-        .wait_until("the source tries again", |source| source.status()["migration"]["phase"] == "recovering");
-}
-
 /// Begins a move that is cut while the memory comes, and not tried again; what was said of it.
 fn strand(line: &Line, source: &Pcvm, destination: &Pcvm) -> Output {
     let to = line.address().to_string();
@@ -53,36 +48,53 @@ fn strand(line: &Line, source: &Pcvm, destination: &Pcvm) -> Output {
     })
 }
 
-/// The line is cut while the memory comes, and mended when the destination has said that it is stranded.
-fn outlives(name: &str, receive: &[&str], mode: &str) -> Value {
+/// The guest is whole and runs, and the source has ended well.
+fn assert_over(report: &Value, source: Pcvm, destination: &Pcvm) {
+    assert_whole(report, PAGES);
+    assert_runs(destination);
+    let (ended_well, log) = source.wait();
+    assert!(ended_well, "{log}");
+}
+
+/// Moves the guest, whose network is lost while the memory comes, and back when both sides have said so.
+fn outlives(
+    (source, destination): (Pcvm, &Pcvm),
+    (to, mode): (&str, &str),
+    lose: impl FnOnce(),
+    restore: impl FnOnce(),
+) -> Value {
+    let report = std::thread::scope(|scope| {
+        let moving = scope.spawn(|| source.migrate(to, &["--transport", "tcp", "--mode", mode]));
+        lose_in_the_drain(lose, &source, destination);
+        source.wait_until("the source tries again", |source| {
+            source.status()["migration"]["phase"] == "recovering"
+        });
+        let printed = destination.console();
+        std::thread::sleep(std::time::Duration::from_millis(300));
+        assert_eq!(destination.console(), printed, "it waits for its memory");
+        restore();
+        moving.join().unwrap()
+    });
+    assert_over(&report, source, destination);
+    report
+}
+
+/// That over a line that is cut and mended.
+fn outlives_a_cut(name: &str, receive: &[&str], mode: &str) -> Value {
     let scratch = Scratch::new(&format!("outlives-{name}"));
     let port = free_port();
     let source = Pcvm::run_tiny(&scratch, "a");
     let destination = Pcvm::receive(&scratch, "b", port, receive);
     let line = Line::to(([127, 0, 0, 1], port), SLOW);
     let to = line.address().to_string();
-    let report = std::thread::scope(|scope| {
-        let moving = scope.spawn(|| source.migrate(&to, &["--transport", "tcp", "--mode", mode]));
-        lose_in_the_drain(|| line.cut(), &source, &destination);
-        wait_until_it_tries_again(&source);
-        let printed = destination.console();
-        std::thread::sleep(std::time::Duration::from_millis(300));
-        assert_eq!(destination.console(), printed, "{name}: it waits for its memory");
-        line.mend();
-        moving.join().unwrap()
-    });
-    assert_whole(&report, PAGES);
-    assert_runs(&destination);
-    let (ended_well, log) = source.wait();
-    assert!(ended_well, "{log}");
-    report
+    outlives((source, &destination), (&to, mode), || line.cut(), || line.mend())
 }
 
 #[test]
 fn a_guest_outlives_a_lost_network() {
-    outlives("pool", &["--self-service", "off"], "postcopy");
-    outlives("in-place", &["--self-service", "off", "--landing", "in-place"], "postcopy");
-    outlives("shards", &["--self-service", "off", "--shards", "3"], "postcopy");
+    outlives_a_cut("pool", &["--self-service", "off"], "postcopy");
+    outlives_a_cut("in-place", &["--self-service", "off", "--landing", "in-place"], "postcopy");
+    outlives_a_cut("shards", &["--self-service", "off", "--shards", "3"], "postcopy");
 }
 
 #[test]
@@ -93,7 +105,7 @@ fn one_whose_vcpu_serves_itself_does() {
         ("self-in-place", vec!["--landing", "in-place"]),
         ("self-shards", vec!["--shards", "3"]),
     ] {
-        let report = outlives(name, &[&["--self-service", "on"][..], &more].concat(), "postcopy");
+        let report = outlives_a_cut(name, &[&["--self-service", "on"][..], &more].concat(), "postcopy");
         let blocked = report["vcpu_blocktime_us"][0].as_u64().unwrap();
         assert!(blocked > 300_000, "{name}: it waited for at least as long as it was watched: {blocked} µs");
     }
@@ -101,7 +113,7 @@ fn one_whose_vcpu_serves_itself_does() {
 
 #[test]
 fn one_that_moves_by_hybrid_does() {
-    outlives("hybrid", &[], "hybrid");
+    outlives_a_cut("hybrid", &[], "hybrid");
 }
 
 /// Neither side is told: a connection whose other end is silent for 20 s is lost (ADR 16).
@@ -110,23 +122,10 @@ fn one_that_moves_by_hybrid_does() {
 fn one_whose_host_vanished_does() {
     let scratch = Scratch::new("vanishes");
     let hosts = Hosts::new(8 * SLOW);
-    let kernel = scratch.tiny_kernel();
-    let run = ["run", "--kernel", kernel.to_str().unwrap(), "--memory", "8M"];
-    let source = Pcvm::start_on(&hosts, 0, &scratch, "a", &run);
-    source.wait_for_console("tiny: round 1 ok");
+    let source = Pcvm::run_tiny_on(&hosts, 0, &scratch, "a");
     let there = SocketAddr::new(Hosts::address(1), 7070).to_string();
     let destination = Pcvm::start_on(&hosts, 1, &scratch, "b", &["receive", "--listen", &there]);
-    let report = std::thread::scope(|scope| {
-        let moving = scope.spawn(|| source.migrate(&there, &["--transport", "tcp"]));
-        lose_in_the_drain(|| hosts.part(), &source, &destination);
-        wait_until_it_tries_again(&source);
-        hosts.join();
-        moving.join().unwrap()
-    });
-    assert_whole(&report, PAGES);
-    assert_runs(&destination);
-    let (ended_well, log) = source.wait();
-    assert!(ended_well, "{log}");
+    outlives((source, &destination), (&there, "postcopy"), || hosts.part(), || hosts.join());
 }
 
 /// The memory comes over another transport, and another way, than it began to.
@@ -150,12 +149,9 @@ fn recovers_over(transport: &str, address: &str, receive: &[&str]) {
 
     let out = recover(&source, &["--to", &there, "--transport", transport]);
     assert!(out.status.success(), "{}", stderr(&out));
-    let report = serde_json::from_slice(&out.stdout).unwrap();
-    assert_whole(&report, PAGES);
+    let report: Value = serde_json::from_slice(&out.stdout).unwrap();
     assert_eq!(report["transport"], transport);
-    assert_runs(&destination);
-    let (ended_well, log) = source.wait();
-    assert!(ended_well, "{log}");
+    assert_over(&report, source, &destination);
 }
 
 #[test]
@@ -182,11 +178,8 @@ fn a_doubt_ends_when_the_destination_is_heard_again() {
     // Its lanes live, so all is there when the source comes back; a control connection of that kind is not cut.
     let cut = format!("127.0.0.1:{}", cut_after(WITH_COMMIT, port));
     let report = source.migrate(&cut, &["--patience", &u64::MAX.to_string()]);
-    assert_whole(&report, PAGES);
     assert!(number(&report, "/downtime_us") > 0, "{report}");
-    assert_runs(&destination);
-    let (ended_well, log) = source.wait();
-    assert!(ended_well, "{log}");
+    assert_over(&report, source, &destination);
 }
 
 /// Ends a guest that waits for its memory, as a user would.

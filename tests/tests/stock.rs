@@ -6,23 +6,18 @@
 #![allow(clippy::unwrap_used)] // helpers of tests, where a panic is the report
 
 use std::io::{BufRead, BufReader, Read};
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use postcopy_e2e::cutter::{Line, cut_after};
-use postcopy_e2e::qemu::{Place, Plain, QemuGuest};
+use postcopy_e2e::qemu::{LOOPBACK, NOBODY, Place, Plain, QemuGuest, address, transports};
 use postcopy_e2e::{Scratch, assert_refused, free_port, pcvm, program, run, wait_until};
 use postcopy_engine::proc_pages::SoftDirty;
 use rustix::process::{Pid, Signal, kill_process};
-use serde_json::json;
 
 /// Messages before the one that hands the guest over; its state is in one or more pieces.
 const BEFORE_STATE: i64 = 4;
-
-/// Where nobody listens: nothing gets that far.
-const NOBODY: SocketAddr = SocketAddr::new(LOOPBACK, 9);
-const LOOPBACK: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 
 fn runs(guest: &QemuGuest) -> bool {
     guest.status() == "running"
@@ -32,13 +27,12 @@ fn runs(guest: &QemuGuest) -> bool {
 fn moves(name: &str, transport: &str, count: usize) {
     let scratch = Scratch::new(name);
     let machine = Plain::linux("pcguest.mb=64 pcguest.access=write");
-    let address = std::env::var("LAB_RDMA_ADDR").map_or(LOOPBACK, |address| address.parse().unwrap());
     let mut guest = machine.start(&scratch, "q0");
     guest.wait_for_reports(2);
     for at in 1..=count {
         let shards = 1 + at % 3;
         let options = ["--shards", &shards.to_string(), "--landing", ["in-place", "pool"][at % 2]];
-        let (next, to) = machine.receive(&scratch, &format!("q{at}"), address, &options);
+        let (next, to) = machine.receive(&scratch, &format!("q{at}"), address(), &options);
         let report = guest.migrate(&next, to, transport);
         assert_eq!(report["pager"]["shards"], shards, "{report}");
         let pages = &report["pager"]["pages"];
@@ -60,10 +54,9 @@ fn moves(name: &str, transport: &str, count: usize) {
 #[test]
 #[ignore = "needs a Linux kernel: run by scripts/test"]
 fn a_stock_guest_moves_from_qemu_to_qemu_and_on() {
-    let transports = std::env::var("POSTCOPY_TRANSPORTS").unwrap_or_else(|_| "tcp".into());
     let count = std::env::var("POSTCOPY_MOVES").map_or(4, |count| count.parse().unwrap());
-    for transport in transports.split(',') {
-        moves(&format!("stock-{transport}"), transport, count);
+    for transport in transports() {
+        moves(&format!("stock-{transport}"), &transport, count);
     }
 }
 
@@ -216,12 +209,9 @@ fn a_guest_whose_memory_cannot_be_reached() {
 #[test]
 fn a_memfd_serves_as_well_as_a_file_where_qemu_lets_it() {
     let scratch = Scratch::new("stock-memfd");
-    let backend = Some("memory-backend-memfd,id=ram0,size=MIBM,share=on".to_owned());
-    let machine = Plain { backend, ..Plain::firmware() };
+    let machine = Plain::in_a_memfd();
     let source = machine.start(&scratch, "a");
-    let version = source.qmp("query-version", json!({}))["qemu"].clone();
-    let part = |name: &str| version[name].as_u64().unwrap();
-    if (part("major"), part("minor")) >= (8, 1) {
+    if source.version() >= (8, 1) {
         assert_refused(
             &source.try_migrate(NOBODY, "tcp"),
             &["a memfd, which QEMU from 8.1 on", "memory-backend-file"],
@@ -279,8 +269,7 @@ fn machines_that_do_not_fit() {
     }
     // An alias of the machine type is that type.
     let alias = Plain { kind: "q35".into(), ..here };
-    let kind = source.qmp("query-version", json!({}))["qemu"]["major"] == 7;
-    if kind {
+    if source.version().0 == 7 {
         let (destination, to) = alias.receive(&scratch, "alias", LOOPBACK, &[]);
         source.migrate(&destination, to, "tcp");
         assert!(runs(&destination));

@@ -4,17 +4,13 @@
 //! --vfio`, and root there.
 #![allow(clippy::unwrap_used)] // helpers of tests, where a panic is the report
 
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
-use postcopy_e2e::qemu::{Plain, QemuGuest};
+use postcopy_e2e::qemu::{NOBODY, Plain, QemuGuest};
 use postcopy_e2e::system::load_module;
 use postcopy_e2e::{Scratch, assert_refused, stderr, wait_until};
 use serde_json::json;
-
-/// Where nobody listens: nothing gets that far.
-const NOBODY: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 9);
 
 /// A process that serves a disk by vhost-user. Ended when dropped.
 struct Backend {

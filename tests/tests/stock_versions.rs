@@ -4,13 +4,8 @@
 //! 8.1 (`scripts/qemu-of-backports` prints one). What needs a Linux guest takes what stock.rs takes too.
 #![allow(clippy::unwrap_used)] // helpers of tests, where a panic is the report
 
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
-
-use postcopy_e2e::qemu::{Plain, QemuGuest};
+use postcopy_e2e::qemu::{LOOPBACK, NOBODY, Plain, address, transports};
 use postcopy_e2e::{Scratch, assert_refused, variable};
-use serde_json::json;
-
-const LOOPBACK: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 
 /// Both have this machine.
 fn of_both(machine: Plain) -> Plain {
@@ -22,28 +17,19 @@ fn newer(machine: &Plain) -> Plain {
     Plain { qemu: variable("POSTCOPY_NEWER_QEMU"), ..machine.clone() }
 }
 
-/// Major and minor.
-fn version(guest: &QemuGuest) -> (u64, u64) {
-    let version = &guest.qmp("query-version", json!({}))["qemu"];
-    let part = |name: &str| version[name].as_u64().unwrap();
-    (part("major"), part("minor"))
-}
-
 #[test]
 #[ignore = "needs a second QEMU and a Linux kernel: run by scripts/test"]
 fn a_stock_guest_moves_to_a_newer_qemu_and_on() {
-    let transports = std::env::var("POSTCOPY_TRANSPORTS").unwrap_or_else(|_| "tcp".into());
-    let address = std::env::var("LAB_RDMA_ADDR").map_or(LOOPBACK, |address| address.parse().unwrap());
-    for transport in transports.split(',') {
+    for transport in transports() {
         let scratch = Scratch::new(&format!("newer-{transport}"));
         let machine = of_both(Plain::linux("pcguest.mb=64 pcguest.access=write"));
         let mut guest = machine.start(&scratch, "q0");
         guest.wait_for_reports(2);
         for name in ["q1", "q2"] {
-            let (next, to) = newer(&machine).receive(&scratch, name, address, &[]);
-            let (from, onto) = (version(&guest), version(&next));
+            let (next, to) = newer(&machine).receive(&scratch, name, address(), &[]);
+            let (from, onto) = (guest.version(), next.version());
             assert!(onto >= (8, 1) && onto >= from, "{onto:?} is not newer than {from:?}");
-            let report = guest.migrate(&next, to, transport);
+            let report = guest.migrate(&next, to, &transport);
             let [downtime, resident] = ["downtime_us", "resident_us"].map(|name| &report[name]);
             println!("{transport}: {from:?} to {onto:?}, downtime {downtime} µs, resident {resident} µs");
             next.wait_for_reports(1);
@@ -60,7 +46,7 @@ fn a_guest_of_a_newer_qemu_is_not_moved_to_an_older() {
     let machine = of_both(Plain::firmware());
     let source = newer(&machine).start(&scratch, "a");
     let (older, to) = machine.receive(&scratch, "b", LOOPBACK, &[]);
-    assert!(version(&older) < version(&source), "it is not newer");
+    assert!(older.version() < source.version(), "it is not newer");
     let out = source.try_migrate(to, "tcp");
     assert_refused(&out, &["does not fit this side", "is older", "the guest runs on here"]);
     assert_eq!(source.status(), "running");
@@ -70,11 +56,8 @@ fn a_guest_of_a_newer_qemu_is_not_moved_to_an_older() {
 #[ignore = "needs a second QEMU: run by scripts/test"]
 fn a_memfd_of_a_newer_qemu_is_refused() {
     let scratch = Scratch::new("newer-memfd");
-    let backend = Some("memory-backend-memfd,id=ram0,size=MIBM,share=on".to_owned());
-    let machine = newer(&Plain { backend, ..Plain::firmware() });
-    let source = machine.start(&scratch, "a");
-    let nobody = SocketAddr::new(LOOPBACK, 9);
+    let source = newer(&Plain::in_a_memfd()).start(&scratch, "a");
     let words = ["a memfd, which QEMU from 8.1 on", "memory-backend-file"];
-    assert_refused(&source.try_migrate(nobody, "tcp"), &words);
+    assert_refused(&source.try_migrate(NOBODY, "tcp"), &words);
     assert_eq!(source.status(), "running");
 }

@@ -34,7 +34,13 @@ impl Plain {
         Self { qemu, kind, backend, mib: 256, cpus: 2, kernel: None, more: Vec::new() }
     }
 
-    /// The same with the test guest, as POSTCOPY_KERNEL and POSTCOPY_INITRD say.
+    /// The same in a memfd.
+    pub fn in_a_memfd() -> Self {
+        let backend = Some("memory-backend-memfd,id=ram0,size=MIBM,share=on".to_owned());
+        Self { backend, ..Self::firmware() }
+    }
+
+    /// Firmware with the test guest, as POSTCOPY_KERNEL and POSTCOPY_INITRD say.
     pub fn linux(load: &str) -> Self {
         let line = format!("console=ttyS0 quiet panic=-1 no_timer_check {load}");
         let kernel = Some([variable("POSTCOPY_KERNEL"), variable("POSTCOPY_INITRD"), line]);
