@@ -145,20 +145,21 @@ impl Claims {
         }
     }
 
-    /// The source says that the page is zero.
-    pub(super) fn zero(&self, page: PageIndex) {
-        self.here(page, ZERO);
+    /// The source says that the page is zero. Says whether it is so from now on: not if somebody brings it.
+    pub(super) fn zero(&self, page: PageIndex) -> bool {
+        self.here(page, ZERO)
     }
 
-    /// The source says that the page is what it was in the round of pre-copy.
-    pub(super) fn keep(&self, page: PageIndex) {
-        self.here(page, KEPT);
+    /// The source says that the page is what it was in the round of pre-copy. Says whether it is so from now
+    /// on, as [`Claims::zero`] does.
+    pub(super) fn keep(&self, page: PageIndex) -> bool {
+        self.here(page, KEPT)
     }
 
-    fn here(&self, page: PageIndex, how: u8) {
-        if self.swap(page, MISSING, how).is_ok() {
-            self.outstanding.fetch_sub(1, Ordering::AcqRel);
-        }
+    fn here(&self, page: PageIndex, how: u8) -> bool {
+        let turned = self.swap(page, MISSING, how).is_ok();
+        self.outstanding.fetch_sub(u64::from(turned), Ordering::AcqRel);
+        turned
     }
 
     /// The claimed pages of `run` are published. Says whether they were the last.
@@ -240,8 +241,8 @@ mod tests {
         let claim = |page| claims.claim(PageIndex(page));
         assert_eq!([claim(0), claim(1)], [Claim::Read; 2]);
         claims.published(Run::one(PageIndex(1)));
-        claims.zero(PageIndex(2));
-        claims.keep(PageIndex(3));
+        assert!(claims.zero(PageIndex(2)) && claims.keep(PageIndex(3)));
+        assert!(!claims.zero(PageIndex(0)) && !claims.keep(PageIndex(0)), "whoever claimed it brings it");
         claims.abandon();
         assert!(!claims.enter() && claims.is_abandoned());
         let next = claims.following();
@@ -271,15 +272,13 @@ mod tests {
     #[test]
     fn the_last_page_is_told_and_zero_and_kept_pages_count_as_here() {
         let claims = Claims::new(6);
-        claims.keep(PageIndex(4));
-        claims.keep(PageIndex(5));
+        assert!(claims.keep(PageIndex(4)) && claims.keep(PageIndex(5)));
         assert_eq!(claims.claim(PageIndex(5)), Claim::Kept);
         assert!(!claims.published(Run::one(PageIndex(5))));
-        claims.zero(PageIndex(0));
-        claims.zero(PageIndex(1));
+        assert!(claims.zero(PageIndex(0)) && claims.zero(PageIndex(1)));
         assert_eq!(claims.claim(PageIndex(0)), Claim::Zero);
         assert_eq!(claims.claim(PageIndex(2)), Claim::Read);
-        claims.zero(PageIndex(2));
+        assert!(!claims.zero(PageIndex(2)));
         assert_eq!(claims.claim(PageIndex(3)), Claim::Read);
         assert!(!claims.published(Run::one(PageIndex(0))));
         assert!(!claims.published(Run::one(PageIndex(2))));

@@ -230,8 +230,8 @@ impl Shard {
 
     /// The guest has given pages back: what has not come of them need not.
     fn discarded(&mut self, first: PageIndex, end: PageIndex) {
-        let zeros: Vec<PageIndex> = self.planner.missing(first, end).collect();
-        zeros.iter().for_each(|page| self.shared.claims.zero(*page));
+        let mut zeros: Vec<PageIndex> = self.planner.missing(first, end).collect();
+        zeros.retain(|page| self.shared.claims.zero(*page));
         self.planner.discarded(&zeros, &mut self.actions);
     }
 
@@ -301,9 +301,10 @@ impl Shard {
     fn map_landed(&mut self) -> Result<(), PagerError> {
         match self.map.landed()? {
             Landed::Read(read) => self.waiting[LaneId::Urgent as usize].push(read),
-            Landed::Known(news) => {
-                news.zeros.iter().for_each(|page| self.shared.claims.zero(*page));
-                news.kept.iter().for_each(|page| self.shared.claims.keep(*page));
+            Landed::Known(mut news) => {
+                // What another thread brings comes as it is, and counts as what it brought.
+                news.zeros.retain(|page| self.shared.claims.zero(*page));
+                news.kept.retain(|page| self.shared.claims.keep(*page));
                 self.planner.map_extended(news, &mut self.actions);
                 // It is being filled, and more of it in some time is as good, unless the drain is out of work.
                 if self.map.caught_up() && self.lanes[LaneId::Bulk as usize].in_flight() > 0 {

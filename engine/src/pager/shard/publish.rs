@@ -39,8 +39,8 @@ impl Shard {
 
     /// Shows a page that was published before to who was late to ask.
     ///
-    /// Not if another thread is about to publish it: one that began to read it before the map called it zero.
-    /// It may not have landed, and who asked waits for that thread.
+    /// Not if another thread is about to publish it, one that claimed a zero page: who asked waits for that
+    /// thread.
     pub(super) fn show_again(&mut self, page: PageIndex) -> Result<(), PagerError> {
         if self.shared.claims.is_resident(page) {
             self.shared.trap.show_again(page)?;
