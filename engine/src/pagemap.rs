@@ -37,10 +37,8 @@ const VERSION: u32 = 2;
 const FROZEN: u64 = 1 << 63;
 /// Pages that the source looks at before it raises `known`: 8 MiB of guest memory.
 const STEP_PAGES: u64 = 2048;
-/// Bytes of a page compared at once.
-const CHUNK: usize = 256;
 
-const _: () = assert!(STEP_PAGES.is_multiple_of(PAGES_A_BYTE) && PAGE_SIZE.is_multiple_of(CHUNK as u64));
+const _: () = assert!(STEP_PAGES.is_multiple_of(PAGES_A_BYTE));
 
 /// What a map says of a page. It has two bits, as here.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -245,14 +243,8 @@ impl Content<'_> {
             let next = self.memory.next_content(offset).unwrap_or(Some(offset..offset + PAGE_SIZE));
             self.stretch = next.unwrap_or(u64::MAX..u64::MAX);
         }
-        let mut chunk = [0u8; CHUNK];
-        offset + PAGE_SIZE <= self.stretch.start
-            || !had_content
-                && (0..PAGE_SIZE).step_by(CHUNK).all(|at| {
-                    let inside = self.memory.read(offset + at, &mut chunk);
-                    assert!(inside, "the page lies in guest memory");
-                    chunk == [0; CHUNK]
-                })
+        let look = || self.memory.is_zero(offset, PAGE_SIZE as usize).expect("the page lies in guest memory");
+        offset + PAGE_SIZE <= self.stretch.start || !had_content && look()
     }
 }
 

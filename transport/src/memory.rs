@@ -10,6 +10,7 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use mapping::Mapping;
 use rustix::mm::ProtFlags;
@@ -18,6 +19,8 @@ use rustix::mm::ProtFlags;
 pub const HUGE_PAGE: usize = 2 << 20;
 /// MADV_COLLAPSE of linux/mman.h (Linux 6.1).
 const COLLAPSE: libc::c_int = 25;
+/// Bytes that are looked at together, a cache line.
+const LINE: usize = 64;
 
 /// A shared mapping of a whole file, and the file. Cloning is cheap and shares both.
 #[derive(Clone)]
@@ -199,5 +202,43 @@ impl HostMemory {
         // SAFETY: as in `write`, with the directions exchanged.
         unsafe { std::ptr::copy_nonoverlapping(from, bytes.as_mut_ptr(), bytes.len()) };
         true
+    }
+
+    /// Whether all `len` bytes from `offset` on are zero: both multiples of 64. Stops at 64 that are not.
+    /// `None` if they are no such multiples or out of range.
+    pub fn is_zero(&self, offset: u64, len: usize) -> Option<bool> {
+        let aligned = offset.is_multiple_of(LINE as u64) && len.is_multiple_of(LINE);
+        let from = self.at(offset, len).filter(|_| aligned)?;
+        let words = from.cast::<u64>();
+        let zero = (0..len / size_of::<u64>()).step_by(8).all(|first| {
+            let word = |at: usize| {
+                // SAFETY: `at` checked that it lies inside the mapping, which begins on a page, so that the word is
+                // aligned, and lives as long as `self`. It is read as what others may change at any time.
+                unsafe { AtomicU64::from_ptr(words.wrapping_add(first + at)) }.load(Ordering::Relaxed)
+            };
+            word(0) | word(1) | word(2) | word(3) | word(4) | word(5) | word(6) | word(7) == 0
+        });
+        Some(zero)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_single_byte_anywhere_is_not_zero_and_a_range_that_cannot_be_looked_at_is_refused() {
+        let memory = HostMemory::anonymous("zero", 8192).unwrap();
+        assert_eq!(memory.is_zero(4096, 4096), Some(true));
+        for at in [4096, 4096 + 63, 4096 + 64 + 8, 8191] {
+            assert!(memory.write(at, &[0x80]));
+            assert_eq!(memory.is_zero(4096, 4096), Some(false), "byte {at}");
+            assert!(memory.write(at, &[0]));
+        }
+        assert!(memory.write(4095, &[1]));
+        assert_eq!(memory.is_zero(4096, 4096), Some(true), "the byte before counts to another page");
+        for (offset, len) in [(0, 8200), (8192, 64), (u64::MAX - 63, 64), (8, 64), (0, 63)] {
+            assert_eq!(memory.is_zero(offset, len), None, "{len} bytes at {offset}");
+        }
     }
 }
