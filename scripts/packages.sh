@@ -20,5 +20,6 @@ cpio|cpio|packing the guest image'
 test_needs='
 unshare|util-linux|tests that hide a device
 setpriv|util-linux|tests that drop privileges
+openssl|openssl|the certificates that docs/tls.md has made
 mkfs.ext4|e2fsprogs|the disks of QEMU guests in the lab
 qemu-storage-daemon|qemu-system-common|a disk of a guest that another process serves'

@@ -4,6 +4,7 @@
 //! builds them first (`cargo build -p postcopy-tools`).
 #![allow(clippy::unwrap_used)] // everything here serves tests, where a panic is the report
 
+pub mod authority;
 pub mod cutter;
 pub mod process;
 pub mod qemu;

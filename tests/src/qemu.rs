@@ -300,9 +300,13 @@ impl QemuGuest {
 
     /// As [`QemuGuest::try_migrate`], in a mode.
     pub fn try_migrate_by(&self, to: SocketAddr, transport: &str, mode: &str) -> Output {
+        self.try_migrate_with(to, &["--transport", transport, "--mode", mode])
+    }
+
+    /// As [`QemuGuest::try_migrate`], with these options.
+    pub fn try_migrate_with(&self, to: SocketAddr, options: &[&str]) -> Output {
         let (from, to) = (self.place.qmp.to_str().unwrap(), to.to_string());
-        let how = ["--transport", transport, "--mode", mode];
-        pcvm(&[&["migrate", "--quiet", "--json", "--qmp", from, "--to", &to], &how[..]].concat())
+        pcvm(&[&["migrate", "--quiet", "--json", "--qmp", from, "--to", &to], options].concat())
     }
 
     /// As [`QemuGuest::try_migrate`], which must succeed, to `next`; gives the report.

@@ -5,6 +5,7 @@
 use std::net::SocketAddr;
 use std::process::Output;
 
+use postcopy_e2e::authority::Authority;
 use postcopy_e2e::cutter::{Line, cut_after};
 use postcopy_e2e::reports::{assert_whole, number};
 use postcopy_e2e::system::Hosts;
@@ -59,12 +60,12 @@ fn assert_over(report: &Value, source: Pcvm, destination: &Pcvm) {
 /// Moves the guest, whose network is lost while the memory comes, and back when both sides have said so.
 fn outlives(
     (source, destination): (Pcvm, &Pcvm),
-    (to, mode): (&str, &str),
+    (to, migrate): (&str, &[&str]),
     lose: impl FnOnce(),
     restore: impl FnOnce(),
 ) -> Value {
     let report = std::thread::scope(|scope| {
-        let moving = scope.spawn(|| source.migrate(to, &["--transport", "tcp", "--mode", mode]));
+        let moving = scope.spawn(|| source.migrate(to, &[&["--transport", "tcp"][..], migrate].concat()));
         lose_in_the_drain(lose, &source, destination);
         source.wait_until("the source tries again", |source| {
             source.status()["migration"]["phase"] == "recovering"
@@ -80,21 +81,21 @@ fn outlives(
 }
 
 /// That over a line that is cut and mended.
-fn outlives_a_cut(name: &str, receive: &[&str], mode: &str) -> Value {
+fn outlives_a_cut(name: &str, receive: &[&str], migrate: &[&str]) -> Value {
     let scratch = Scratch::new(&format!("outlives-{name}"));
     let port = free_port();
     let source = Pcvm::run_tiny(&scratch, "a");
     let destination = Pcvm::receive(&scratch, "b", port, receive);
     let line = Line::to(([127, 0, 0, 1], port), SLOW);
     let to = line.address().to_string();
-    outlives((source, &destination), (&to, mode), || line.cut(), || line.mend())
+    outlives((source, &destination), (&to, migrate), || line.cut(), || line.mend())
 }
 
 #[test]
 fn a_guest_outlives_a_lost_network() {
-    outlives_a_cut("pool", &["--self-service", "off"], "postcopy");
-    outlives_a_cut("in-place", &["--self-service", "off", "--landing", "in-place"], "postcopy");
-    outlives_a_cut("shards", &["--self-service", "off", "--shards", "3"], "postcopy");
+    outlives_a_cut("pool", &["--self-service", "off"], &[]);
+    outlives_a_cut("in-place", &["--self-service", "off", "--landing", "in-place"], &[]);
+    outlives_a_cut("shards", &["--self-service", "off", "--shards", "3"], &[]);
 }
 
 #[test]
@@ -105,7 +106,7 @@ fn one_whose_vcpu_serves_itself_does() {
         ("self-in-place", vec!["--landing", "in-place"]),
         ("self-shards", vec!["--shards", "3"]),
     ] {
-        let report = outlives_a_cut(name, &[&["--self-service", "on"][..], &more].concat(), "postcopy");
+        let report = outlives_a_cut(name, &[&["--self-service", "on"][..], &more].concat(), &[]);
         let blocked = report["vcpu_blocktime_us"][0].as_u64().unwrap();
         assert!(blocked > 300_000, "{name}: it waited for at least as long as it was watched: {blocked} µs");
     }
@@ -113,7 +114,15 @@ fn one_whose_vcpu_serves_itself_does() {
 
 #[test]
 fn one_that_moves_by_hybrid_does() {
-    outlives_a_cut("hybrid", &[], "hybrid");
+    outlives_a_cut("hybrid", &[], &["--mode", "hybrid"]);
+}
+
+#[test]
+fn one_whose_hosts_speak_under_tls_does() {
+    let scratch = Scratch::new("outlives-tls");
+    let folder = Authority::default().folder(&scratch, "certificates", "127.0.0.1");
+    let tls = ["--tls", folder.to_str().unwrap()];
+    outlives_a_cut("tls-line", &tls, &tls);
 }
 
 /// Neither side is told: a connection whose other end is silent for 20 s is lost (ADR 16).
@@ -125,7 +134,7 @@ fn one_whose_host_vanished_does() {
     let source = Pcvm::run_tiny_on(&hosts, 0, &scratch, "a");
     let there = SocketAddr::new(Hosts::address(1), 7070).to_string();
     let destination = Pcvm::start_on(&hosts, 1, &scratch, "b", &["receive", "--listen", &there]);
-    outlives((source, &destination), (&there, "postcopy"), || hosts.part(), || hosts.join());
+    outlives((source, &destination), (&there, &[]), || hosts.part(), || hosts.join());
 }
 
 /// The memory comes over another transport, and another way, than it began to.

@@ -10,9 +10,10 @@ use std::net::SocketAddr;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
+use postcopy_e2e::authority::Authority;
 use postcopy_e2e::cutter::{Line, cut_after};
 use postcopy_e2e::qemu::{LOOPBACK, NOBODY, Place, Plain, QemuGuest, address, transports};
-use postcopy_e2e::{Scratch, assert_refused, free_port, pcvm, program, run, wait_until};
+use postcopy_e2e::{Scratch, assert_refused, free_port, pcvm, program, run, stderr, wait_until};
 use postcopy_engine::proc_pages::SoftDirty;
 use rustix::process::{Pid, Signal, kill_process};
 
@@ -58,6 +59,24 @@ fn a_stock_guest_moves_from_qemu_to_qemu_and_on() {
     for transport in transports() {
         moves(&format!("stock-{transport}"), &transport, count);
     }
+}
+
+#[test]
+#[ignore = "needs a Linux kernel: run by scripts/test"]
+fn a_stock_guest_moves_between_hosts_that_know_each_other() {
+    let scratch = Scratch::new("stock-tls");
+    let folder = Authority::default().folder(&scratch, "certificates", &LOOPBACK.to_string());
+    let tls = ["--tls", folder.to_str().unwrap()];
+    let machine = Plain::linux("pcguest.mb=64 pcguest.access=write pcguest.pace_us=100");
+    let guest = machine.start(&scratch, "q0");
+    guest.wait_for_reports(1);
+    let (next, to) = machine.receive(&scratch, "q1", LOOPBACK, &tls);
+    assert_refused(&guest.try_migrate(to, "tcp"), &["the peer is set up for TLS", "the guest runs on here"]);
+    assert!(runs(&guest));
+    let out = guest.try_migrate_with(to, &[&["--transport", "tcp"][..], &tls].concat());
+    assert!(out.status.success(), "{}", stderr(&out));
+    next.wait_for_reports(1);
+    next.verify();
 }
 
 /// What a guest writes is told by soft-dirty bits, which not every kernel has; one that has none says so.

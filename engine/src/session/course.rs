@@ -76,18 +76,20 @@ impl Course {
         let dialed = tokio::time::timeout(STEP_PATIENCE, TcpStream::connect(self.peer)).await;
         let timed_out = || std::io::Error::from(std::io::ErrorKind::TimedOut);
         let mut stream = dialed.map_err(|_| unreachable(timed_out()))?.map_err(unreachable)?;
-        preamble::write(&mut stream, Preamble { session: self.session, purpose }).await?;
-        if !matches!(purpose, Purpose::Lane(_)) {
-            preamble::read(&mut stream, STEP_PATIENCE).await?;
+        let speaks = !matches!(purpose, Purpose::Lane(_));
+        let tls = speaks && self.options.tls.is_some();
+        preamble::write(&mut stream, Preamble { session: self.session, purpose, tls }).await?;
+        if speaks {
+            preamble::read(&mut stream, STEP_PATIENCE).await?.agrees(tls)?;
         }
         Ok(stream)
     }
 
     /// Dials a connection to speak over.
     pub(super) async fn call(&mut self, purpose: Purpose) -> Result<Channel, SessionError> {
-        let stream = self.dial(purpose).await?;
-        self.options.endpoint.local = stream.local_addr().ok().map(|address| address.ip());
-        Channel::new(stream)
+        let channel = Channel::dialed(self.dial(purpose).await?, self.options.tls.as_ref()).await?;
+        self.options.endpoint.local = channel.addresses().local;
+        Ok(channel)
     }
 
     /// What the destination accepted, checked.

@@ -1,6 +1,5 @@
 //! The destination's side of a session, up to the guest's resume. [`receive`] reads as the protocol.
 
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -14,6 +13,7 @@ use super::drain::Drain;
 use super::message::{GuestDescription, Message, Mode};
 use super::preamble::{self, Preamble, Purpose, SessionId};
 use super::round::{Connected, pre_copy};
+use super::tls::DestinationTls;
 use super::unpack::{offered, receive_state, recent};
 use super::{GuestError, STEP_PATIENCE, SessionError, WORK_PATIENCE, blocking};
 use crate::export::MAX_SERVERS;
@@ -99,6 +99,8 @@ pub struct ReceiveOptions {
     pub landing: Landing,
     /// The most guest memory to accept, in bytes. `None`: no limit of our own.
     pub memory_limit: Option<u64>,
+    /// Whom to speak with. `None`: anybody, in clear.
+    pub tls: Option<DestinationTls>,
 }
 
 /// A guest that runs here now. Its memory follows: see [`Drain::finish`].
@@ -122,11 +124,9 @@ pub async fn receive<H: DestinationHost>(
     host: Arc<H>,
     options: ReceiveOptions,
 ) -> Result<Arrived<H::Guest>, SessionError> {
-    let (stream, peer, session) = await_source(listener).await?;
+    let (mut channel, session) = await_source(listener, options.tls.as_ref()).await?;
     let begun = Instant::now();
-    tracing::info!(%peer, "a source has connected");
-    let dock = Dock::of(listener, &stream, session, options);
-    let mut channel = Channel::new(stream)?;
+    let dock = Dock::of(listener, channel.addresses(), session, options);
     let mut destination = Destination { dock, host, begun };
     match destination.take_in(&mut channel).await {
         Ok((guest, memory, pager)) => {
@@ -143,41 +143,45 @@ pub async fn receive<H: DestinationHost>(
     }
 }
 
-/// The first control connection of a peer that speaks our version.
-async fn await_source(listener: &TcpListener) -> Result<(TcpStream, SocketAddr, SessionId), SessionError> {
+/// The first control connection of a peer that speaks our version, and is who it has to be.
+async fn await_source(
+    listener: &TcpListener,
+    tls: Option<&DestinationTls>,
+) -> Result<(Channel, SessionId), SessionError> {
     loop {
-        let (mut stream, peer) =
-            listener.accept().await.map_err(|source| SessionError::Connection { source })?;
-        match greet(&mut stream).await {
-            Ok(Preamble { session, purpose: Purpose::Control }) => return Ok((stream, peer, session)),
-            Ok(Preamble { purpose: Purpose::Rejoin, .. }) => {
+        let (stream, peer) = listener.accept().await.map_err(|source| SessionError::Connection { source })?;
+        match greeted(stream, tls).await {
+            Ok((mut channel, Preamble { session, purpose, .. })) => {
+                if purpose == Purpose::Control {
+                    tracing::info!(%peer, "a source has connected");
+                    return Ok((channel, session));
+                }
                 tracing::warn!(%peer, "a source whose guest is not here");
-                turn_away(stream, "its guest is not here: this side waits for another").await;
+                channel.turn_away("its guest is not here: this side waits for another").await;
             }
-            Ok(_) => tracing::warn!(%peer, "a lane without a session"),
             Err(error) => tracing::warn!(%peer, %error, "a connection that is no source"),
         }
     }
 }
 
-/// What a peer says it wants, answered.
-pub(super) async fn greet(stream: &mut TcpStream) -> Result<Preamble, SessionError> {
-    let theirs = preamble::read(stream, STEP_PATIENCE).await;
+/// A connection to speak over, and what its peer wants.
+///
+/// Errors: it is a lane, or not to be spoken with.
+pub(super) async fn greeted(
+    mut stream: TcpStream,
+    tls: Option<&DestinationTls>,
+) -> Result<(Channel, Preamble), SessionError> {
+    let theirs = preamble::read(&mut stream, STEP_PATIENCE).await;
+    if matches!(theirs, Ok(Preamble { purpose: Purpose::Lane(_), .. })) {
+        return Err(SessionError::Protocol("a lane without a session"));
+    }
     // Answer a peer of another version too, so that it can say what is wrong.
-    let speaks = !matches!(theirs, Ok(Preamble { purpose: Purpose::Lane(_), .. }));
-    if speaks && matches!(theirs, Ok(_) | Err(SessionError::Version { .. })) {
-        preamble::write(stream, Preamble { session: SessionId::default(), purpose: Purpose::Control })
-            .await?;
+    if matches!(theirs, Ok(_) | Err(SessionError::Version { .. })) {
+        preamble::write(&mut stream, Preamble::answer(tls.is_some())).await?;
     }
-    theirs
-}
-
-/// Tells a greeted peer why it cannot be served.
-pub(super) async fn turn_away(stream: TcpStream, reason: &str) {
-    if let Ok(mut channel) = Channel::new(stream) {
-        // If it is gone, nobody needs it.
-        let _ = channel.send(&Message::Refuse(reason.into())).await;
-    }
+    let theirs = theirs?;
+    theirs.agrees(tls.is_some())?;
+    Ok((Channel::accepted(stream, tls).await?, theirs))
 }
 
 struct Destination<'a, H> {

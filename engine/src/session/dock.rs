@@ -3,9 +3,9 @@
 use std::net::SocketAddr;
 
 use postcopy_transport::{LaneRequest, Transport};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::TcpListener;
 
-use super::channel::Channel;
+use super::channel::{Addresses, Channel};
 use super::destination::ReceiveOptions;
 use super::message::Message;
 use super::preamble::{self, Preamble, Purpose, SessionId};
@@ -28,12 +28,12 @@ impl<'a> Dock<'a> {
     /// For the source at the other end of a control connection, whose address here is that of the lanes too.
     pub(super) fn of(
         listener: &'a TcpListener,
-        control: &TcpStream,
+        Addresses { local, peer }: Addresses,
         session: SessionId,
         mut options: ReceiveOptions,
     ) -> Self {
-        options.endpoint.local = control.local_addr().ok().map(|address| address.ip());
-        Self { listener, options, peer: control.peer_addr().ok(), session }
+        options.endpoint.local = local;
+        Self { listener, options, peer, session }
     }
 
     /// Registers memory for the first offered transport that works here.
@@ -93,7 +93,7 @@ impl<'a> Dock<'a> {
             let (mut stream, from) =
                 accepted.map_err(|_| silent)?.map_err(|source| SessionError::Connection { source })?;
             let lane = match preamble::read(&mut stream, STEP_PATIENCE).await {
-                Ok(Preamble { session, purpose: Purpose::Lane(lane) }) if session == self.session => {
+                Ok(Preamble { session, purpose: Purpose::Lane(lane), .. }) if session == self.session => {
                     lane as usize
                 }
                 other => {

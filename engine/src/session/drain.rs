@@ -5,17 +5,18 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use postcopy_transport::Transport;
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::TcpListener;
 use tokio::sync::watch;
 
 use super::channel::Channel;
 use super::course::micros;
-use super::destination::{DestinationGuest, ReceiveOptions, greet, passed, turn_away};
+use super::destination::{DestinationGuest, ReceiveOptions, greeted, passed};
 use super::dock::Dock;
 use super::message::Message;
-use super::preamble::{Preamble, Purpose, SessionId};
+use super::preamble::{Purpose, SessionId};
 use super::report::ArrivalReport;
 use super::round::Connected;
+use super::tls::DestinationTls;
 use super::unpack::rejoins;
 use super::{STEP_PATIENCE, SessionError, blocking};
 use crate::memory::GuestMemory;
@@ -206,9 +207,9 @@ impl Parted {
     }
 
     async fn take_up(&mut self, listener: &TcpListener) -> Result<(), SessionError> {
-        let stream = await_rejoin(listener, self.drain.session).await?;
-        let dock = Dock::of(listener, &stream, self.drain.session, self.drain.options.clone());
-        let mut channel = Channel::new(stream)?;
+        let options = self.drain.options.clone();
+        let mut channel = await_rejoin(listener, self.drain.session, options.tls.as_ref()).await?;
+        let dock = Dock::of(listener, channel.addresses(), self.drain.session, options);
         let offered = rejoins(channel.receive("Rejoin", STEP_PATIENCE).await?)?;
         if let Why::Unheard(arrival) = &self.why {
             return released(&mut channel, arrival).await;
@@ -229,21 +230,21 @@ impl Parted {
 }
 
 /// The next connection of the session's source. Others are turned away.
-async fn await_rejoin(listener: &TcpListener, session: SessionId) -> Result<TcpStream, SessionError> {
+async fn await_rejoin(
+    listener: &TcpListener,
+    session: SessionId,
+    tls: Option<&DestinationTls>,
+) -> Result<Channel, SessionError> {
     loop {
-        let (mut stream, peer) =
-            listener.accept().await.map_err(|source| SessionError::Connection { source })?;
-        match greet(&mut stream).await {
-            Ok(theirs) if theirs == (Preamble { session, purpose: Purpose::Rejoin }) => {
+        let (stream, peer) = listener.accept().await.map_err(|source| SessionError::Connection { source })?;
+        match greeted(stream, tls).await {
+            Ok((channel, theirs)) if theirs.session == session && theirs.purpose == Purpose::Rejoin => {
                 tracing::info!(%peer, "the source is back");
-                return Ok(stream);
+                return Ok(channel);
             }
-            Ok(Preamble { purpose: Purpose::Lane(_), .. }) => {
-                tracing::warn!(%peer, "a lane of a source that is not back yet");
-            }
-            Ok(_) => {
+            Ok((mut channel, _)) => {
                 tracing::warn!(%peer, "a connection that is not of the guest's source");
-                turn_away(stream, "a guest is here already, and its own source is waited for").await;
+                channel.turn_away("a guest is here already, and its own source is waited for").await;
             }
             Err(error) => tracing::warn!(%peer, %error, "a connection that is no source"),
         }

@@ -33,6 +33,7 @@ mod query_migrate;
 mod report;
 mod round;
 mod source;
+mod tls;
 mod unpack;
 
 use std::net::SocketAddr;
@@ -51,6 +52,7 @@ pub(crate) use preamble::fuzz_preamble;
 pub use query_migrate::{QueryMigrate, QueryRam};
 pub use report::{ArrivalReport, MigrationReport, Phase, Progress, REPORT_VERSION};
 pub use source::{Frozen, MigrateOptions, MigrationError, Owner, SourceGuest, migrate};
+pub use tls::{DestinationTls, SourceTls, TlsError};
 
 use crate::pager::PagerError;
 
@@ -126,6 +128,22 @@ pub enum SessionError {
     #[error("the control connection broke: {source}")]
     Connection {
         /// What the system said.
+        source: std::io::Error,
+    },
+    /// One side wants to know who the other is, and that one does not say.
+    #[error("{}", if *ours {
+        "this side is set up for TLS, and the peer is not; give the peer certificates too (--tls)"
+    } else {
+        "the peer is set up for TLS, and this side is not; give this side certificates too (--tls)"
+    })]
+    OneSided {
+        /// Whether it is this side that does.
+        ours: bool,
+    },
+    /// The two sides do not trust each other.
+    #[error("the peer is not who it has to be, or does not take this side for it: {source}; see docs/tls.md")]
+    Untrusted {
+        /// What TLS says of it.
         source: std::io::Error,
     },
     /// The peer said no.

@@ -7,7 +7,8 @@
 //!
 //! The layout of these 32 bytes is the same in every version, so that two versions can tell each
 //! other what they are. The dialer sends it first; on a connection to speak over (control, rejoin) the listener answers
-//! with its own. The session id is 128 random bits chosen by the dialer: it is what ties a lane's
+//! with its own. The highest bit of `kind` says there that the sender is set up for TLS: it follows if both are, and neither
+//! goes on if one is not. The session id is 128 random bits chosen by the dialer: it is what ties a lane's
 //! connection to its session, and nobody else knows it.
 
 use std::time::Duration;
@@ -18,13 +19,14 @@ use tokio::net::TcpStream;
 use super::SessionError;
 
 /// Version of the protocol. Peers must have the same.
-pub const PROTOCOL_VERSION: u16 = 9;
+pub const PROTOCOL_VERSION: u16 = 10;
 
 const MAGIC: [u8; 8] = *b"PCOPYMIG";
 pub(super) const PREAMBLE_BYTES: usize = 32;
 const CONTROL: u16 = 0;
 const LANE: u16 = 1;
 const REJOIN: u16 = 2;
+const TLS: u16 = 1 << 15;
 
 /// Ties the connections of one session together.
 pub(super) type SessionId = [u8; 16];
@@ -43,15 +45,29 @@ pub(super) enum Purpose {
 pub(super) struct Preamble {
     pub(super) session: SessionId,
     pub(super) purpose: Purpose,
+    /// Of a connection to speak over: TLS is to follow.
+    pub(super) tls: bool,
 }
 
 impl Preamble {
+    /// What a listener answers.
+    pub(super) fn answer(tls: bool) -> Self {
+        Self { session: SessionId::default(), purpose: Purpose::Control, tls }
+    }
+
+    /// Errors: one side is set up for TLS, and the other is not.
+    pub(super) fn agrees(&self, tls: bool) -> Result<(), SessionError> {
+        let agreed = self.tls == tls;
+        agreed.then_some(()).ok_or(SessionError::OneSided { ours: tls })
+    }
+
     pub(super) fn encode(&self) -> [u8; PREAMBLE_BYTES] {
         let (kind, lane) = match self.purpose {
             Purpose::Control => (CONTROL, 0),
             Purpose::Lane(lane) => (LANE, lane),
             Purpose::Rejoin => (REJOIN, 0),
         };
+        let kind = if self.tls { kind | TLS } else { kind };
         let mut bytes = [0; PREAMBLE_BYTES];
         bytes[..8].copy_from_slice(&MAGIC);
         bytes[8..10].copy_from_slice(&PROTOCOL_VERSION.to_le_bytes());
@@ -70,15 +86,16 @@ impl Preamble {
             return Err(SessionError::Version { theirs: short(8), ours: PROTOCOL_VERSION });
         }
         let lane = u32::from_le_bytes([bytes[12], bytes[13], bytes[14], bytes[15]]);
-        let purpose = match (short(10), lane) {
+        let tls = short(10) & TLS != 0;
+        let purpose = match (short(10) & !TLS, lane) {
             (CONTROL, 0) => Purpose::Control,
-            (LANE, lane) => Purpose::Lane(lane),
+            (LANE, lane) if !tls => Purpose::Lane(lane),
             (REJOIN, 0) => Purpose::Rejoin,
             _ => return Err(SessionError::Protocol("a connection of unknown purpose")),
         };
         let mut session = SessionId::default();
         session.copy_from_slice(&bytes[16..]);
-        Ok(Self { session, purpose })
+        Ok(Self { session, purpose, tls })
     }
 }
 
@@ -112,19 +129,22 @@ mod tests {
     use super::*;
 
     fn example(purpose: Purpose) -> Preamble {
-        Preamble { session: [7; 16], purpose }
+        Preamble { session: [7; 16], purpose, tls: false }
     }
 
     #[test]
     fn golden_bytes() {
         let mut golden = [7u8; 32];
         golden[..8].copy_from_slice(b"PCOPYMIG");
-        golden[8..16].copy_from_slice(&[9, 0, 1, 0, 5, 0, 0, 0]);
+        golden[8..16].copy_from_slice(&[10, 0, 1, 0, 5, 0, 0, 0]);
         assert_eq!(example(Purpose::Lane(5)).encode(), golden);
         assert_eq!(Preamble::decode(&golden).unwrap(), example(Purpose::Lane(5)));
         golden[10..16].copy_from_slice(&[2, 0, 0, 0, 0, 0]);
         assert_eq!(example(Purpose::Rejoin).encode(), golden);
         assert_eq!(Preamble::decode(&golden).unwrap(), example(Purpose::Rejoin));
+        golden[11] = 0x80;
+        assert_eq!(Preamble { tls: true, ..example(Purpose::Rejoin) }.encode(), golden);
+        assert!(Preamble::decode(&golden).unwrap().tls);
     }
 
     #[test]
@@ -135,12 +155,12 @@ mod tests {
         http[..8].copy_from_slice(b"GET / HT");
         assert!(matches!(Preamble::decode(&http), Err(SessionError::NotOurs)));
         let mut newer = good;
-        newer[8] = 10;
+        newer[8] = 11;
         let said = Preamble::decode(&newer).unwrap_err().to_string();
-        assert!(said.contains("10") && said.contains('9'), "{said}");
-        for (at, byte) in [(10, 3), (12, 1)] {
+        assert!(said.contains("11") && said.contains("10"), "{said}");
+        for (at, kind) in [(10, [3, 0]), (10, [3, 0x80]), (10, [1, 0x80]), (12, [1, 0])] {
             let mut bad = good;
-            bad[at] = byte;
+            bad[at..at + 2].copy_from_slice(&kind);
             assert!(matches!(Preamble::decode(&bad), Err(SessionError::Protocol(_))));
         }
     }

@@ -15,6 +15,7 @@ use super::message::{GuestDescription, Message, Mode, STATE_PIECE};
 use super::owed::{Owed, RecoverOptions, recover};
 use super::preamble::{Purpose, SessionId};
 use super::report::{MigrationReport, Phase, Progress, REPORT_VERSION};
+use super::tls::SourceTls;
 use super::{GuestError, STEP_PATIENCE, SessionError, WORK_PATIENCE, blocking};
 use crate::export::Export;
 use crate::memory::GuestMemory;
@@ -86,6 +87,8 @@ pub struct MigrateOptions {
     /// For how long to try to reach a destination again that is lost after the handover; not at all, if not
     /// said otherwise.
     pub patience: Duration,
+    /// Whom to speak with. `None`: whoever listens there, in clear.
+    pub tls: Option<SourceTls>,
 }
 
 /// Who has the guest after a migration that failed.

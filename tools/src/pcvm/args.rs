@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use postcopy_engine::pager::{HugePages, Landing, PagerConfig, Shards};
 use postcopy_engine::planner::Policy;
-use postcopy_engine::session::Mode;
+use postcopy_engine::session::{DestinationTls, Mode, ReceiveOptions, SourceTls, TlsError};
 use postcopy_tools::device::DeviceArgs;
 use postcopy_tools::drain::BulkWaitArgs;
 use postcopy_tools::size;
@@ -176,10 +176,34 @@ pub(crate) struct HostArgs {
     /// migrations need them in place. `auto`: in place for those and over verbs, else in a pool.
     #[arg(long, default_value_t, value_name = "auto|in-place|pool")]
     pub(crate) landing: Landing,
+    /// Take guests in only from sources whose certificate one authority has signed, and speak with them under
+    /// TLS: the folder of its `ca-cert.pem` and of this host's `server-cert.pem` and `server-key.pem`, as for QEMU. Pages
+    /// cross as they are: see docs/tls.md.
+    #[arg(long, value_name = "FOLDER")]
+    pub(crate) tls: Option<PathBuf>,
 }
 
 impl HostArgs {
-    pub(crate) fn pager(&self) -> PagerConfig {
+    /// How a guest is taken in.
+    ///
+    /// Errors: the certificates cannot be used.
+    pub(crate) fn receive(
+        &self,
+        wire: &WireArgs,
+        memory_limit: Option<u64>,
+    ) -> Result<ReceiveOptions, TlsError> {
+        Ok(ReceiveOptions {
+            transports: wire.transports(),
+            endpoint: wire.device.endpoint(None),
+            pager: self.pager(),
+            shards: self.shards,
+            landing: self.landing,
+            memory_limit,
+            tls: self.tls.as_deref().map(DestinationTls::read).transpose()?,
+        })
+    }
+
+    fn pager(&self) -> PagerConfig {
         let planner = self.bulk_wait.planner(self.policy);
         let huge_pages = match self.huge_pages {
             Huge::Auto => HugePages::Auto,
@@ -267,7 +291,37 @@ pub(crate) struct MigrateArgs {
     #[arg(long, value_name = "PERCENT", requires = "qmp", value_parser = clap::value_parser!(u8).range(1..=100))]
     pub(crate) balloon: Option<u8>,
     #[command(flatten)]
+    pub(crate) trust: TrustArgs,
+    #[command(flatten)]
     pub(crate) told: ToldArgs,
+}
+
+/// Whom to give a guest to.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Args, serde::Serialize, serde::Deserialize)]
+pub(crate) struct TrustArgs {
+    /// Speak with the destination under TLS, and only if one authority has signed its certificate: the folder of its
+    /// `ca-cert.pem` and of this host's `client-cert.pem` and `client-key.pem`, as for QEMU. Pages cross as they are: see
+    /// docs/tls.md.
+    #[arg(long, value_name = "FOLDER")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) tls: Option<PathBuf>,
+    /// The name that the destination's certificate has to have. If not given: the IP address that is dialed.
+    #[arg(long, value_name = "NAME", requires = "tls")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) tls_hostname: Option<String>,
+}
+
+impl TrustArgs {
+    /// Errors: the certificates cannot be used.
+    pub(crate) fn read(&self) -> Result<Option<SourceTls>, TlsError> {
+        self.tls.as_deref().map(|folder| SourceTls::read(folder, self.tls_hostname.as_deref())).transpose()
+    }
+
+    /// The same for a process with another working folder.
+    pub(crate) fn absolute(&self) -> std::io::Result<Self> {
+        let tls = self.tls.as_deref().map(std::path::absolute).transpose()?;
+        Ok(Self { tls, tls_hostname: self.tls_hostname.clone() })
+    }
 }
 
 #[derive(Debug, Args)]

@@ -49,6 +49,7 @@ fn migrate_held(args: &MigrateArgs, control: &Path) -> anyhow::Result<MigrationR
         lanes: args.wire.device.clone(),
         mode: args.mode.into(),
         patience: args.told.patience,
+        trust: args.trust.absolute().context("the working folder")?,
     };
     reported(control, &request, args.told.quiet)
 }

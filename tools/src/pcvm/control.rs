@@ -7,7 +7,7 @@ use postcopy_engine::stats::PagerReport;
 use postcopy_tools::device::DeviceArgs;
 use serde::{Deserialize, Serialize};
 
-use crate::args::Resolution;
+use crate::args::{Resolution, TrustArgs};
 
 /// Longest request line.
 pub(crate) const MAX_REQUEST: u64 = 64 << 10;
@@ -34,6 +34,9 @@ pub(crate) enum Request {
         /// For how many seconds to try to reach a destination again that is lost after the handover.
         #[serde(default = "patience")]
         patience: u64,
+        /// Whom to give it to, as the flags of these names say it.
+        #[serde(default, flatten)]
+        trust: TrustArgs,
     },
     /// Reach a destination again that was lost after the handover.
     Recover {
@@ -108,12 +111,16 @@ mod tests {
     #[test]
     fn the_documented_lines_are_understood() {
         let line = r#"{"command":"migrate","to":"192.0.2.7:7070","transports":["tcp"]}"#;
-        let Request::Migrate { to, transports, lanes, mode, patience } = serde_json::from_str(line).unwrap()
+        let Request::Migrate { to, transports, lanes, mode, patience, trust } =
+            serde_json::from_str(line).unwrap()
         else {
             panic!("{line}");
         };
         assert_eq!((to.as_str(), transports.len(), lanes), ("192.0.2.7:7070", 1, DeviceArgs::default()));
-        assert_eq!((mode, patience), (Mode::Postcopy, 60));
+        assert_eq!((mode, patience, trust), (Mode::Postcopy, 60, TrustArgs::default()));
+        let line = r#"{"command":"migrate","to":"192.0.2.7:7070","tls":"/etc/pki/qemu","tls_hostname":"b"}"#;
+        let Request::Migrate { trust, .. } = serde_json::from_str(line).unwrap() else { panic!("{line}") };
+        assert_eq!(trust, TrustArgs { tls: Some("/etc/pki/qemu".into()), tls_hostname: Some("b".into()) });
         assert_eq!(serde_json::from_str::<Request>(r#"{"command":"status"}"#).unwrap(), Request::Status);
         assert_eq!(serde_json::to_string(&Answer::Done).unwrap(), r#""done""#);
         assert_eq!(serde_json::to_string(&Answer::Error("no".into())).unwrap(), r#"{"error":"no"}"#);

@@ -212,14 +212,7 @@ pub(crate) fn run(args: &RunArgs) -> anyhow::Result<()> {
     if args.host.again {
         anyhow::ensure!(listen.is_some(), "--again needs --listen HOST:PORT to wait for a guest at");
     }
-    let options = ReceiveOptions {
-        transports: args.wire.transports(),
-        endpoint: args.wire.device.endpoint(None),
-        pager: args.host.pager(),
-        shards: args.host.shards,
-        landing: args.host.landing,
-        memory_limit: None,
-    };
+    let options = args.host.receive(&args.wire, None)?;
     runtime()?.block_on(async {
         // Tried now, so that a wrong address is said now.
         if let Some(address) = listen {
@@ -239,14 +232,7 @@ pub(crate) fn receive(args: &ReceiveArgs) -> anyhow::Result<()> {
     for transport in args.wire.transports() {
         transport.available()?;
     }
-    let options = ReceiveOptions {
-        transports: args.wire.transports(),
-        endpoint: args.wire.device.endpoint(None),
-        pager: args.host.pager(),
-        shards: args.host.shards,
-        landing: args.host.landing,
-        memory_limit: args.memory_limit,
-    };
+    let options = args.host.receive(&args.wire, args.memory_limit)?;
     let command = qemu_command(args)?;
     runtime()?.block_on(async {
         let door = Door { open: Some(bind(address).await?), address: Some(address), options };

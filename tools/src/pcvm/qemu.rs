@@ -28,6 +28,7 @@ pub(crate) fn migrate(args: &MigrateArgs, monitor: &Path) -> anyhow::Result<Migr
         endpoint: args.wire.device.endpoint(None),
         mode: args.mode.into(),
         patience: Duration::from_secs(args.told.patience),
+        tls: args.trust.read()?,
     };
     let guest = Arc::new(QemuGuest::attach(monitor)?);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();

@@ -99,13 +99,17 @@ async fn carry_out(request: Request, host: &Arc<Host>, writer: &mut OwnedWriteHa
         Request::Type { text } => (type_text(host, &text), None),
         Request::Resolve { guest } => end_doubt(host, guest).await,
         Request::Quit => (Answer::Done, Some(State::Quit)),
-        Request::Migrate { to, transports, lanes, mode, patience } => match parsed(&transports) {
-            Ok(transports) => {
-                let (endpoint, patience) = (lanes.endpoint(None), Duration::from_secs(patience));
-                migrate(host, &to, MigrateOptions { transports, endpoint, mode, patience }, writer).await
+        Request::Migrate { to, transports, lanes, mode, patience, trust } => {
+            let (endpoint, patience) = (lanes.endpoint(None), Duration::from_secs(patience));
+            let tls = trust.read().map_err(|error| error.to_string());
+            match parsed(&transports).and_then(|transports| Ok((transports, tls?))) {
+                Ok((transports, tls)) => {
+                    let options = MigrateOptions { transports, endpoint, mode, patience, tls };
+                    migrate(host, &to, options, writer).await
+                }
+                Err(reason) => refuse(reason),
             }
-            Err(reason) => refuse(reason),
-        },
+        }
         Request::Recover { to, transports, lanes, patience } => match parsed(&transports) {
             Ok(transports) => {
                 let as_before = transports.is_empty() && lanes == DeviceArgs::default();
