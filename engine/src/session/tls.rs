@@ -11,7 +11,6 @@ use std::io;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
 
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
@@ -23,8 +22,8 @@ use tokio_rustls::rustls::version::TLS13;
 use tokio_rustls::rustls::{ClientConfig, RootCertStore, ServerConfig};
 use tokio_rustls::{TlsAcceptor, TlsConnector, client, server};
 
-/// How long a peer that is not let in has to hear why.
-const GOODBYE: Duration = Duration::from_secs(1);
+use super::STEP_PATIENCE;
+
 /// The authority's certificate.
 const AUTHORITY: &str = "ca-cert.pem";
 /// Certificate and key of who dials, and of who listens.
@@ -108,7 +107,7 @@ impl DestinationTls {
             stream.shutdown().await?;
             tokio::io::copy(&mut stream, &mut tokio::io::sink()).await
         };
-        let _ = tokio::time::timeout(GOODBYE, goodbye).await;
+        let _ = tokio::time::timeout(STEP_PATIENCE, goodbye).await;
         Err(error)
     }
 }
