@@ -179,8 +179,22 @@ impl Pcvm {
 
     /// Asks for the guest to be moved away.
     pub fn try_migrate(&self, to: &str, more: &[&str]) -> Output {
-        let control = self.control.to_str().unwrap();
-        pcvm(&[&["migrate", "--quiet", "--control", control, "--to", to][..], more].concat())
+        run(&mut self.migration(to, more))
+    }
+
+    /// The command that asks for it.
+    pub fn migration(&self, to: &str, more: &[&str]) -> Command {
+        let mut command = Command::new(program("pcvm"));
+        command.args(["migrate", "--quiet", "--to", to, "--control"]).arg(&self.control).args(more);
+        command
+    }
+
+    /// The guest runs here, and has found no word that is wrong.
+    pub fn assert_runs(&self) {
+        self.wait_for_progress();
+        assert_eq!(self.status()["state"], "running");
+        let console = self.console();
+        assert!(!console.contains("BAD") && !console.contains(" bad "), "{console}");
     }
 
     /// Types a line at the guest's console.
@@ -193,6 +207,14 @@ impl Pcvm {
     pub fn wait(self) -> (bool, String) {
         self.wait_for_end()
     }
+}
+
+/// What `pcvm receive` is given that is to be refused.
+pub fn receive_args(scratch: &Scratch, listen: &str) -> Vec<String> {
+    let control = scratch.file("refused.sock");
+    ["receive", "--listen", listen, "--console", "none", "--control", control.to_str().unwrap()]
+        .map(str::to_owned)
+        .to_vec()
 }
 
 /// A `pcbench serve` process on the loopback. Ended when dropped.

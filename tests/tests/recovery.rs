@@ -19,13 +19,6 @@ const PAGES: u64 = 2048;
 /// Messages until the one that hands the guest over, and that one.
 const WITH_COMMIT: i64 = 9;
 
-fn assert_runs(destination: &Pcvm) {
-    destination.wait_for_progress();
-    assert_eq!(destination.status()["state"], "running");
-    let console = destination.console();
-    assert!(!console.contains("BAD") && !console.contains(" bad "), "{console}");
-}
-
 fn recover(source: &Pcvm, more: &[&str]) -> Output {
     let control = source.control().to_str().unwrap();
     pcvm(&[&["recover", "--quiet", "--json", "--control", control][..], more].concat())
@@ -52,7 +45,7 @@ fn strand(line: &Line, source: &Pcvm, destination: &Pcvm) -> Output {
 /// The guest is whole and runs, and the source has ended well.
 fn assert_over(report: &Value, source: Pcvm, destination: &Pcvm) {
     assert_whole(report, PAGES);
-    assert_runs(destination);
+    destination.assert_runs();
     let (ended_well, log) = source.wait();
     assert!(ended_well, "{log}");
 }
@@ -231,7 +224,7 @@ fn a_guest_that_outlived_a_lost_network_moves_on() {
             line.mend();
             assert_whole(&moving.join().unwrap(), PAGES);
         });
-        assert_runs(to);
+        to.assert_runs();
         from.wait_until("it waits again", |from| from.status()["state"] == "waiting");
     }
 }

@@ -8,18 +8,11 @@ use std::path::Path;
 use std::process::Command;
 
 use postcopy_e2e::cutter::cut_after;
-use postcopy_e2e::{Pcvm, Scratch, assert_refused, free_port, pcvm, program, run, stderr};
+use postcopy_e2e::{Pcvm, Scratch, assert_refused, free_port, pcvm, program, receive_args, run, stderr};
 
 /// Messages before the one that hands the guest over: Offer, Accept, Granted, LanesReady, Recent,
 /// one piece of state, StateEnd, StateLoaded.
 const BEFORE_COMMIT: i64 = 8;
-
-fn receive_args(scratch: &Scratch, listen: &str) -> Vec<String> {
-    let control = scratch.file("refused.sock");
-    ["receive", "--listen", listen, "--console", "none", "--control", control.to_str().unwrap()]
-        .map(str::to_owned)
-        .to_vec()
-}
 
 fn run_args(scratch: &Scratch, kernel: &Path, memory: &str) -> Vec<String> {
     let (control, kernel) = (scratch.file("refused.sock"), kernel.to_str().unwrap());

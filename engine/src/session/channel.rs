@@ -34,15 +34,16 @@ pub(super) struct Addresses {
 }
 
 impl Channel {
-    /// For a connection that this side has dialed; it has been greeted.
-    pub(super) async fn dialed(stream: TcpStream, tls: Option<&SourceTls>) -> Result<Self, SessionError> {
+    /// For a connection that this side has dialed to `peer`; it has been greeted.
+    pub(super) async fn dialed(
+        stream: TcpStream,
+        peer: IpAddr,
+        tls: Option<&SourceTls>,
+    ) -> Result<Self, SessionError> {
         let addresses = watched(&stream)?;
         let line: Box<dyn Line> = match tls {
             None => Box::new(stream),
-            Some(tls) => {
-                let peer = stream.peer_addr().map_err(|source| SessionError::Connection { source })?;
-                Box::new(agreed(tls.dial(stream, peer.ip())).await?)
-            }
+            Some(tls) => Box::new(agreed(tls.dial(stream, peer)).await?),
         };
         Ok(Self::over(line, addresses))
     }

@@ -87,7 +87,8 @@ impl Course {
 
     /// Dials a connection to speak over.
     pub(super) async fn call(&mut self, purpose: Purpose) -> Result<Channel, SessionError> {
-        let channel = Channel::dialed(self.dial(purpose).await?, self.options.tls.as_ref()).await?;
+        let stream = self.dial(purpose).await?;
+        let channel = Channel::dialed(stream, self.peer.ip(), self.options.tls.as_ref()).await?;
         self.options.endpoint.local = channel.addresses().local;
         Ok(channel)
     }

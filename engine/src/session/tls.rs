@@ -54,13 +54,12 @@ impl SourceTls {
     /// Errors: a file is missing or malformed, the key is another certificate's, or that is no host name.
     pub fn read(folder: &Path, hostname: Option<&str>) -> Result<Self, TlsError> {
         let Identity { authorities, chain, key } = Identity::read(folder, CLIENT)?;
-        let unusable = |reason: &dyn std::fmt::Display| of(folder, reason);
         let builder = ClientConfig::builder_with_provider(provider()).with_protocol_versions(&[&TLS13]);
-        let builder = builder.map_err(|error| unusable(&error))?.with_root_certificates(authorities);
-        let config = builder.with_client_auth_cert(chain, key).map_err(|error| unusable(&error))?;
+        let builder = builder.map_err(|error| of(folder, &error))?.with_root_certificates(authorities);
+        let config = builder.with_client_auth_cert(chain, key).map_err(|error| of(folder, &error))?;
         let name = hostname.map(|name| {
             let named = ServerName::try_from(name.to_owned());
-            named.map_err(|error| unusable(&format_args!("the host name `{name}`: {error}")))
+            named.map_err(|error| of(folder, &format_args!("the host name `{name}`: {error}")))
         });
         Ok(Self { config: Arc::new(config), name: name.transpose()? })
     }
@@ -85,12 +84,11 @@ impl DestinationTls {
     /// Errors: a file is missing or malformed, or the key is another certificate's.
     pub fn read(folder: &Path) -> Result<Self, TlsError> {
         let Identity { authorities, chain, key } = Identity::read(folder, SERVER)?;
-        let unusable = |reason: &dyn std::fmt::Display| of(folder, reason);
         let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(authorities), provider()).build();
-        let verifier = verifier.map_err(|error| unusable(&error))?;
+        let verifier = verifier.map_err(|error| of(folder, &error))?;
         let builder = ServerConfig::builder_with_provider(provider()).with_protocol_versions(&[&TLS13]);
-        let builder = builder.map_err(|error| unusable(&error))?.with_client_cert_verifier(verifier);
-        let mut config = builder.with_single_cert(chain, key).map_err(|error| unusable(&error))?;
+        let builder = builder.map_err(|error| of(folder, &error))?.with_client_cert_verifier(verifier);
+        let mut config = builder.with_single_cert(chain, key).map_err(|error| of(folder, &error))?;
         // Who comes again shows its certificate again.
         config.send_tls13_tickets = 0;
         Ok(Self(Arc::new(config)))
