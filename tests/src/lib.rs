@@ -9,6 +9,7 @@ pub mod cutter;
 pub mod process;
 pub mod qemu;
 pub mod reports;
+pub mod strangers;
 pub mod system;
 
 use std::io::{BufRead, BufReader, Read};

@@ -8,6 +8,7 @@ use std::process::Output;
 use postcopy_e2e::authority::Authority;
 use postcopy_e2e::cutter::{Line, cut_after};
 use postcopy_e2e::reports::{assert_whole, number};
+use postcopy_e2e::strangers::Strangers;
 use postcopy_e2e::system::Hosts;
 use postcopy_e2e::{Pcvm, Scratch, assert_refused, free_port, pcvm, stderr};
 use serde_json::Value;
@@ -116,6 +117,22 @@ fn one_whose_hosts_speak_under_tls_does() {
     let folder = Authority::default().folder(&scratch, "certificates", "127.0.0.1");
     let tls = ["--tls", folder.to_str().unwrap()];
     outlives_a_cut("tls-line", &tls, &tls);
+}
+
+#[test]
+fn strangers_who_say_nothing_do_not_keep_its_source_away() {
+    let scratch = Scratch::new("outlives-strangers");
+    let port = free_port();
+    let source = Pcvm::run_tiny(&scratch, "a");
+    let destination = Pcvm::receive(&scratch, "b", port, &[]);
+    let line = Line::to(([127, 0, 0, 1], port), SLOW);
+    let to = line.address().to_string();
+    let mut strangers = None;
+    let restore = || {
+        strangers = Some(Strangers::at(port));
+        line.mend();
+    };
+    outlives((source, &destination), (&to, &[]), || line.cut(), restore);
 }
 
 /// Neither side is told: a connection whose other end is silent for 20 s is lost (ADR 16).

@@ -8,6 +8,7 @@ use std::path::Path;
 use std::process::Command;
 
 use postcopy_e2e::cutter::cut_after;
+use postcopy_e2e::strangers::Strangers;
 use postcopy_e2e::{Pcvm, Scratch, assert_refused, free_port, pcvm, program, receive_args, run, stderr};
 
 /// Messages before the one that hands the guest over: Offer, Accept, Granted, LanesReady, Recent,
@@ -165,6 +166,17 @@ fn a_stranger_does_not_disturb_a_receiver() {
     }
     let source = Pcvm::run_tiny(&scratch, "a");
     source.migrate(&format!("127.0.0.1:{port}"), &[]);
+    destination.wait_for_progress();
+}
+
+#[test]
+fn strangers_who_say_nothing_do_not_keep_a_source_waiting() {
+    let scratch = Scratch::new("silent");
+    let port = free_port();
+    let destination = Pcvm::receive(&scratch, "b", port, &[]);
+    let source = Pcvm::run_tiny(&scratch, "a");
+    let _strangers = Strangers::at(port);
+    source.migrate(&format!("127.0.0.1:{port}"), &["--transport", "tcp"]);
     destination.wait_for_progress();
 }
 

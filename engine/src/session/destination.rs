@@ -4,14 +4,15 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use postcopy_transport::{EndpointOptions, Transport};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::TcpListener;
 
 use super::channel::{Channel, unexpected};
 use super::course::micros;
 use super::dock::Dock;
+use super::door::await_call;
 use super::drain::Drain;
 use super::message::{GuestDescription, Message, Mode};
-use super::preamble::{self, Preamble, Purpose, SessionId};
+use super::preamble::{Preamble, Purpose};
 use super::round::{Connected, pre_copy};
 use super::tls::DestinationTls;
 use super::unpack::{offered, receive_state, recent};
@@ -124,7 +125,10 @@ pub async fn receive<H: DestinationHost>(
     host: Arc<H>,
     options: ReceiveOptions,
 ) -> Result<Arrived<H::Guest>, SessionError> {
-    let (mut channel, session) = await_source(listener, options.tls.as_ref()).await?;
+    let is_source = |theirs: &Preamble| theirs.purpose == Purpose::Control;
+    let else_told = "its guest is not here: this side waits for another";
+    let (mut channel, Preamble { session, .. }) =
+        await_call(listener, options.tls.as_ref(), is_source, else_told).await?;
     let begun = Instant::now();
     let dock = Dock::of(listener, channel.addresses(), session, options);
     let mut destination = Destination { dock, host, begun };
@@ -141,47 +145,6 @@ pub async fn receive<H: DestinationHost>(
             Err(error)
         }
     }
-}
-
-/// The first control connection of a peer that speaks our version, and is who it has to be.
-async fn await_source(
-    listener: &TcpListener,
-    tls: Option<&DestinationTls>,
-) -> Result<(Channel, SessionId), SessionError> {
-    loop {
-        let (stream, peer) = listener.accept().await.map_err(|source| SessionError::Connection { source })?;
-        match greeted(stream, tls).await {
-            Ok((mut channel, Preamble { session, purpose, .. })) => {
-                if purpose == Purpose::Control {
-                    tracing::info!(%peer, "a source has connected");
-                    return Ok((channel, session));
-                }
-                tracing::warn!(%peer, "a source whose guest is not here");
-                channel.turn_away("its guest is not here: this side waits for another").await;
-            }
-            Err(error) => tracing::warn!(%peer, %error, "a connection that is no source"),
-        }
-    }
-}
-
-/// A connection to speak over, and what its peer wants.
-///
-/// Errors: it is a lane, or not to be spoken with.
-pub(super) async fn greeted(
-    mut stream: TcpStream,
-    tls: Option<&DestinationTls>,
-) -> Result<(Channel, Preamble), SessionError> {
-    let theirs = preamble::read(&mut stream, STEP_PATIENCE).await;
-    if matches!(theirs, Ok(Preamble { purpose: Purpose::Lane(_), .. })) {
-        return Err(SessionError::Protocol("a lane without a session"));
-    }
-    // Answer a peer of another version too, so that it can say what is wrong.
-    if matches!(theirs, Ok(_) | Err(SessionError::Version { .. })) {
-        preamble::write(&mut stream, Preamble::answer(tls.is_some())).await?;
-    }
-    let theirs = theirs?;
-    theirs.agrees(tls.is_some())?;
-    Ok((Channel::accepted(stream, tls).await?, theirs))
 }
 
 struct Destination<'a, H> {

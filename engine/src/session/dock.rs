@@ -3,10 +3,11 @@
 use std::net::SocketAddr;
 
 use postcopy_transport::{LaneRequest, Transport};
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpStream};
 
 use super::channel::{Addresses, Channel};
 use super::destination::ReceiveOptions;
+use super::door::Door;
 use super::message::Message;
 use super::preamble::{self, Preamble, Purpose, SessionId};
 use super::round::Connected;
@@ -87,24 +88,32 @@ impl<'a> Dock<'a> {
     /// let in.
     async fn accept_lanes(&self, needed: &[usize]) -> Result<Vec<Vec<std::net::TcpStream>>, SessionError> {
         let mut lanes: Vec<Vec<std::net::TcpStream>> = needed.iter().map(|_| Vec::new()).collect();
+        let (mut door, session, source) = (Door::at(self.listener), self.session, self.peer);
         while lanes.iter().zip(needed).any(|(lane, needed)| lane.len() < *needed) {
-            let accepted = tokio::time::timeout(STEP_PATIENCE, self.listener.accept()).await;
+            let next = door.next(|stream, from| lane_of(stream, session, (from, source)));
             let silent = SessionError::Silent { waiting_for: "its lanes", patience: STEP_PATIENCE };
-            let (mut stream, from) =
-                accepted.map_err(|_| silent)?.map_err(|source| SessionError::Connection { source })?;
-            let lane = match preamble::read(&mut stream, STEP_PATIENCE).await {
-                Ok(Preamble { session, purpose: Purpose::Lane(lane), .. }) if session == self.session => {
-                    lane as usize
-                }
-                other => {
-                    tracing::warn!(%from, source = ?self.peer, ?other, "a connection that is no lane of this session");
-                    continue;
-                }
-            };
+            let (lane, stream) = tokio::time::timeout(STEP_PATIENCE, next).await.map_err(|_| silent)??;
             let slot = lanes.get_mut(lane).filter(|slot| slot.len() < needed[lane]);
             let slot = slot.ok_or(SessionError::Protocol("a lane that was not granted"))?;
             slot.push(stream.into_std().map_err(|source| SessionError::Connection { source })?);
         }
         Ok(lanes)
+    }
+}
+
+/// Which lane of the session a connection is for. None: it is not of the session.
+async fn lane_of(
+    mut stream: TcpStream,
+    session: SessionId,
+    (from, source): (SocketAddr, Option<SocketAddr>),
+) -> Option<(usize, TcpStream)> {
+    match preamble::read(&mut stream, STEP_PATIENCE).await {
+        Ok(Preamble { session: theirs, purpose: Purpose::Lane(lane), .. }) if theirs == session => {
+            Some((lane as usize, stream))
+        }
+        other => {
+            tracing::warn!(%from, ?source, ?other, "a connection that is no lane of this session");
+            None
+        }
     }
 }

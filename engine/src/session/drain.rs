@@ -10,13 +10,13 @@ use tokio::sync::watch;
 
 use super::channel::Channel;
 use super::course::micros;
-use super::destination::{DestinationGuest, ReceiveOptions, greeted, passed};
+use super::destination::{DestinationGuest, ReceiveOptions, passed};
 use super::dock::Dock;
+use super::door::await_call;
 use super::message::Message;
-use super::preamble::{Purpose, SessionId};
+use super::preamble::{Preamble, Purpose, SessionId};
 use super::report::ArrivalReport;
 use super::round::Connected;
-use super::tls::DestinationTls;
 use super::unpack::rejoins;
 use super::{STEP_PATIENCE, SessionError, blocking};
 use crate::memory::GuestMemory;
@@ -208,8 +208,12 @@ impl Parted {
 
     async fn take_up(&mut self, listener: &TcpListener) -> Result<(), SessionError> {
         let options = self.drain.options.clone();
-        let mut channel = await_rejoin(listener, self.drain.session, options.tls.as_ref()).await?;
-        let dock = Dock::of(listener, channel.addresses(), self.drain.session, options);
+        let session = self.drain.session;
+        let is_source =
+            move |theirs: &Preamble| theirs.session == session && theirs.purpose == Purpose::Rejoin;
+        let else_told = "a guest is here already, and its own source is waited for";
+        let (mut channel, _) = await_call(listener, options.tls.as_ref(), is_source, else_told).await?;
+        let dock = Dock::of(listener, channel.addresses(), session, options);
         let offered = rejoins(channel.receive("Rejoin", STEP_PATIENCE).await?)?;
         if let Why::Unheard(arrival) = &self.why {
             return released(&mut channel, arrival).await;
@@ -226,27 +230,5 @@ impl Parted {
         // If it does not hear it, its lanes serve all the same.
         self.drain.tell(&Message::LanesReady).await;
         Ok(())
-    }
-}
-
-/// The next connection of the session's source. Others are turned away.
-async fn await_rejoin(
-    listener: &TcpListener,
-    session: SessionId,
-    tls: Option<&DestinationTls>,
-) -> Result<Channel, SessionError> {
-    loop {
-        let (stream, peer) = listener.accept().await.map_err(|source| SessionError::Connection { source })?;
-        match greeted(stream, tls).await {
-            Ok((channel, theirs)) if theirs.session == session && theirs.purpose == Purpose::Rejoin => {
-                tracing::info!(%peer, "the source is back");
-                return Ok(channel);
-            }
-            Ok((mut channel, _)) => {
-                tracing::warn!(%peer, "a connection that is not of the guest's source");
-                channel.turn_away("a guest is here already, and its own source is waited for").await;
-            }
-            Err(error) => tracing::warn!(%peer, %error, "a connection that is no source"),
-        }
     }
 }

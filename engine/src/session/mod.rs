@@ -25,6 +25,7 @@ mod course;
 mod destination;
 mod dirty;
 mod dock;
+mod door;
 mod drain;
 mod message;
 mod owed;
