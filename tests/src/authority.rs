@@ -2,7 +2,10 @@
 
 use std::path::{Path, PathBuf};
 
-use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
+use rcgen::{
+    BasicConstraints, CertificateParams, CertificateRevocationListParams, IsCa, Issuer, KeyIdMethod, KeyPair,
+    SerialNumber, date_time_ymd,
+};
 
 use crate::Scratch;
 
@@ -41,5 +44,19 @@ impl Authority {
         let certificate = params.signed_by(&key, &self.issuer).unwrap().pem();
         std::fs::write(folder.join(format!("{role}-cert.pem")), certificate).unwrap();
         std::fs::write(folder.join(format!("{role}-key.pem")), key.serialize_pem()).unwrap();
+    }
+
+    /// Puts a list of certificates that were taken back into a folder: none, and it was good until the end of 2024.
+    pub fn stale_list(&self, folder: &Path) {
+        let params = CertificateRevocationListParams {
+            this_update: date_time_ymd(2024, 1, 1),
+            next_update: date_time_ymd(2024, 12, 31),
+            crl_number: SerialNumber::from(1),
+            issuing_distribution_point: None,
+            revoked_certs: Vec::new(),
+            key_identifier_method: KeyIdMethod::Sha256,
+        };
+        let list = params.signed_by(&self.issuer).unwrap().pem().unwrap();
+        std::fs::write(folder.join("ca-crl.pem"), list).unwrap();
     }
 }

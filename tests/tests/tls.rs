@@ -84,21 +84,50 @@ fn it_goes_to_nobody_else_and_comes_from_nobody_else() {
     destination.assert_runs();
 }
 
-#[test]
-fn the_folder_that_the_documentation_makes_is_good() {
-    let (scratch, port) = (Scratch::new("tls-documentation"), free_port());
+/// Runs the documentation's commands of that number.
+fn run_documented(scratch: &Scratch, number: usize) {
     let page = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/tls.md")).unwrap();
-    let script = page.split("```sh\n").nth(1).unwrap().split("```").next().unwrap();
+    let script = page.split("```sh\n").nth(number).unwrap().split("```").next().unwrap();
     let script = script.replace("192.0.2.7", HERE);
     let mut shell = Command::new("bash");
     let out = run(shell.args(["-euc", &script]).current_dir(scratch.file("")));
     assert!(out.status.success(), "{}", stderr(&out));
-    let folder = scratch.file("host");
+}
+
+#[test]
+fn the_folder_that_the_documentation_makes_is_good_until_it_is_taken_back() {
+    let (scratch, port) = (Scratch::new("tls-documentation"), free_port());
+    run_documented(&scratch, 1);
+    let host = scratch.file("host");
     let source = Pcvm::run_tiny(&scratch, "a");
-    let destination = receive(&scratch, "b", port, &folder);
-    let how = [&["--transport", "tcp"][..], &tls(&folder)].concat();
+    let destination = receive(&scratch, "b", port, &host);
+
+    // What it is taken back as: with the list beside the same certificates, each side knows of the other.
+    let informed = scratch.file("informed");
+    let mut copy = Command::new("cp");
+    assert!(run(copy.arg("-r").args([&host, &informed])).status.success());
+    run_documented(&scratch, 2);
+    std::fs::copy(scratch.file("ca-crl.pem"), informed.join("ca-crl.pem")).unwrap();
+    refused(&source, port, &tls(&informed), &["not who it has to be", "Revoked"]);
+    let aware = free_port();
+    let cautious = receive(&scratch, "c", aware, &informed);
+    refused(&source, aware, &tls(&host), &["does not take this side for it", "Revoked"]);
+    drop(cautious);
+
+    // Nobody has told these two.
+    let how = [&["--transport", "tcp"][..], &tls(&host)].concat();
     assert_whole(&source.migrate(&format!("{HERE}:{port}"), &how), PAGES);
     destination.assert_runs();
+}
+
+#[test]
+fn nobody_is_trusted_on_a_list_that_is_out_of_date() {
+    let (scratch, port, authority) = (Scratch::new("tls-stale"), free_port(), Authority::default());
+    let [good, stale] = ["good", "stale"].map(|name| authority.folder(&scratch, name, HERE));
+    authority.stale_list(&stale);
+    let source = Pcvm::run_tiny(&scratch, "a");
+    let _destination = receive(&scratch, "b", port, &good);
+    refused(&source, port, &tls(&stale), &["not who it has to be", "revocation list expired"]);
 }
 
 #[test]
@@ -123,6 +152,12 @@ fn certificates_that_cannot_be_used_are_refused_by_the_file() {
     )
     .unwrap();
     refused(&folder, &["ca-cert.pem: "]);
+    let listed = authority.folder(&scratch, "listed", HERE);
+    let list = |said: &str| std::fs::write(listed.join("ca-crl.pem"), said).unwrap();
+    list("no list");
+    refused(&listed, &["ca-crl.pem: it has no list of certificates that were taken back"]);
+    list("-----BEGIN X509 CRL-----\nAAAA\n-----END X509 CRL-----\n");
+    refused(&listed, &["ca-crl.pem: "]);
     let source = Pcvm::run_tiny(&scratch, "a");
     let out = source.try_migrate(&format!("{HERE}:1"), &tls(&scratch.file("nowhere")));
     assert_refused(&out, &["nowhere/ca-cert.pem: "]);

@@ -2,7 +2,8 @@
 //! authority has signed.
 //!
 //! A folder has what a host needs, by the names that QEMU's `tls-creds-x509` has for them: `ca-cert.pem`; for a source,
-//! which dials, `client-cert.pem` and `client-key.pem`; for a destination `server-cert.pem` and `server-key.pem`.
+//! which dials, `client-cert.pem` and `client-key.pem`; for a destination `server-cert.pem` and `server-key.pem`; and, if
+//! there is one, `ca-crl.pem`: the certificates that the authority has taken back.
 //!
 //! The guest's state, the keys of its memory and all that the two sides say are encrypted. Lanes are not: pages cross as they
 //! are, over RDMA as over TCP.
@@ -14,10 +15,13 @@ use std::sync::Arc;
 
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
+use tokio_rustls::rustls::client::WebPkiServerVerifier;
 use tokio_rustls::rustls::crypto::{CryptoProvider, ring};
 use tokio_rustls::rustls::pki_types::pem::{self, PemObject};
-use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
-use tokio_rustls::rustls::server::WebPkiClientVerifier;
+use tokio_rustls::rustls::pki_types::{
+    CertificateDer, CertificateRevocationListDer, PrivateKeyDer, ServerName,
+};
+use tokio_rustls::rustls::server::{VerifierBuilderError, WebPkiClientVerifier};
 use tokio_rustls::rustls::version::TLS13;
 use tokio_rustls::rustls::{ClientConfig, RootCertStore, ServerConfig};
 use tokio_rustls::{TlsAcceptor, TlsConnector, client, server};
@@ -26,6 +30,8 @@ use super::STEP_PATIENCE;
 
 /// The authority's certificate.
 const AUTHORITY: &str = "ca-cert.pem";
+/// What it has taken back.
+const TAKEN_BACK: &str = "ca-crl.pem";
 /// Certificate and key of who dials, and of who listens.
 const CLIENT: [&str; 2] = ["client-cert.pem", "client-key.pem"];
 const SERVER: [&str; 2] = ["server-cert.pem", "server-key.pem"];
@@ -53,9 +59,15 @@ impl SourceTls {
     ///
     /// Errors: a file is missing or malformed, the key is another certificate's, or that is no host name.
     pub fn read(folder: &Path, hostname: Option<&str>) -> Result<Self, TlsError> {
-        let Identity { authorities, chain, key } = Identity::read(folder, CLIENT)?;
+        let Identity { authorities, taken_back, chain, key } = Identity::read(folder, CLIENT)?;
+        let verifier = WebPkiServerVerifier::builder_with_provider(authorities, provider())
+            .with_crls(taken_back)
+            .allow_unknown_revocation_status()
+            .enforce_revocation_expiration()
+            .build();
+        let verifier = verifier.map_err(|error| no_list(folder, &error))?;
         let builder = ClientConfig::builder_with_provider(provider()).with_protocol_versions(&[&TLS13]);
-        let builder = builder.map_err(|error| of(folder, &error))?.with_root_certificates(authorities);
+        let builder = builder.map_err(|error| of(folder, &error))?.with_webpki_verifier(verifier);
         let config = builder.with_client_auth_cert(chain, key).map_err(|error| of(folder, &error))?;
         let name = hostname.map(|name| {
             let named = ServerName::try_from(name.to_owned());
@@ -83,9 +95,13 @@ impl DestinationTls {
     ///
     /// Errors: a file is missing or malformed, or the key is another certificate's.
     pub fn read(folder: &Path) -> Result<Self, TlsError> {
-        let Identity { authorities, chain, key } = Identity::read(folder, SERVER)?;
-        let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(authorities), provider()).build();
-        let verifier = verifier.map_err(|error| of(folder, &error))?;
+        let Identity { authorities, taken_back, chain, key } = Identity::read(folder, SERVER)?;
+        let verifier = WebPkiClientVerifier::builder_with_provider(authorities, provider())
+            .with_crls(taken_back)
+            .allow_unknown_revocation_status()
+            .enforce_revocation_expiration()
+            .build();
+        let verifier = verifier.map_err(|error| no_list(folder, &error))?;
         let builder = ServerConfig::builder_with_provider(provider()).with_protocol_versions(&[&TLS13]);
         let builder = builder.map_err(|error| of(folder, &error))?.with_client_cert_verifier(verifier);
         let mut config = builder.with_single_cert(chain, key).map_err(|error| of(folder, &error))?;
@@ -112,7 +128,10 @@ impl DestinationTls {
 
 /// What one side is, and whom it trusts.
 struct Identity {
-    authorities: RootCertStore,
+    authorities: Arc<RootCertStore>,
+    /// Lists of what some of them have taken back. A list that is out of date says nothing, so nobody is trusted on it;
+    /// of an authority without one nothing is taken back.
+    taken_back: Vec<CertificateRevocationListDer<'static>>,
     chain: Vec<CertificateDer<'static>>,
     key: PrivateKeyDer<'static>,
 }
@@ -121,30 +140,43 @@ impl Identity {
     fn read(folder: &Path, [chain, key]: [&str; 2]) -> Result<Self, TlsError> {
         let authority = folder.join(AUTHORITY);
         let mut authorities = RootCertStore::empty();
-        for certificate in certificates(&authority)? {
+        for certificate in all::<CertificateDer>(&authority, "certificate")? {
             authorities.add(certificate).map_err(|error| of(&authority, &error))?;
         }
-        let chain = certificates(&folder.join(chain))?;
+        let taken_back = folder.join(TAKEN_BACK);
+        let taken_back = match taken_back.try_exists() {
+            Ok(false) => Vec::new(),
+            _ => all(&taken_back, "list of certificates that were taken back (X509 CRL)")?,
+        };
+        let chain = all(&folder.join(chain), "certificate")?;
         let file = folder.join(key);
         let key = PrivateKeyDer::from_pem_file(&file).map_err(|error| match error {
             pem::Error::NoItemsFound => of(&file, &"it has no private key in PEM"),
             other => of(&file, &other),
         })?;
-        Ok(Self { authorities, chain, key })
+        Ok(Self { authorities: Arc::new(authorities), taken_back, chain, key })
     }
 }
 
-fn certificates(file: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
-    let read = CertificateDer::pem_file_iter(file).and_then(Iterator::collect);
+/// All of a kind that a file has.
+fn all<T: PemObject>(file: &Path, what: &str) -> Result<Vec<T>, TlsError> {
+    let read = T::pem_file_iter(file).and_then(Iterator::collect);
     let found: Vec<_> = read.map_err(|error| of(file, &error))?;
     if found.is_empty() {
-        return Err(of(file, &"it has no certificate in PEM"));
+        return Err(of(file, &format_args!("it has no {what} in PEM")));
     }
     Ok(found)
 }
 
 fn provider() -> Arc<CryptoProvider> {
     Arc::new(ring::default_provider())
+}
+
+fn no_list(folder: &Path, error: &VerifierBuilderError) -> TlsError {
+    of(
+        &folder.join(TAKEN_BACK),
+        &format_args!("{error}; it has to be of version 2 (RFC 5280), see docs/tls.md"),
+    )
 }
 
 fn of(file: &Path, reason: &dyn std::fmt::Display) -> TlsError {
