@@ -24,8 +24,19 @@ fn source(transport: Transport) -> (Export, GuestMemory) {
 }
 
 fn destination(transport: Transport, export: &mut Export, setup: Setup) -> (GuestMemory, Pager) {
+    destination_whose(|_| {}, transport, export, setup)
+}
+
+/// That with a trap that something is done to first.
+fn destination_whose(
+    trap_is: impl FnOnce(&Trap),
+    transport: Transport,
+    export: &mut Export,
+    setup: Setup,
+) -> (GuestMemory, Pager) {
     let memory = empty(PAGES);
     let trap = Trap::register(&memory, FaultsTo::Pager, setup.shards).unwrap();
+    trap_is(&trap);
     let import =
         Import::new(transport, &memory, (setup.landing, setup.shards.count()), &EndpointOptions::default())
             .unwrap();
@@ -81,6 +92,28 @@ fn without_a_page_map_faults_are_still_served() {
         let report = pager.status().borrow().report;
         drop(pager.stop());
         assert_eq!(report.pages.drain_pages + report.pages.prepage_pages, 0, "{transport}");
+    }
+}
+
+#[test]
+fn what_is_touched_while_the_sources_guest_runs_comes_when_it_stands_still() {
+    for (transport, setup) in available_setups() {
+        let (mut export, source) = source(transport);
+        let (memory, pager) = destination_whose(Trap::hold, transport, &mut export, setup);
+        let touched = [5, 1, 3, 4000, PAGES - 1];
+        std::thread::scope(|scope| {
+            let guest = memory.guest().clone();
+            let toucher = scope.spawn(move || touched.map(|page| check(&guest, page)));
+            // What the source's guest still has to write.
+            source.guest().write(touched[0] * PAGE_SIZE, &[0xee; PAGE_SIZE as usize]);
+            std::thread::sleep(Duration::from_millis(100));
+            assert!(!toucher.is_finished(), "{transport}: a page came before its guest stood still");
+            source.guest().write(touched[0] * PAGE_SIZE, &content(touched[0]));
+            export.describe_pages(None).unwrap();
+            pager.source_stands_still(&[]);
+        });
+        let end = end_of(&pager);
+        assert!(matches!(end.state, PagerState::Resident), "{transport}: {:?}", end.state);
     }
 }
 

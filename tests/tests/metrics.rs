@@ -82,7 +82,8 @@ fn a_guest_that_moves_is_seen_from_both_sides() {
     assert_eq!((buckets.len(), &queried["ram"]["postcopy-requests"]), (24, faults));
     assert_eq!(buckets.iter().map(|count| count.as_u64().unwrap()).sum::<u64>(), faults.as_u64().unwrap());
     phases_follow_each_other(&source, &["Setup", "Frozen", "InDoubt", "Draining", "Resident", "Released"]);
-    let arrival = ["Offer", "Prepared", "LanesReady", "StateLoaded", "Resumed", "Resident", "Released"];
+    let arrival =
+        ["Offer", "Prepared", "LanesReady", "Frozen", "StateLoaded", "Resumed", "Resident", "Released"];
     phases_follow_each_other(&destination, &arrival);
 }
 

@@ -61,6 +61,22 @@ fn a_stock_guest_moves_from_qemu_to_qemu_and_on() {
     }
 }
 
+/// What QEMU copies itself: more than a side would hold at once, had it to.
+#[test]
+fn a_guest_whose_devices_have_much_memory_of_their_own_moves() {
+    const BYTES: u64 = 80 << 20;
+    let scratch = Scratch::new("stock-device-memory");
+    let rom = scratch.file("device.rom");
+    std::fs::write(&rom, vec![0xa5; BYTES as usize]).unwrap();
+    let device = format!("e1000,romfile={}", rom.to_str().unwrap());
+    let machine = Plain { more: vec!["-device".into(), device], ..Plain::firmware() };
+    let guest = machine.start(&scratch, "q0");
+    let (next, to) = machine.receive(&scratch, "q1", LOOPBACK, &[]);
+    let report = guest.migrate(&next, to, "tcp");
+    assert!(report["state_bytes"].as_u64().unwrap() > BYTES, "{report}");
+    assert!(runs(&next));
+}
+
 #[test]
 #[ignore = "needs a Linux kernel: run by scripts/test"]
 fn a_stock_guest_moves_between_hosts_that_know_each_other() {

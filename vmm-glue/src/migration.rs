@@ -2,6 +2,7 @@
 //!
 //! What is here is only translation; the protocol is the engine's, the machine is [`Vm`]'s.
 
+use std::io::{Read, Write};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -9,12 +10,14 @@ use postcopy_engine::memory::GuestMemory;
 use postcopy_engine::page_set::PageSet;
 use postcopy_engine::pager::FaultServer;
 use postcopy_engine::session::{
-    DestinationGuest, DestinationHost, DirtyLog, Frozen, GuestDescription, GuestError, SourceGuest,
+    DestinationGuest, DestinationHost, DirtyLog, GuestDescription, GuestError, SourceGuest,
 };
 
 use crate::fault_address::FaultAddresses;
 use crate::machine::Idle;
-use crate::{BootSource, Console, ExitReason, KvmDirtyLog, PreparedVm, Vm, VmConfig, VmError};
+use crate::{
+    BootSource, Console, ExitReason, KvmDirtyLog, MAX_STATE_BYTES, PreparedVm, Vm, VmConfig, VmError,
+};
 
 /// Kind and version of VMM that a guest's state belongs to. Changes with [`crate::STATE_VERSION`].
 const VMM: &str = "postcopy-vmm/1";
@@ -88,13 +91,14 @@ impl SourceGuest for MovableVm {
         Ok((VMM.into(), postcard::to_stdvec(&self.config)?))
     }
 
-    fn freeze(&self) -> Result<Frozen, GuestError> {
+    fn freeze(&self, state: &mut dyn Write) -> Result<Instant, GuestError> {
         let since = Instant::now();
-        let state = self.with(|vm| {
+        let saved = self.with(|vm| {
             vm.pause()?;
             vm.save()
         })?;
-        Ok(Frozen { state, since })
+        state.write_all(&saved)?;
+        Ok(since)
     }
 
     fn runs_on_our_mapping(&self) -> bool {
@@ -126,10 +130,13 @@ impl DirtyLog for KvmDirtyLog {
 }
 
 impl DestinationGuest for MovableVm {
-    fn load(&self, state: Vec<u8>) -> Result<(), GuestError> {
+    fn load(&self, state: &mut dyn Read) -> Result<(), GuestError> {
+        let mut saved = Vec::new();
+        // What is longer is refused as that.
+        state.take(MAX_STATE_BYTES as u64 + 1).read_to_end(&mut saved)?;
         let prepared = self.prepared.lock().unwrap_or_else(PoisonError::into_inner).take();
         let prepared = prepared.ok_or("the guest's state came twice")?;
-        *self.vm() = Some(prepared.restore(&state)?);
+        *self.vm() = Some(prepared.restore(&saved)?);
         Ok(())
     }
 

@@ -289,6 +289,11 @@ impl Pager {
         Ok(Outfit { shards: self.shards.clone(), lane: Some(lane), place })
     }
 
+    /// How many pages the guest has.
+    pub fn pages(&self) -> u64 {
+        self.trap.pages()
+    }
+
     /// How many shards it has.
     pub fn shards(&self) -> usize {
         self.shards.len()
@@ -357,11 +362,13 @@ impl Pager {
         Ok(())
     }
 
-    /// Has these pages read before others, the first first: the guest touched them just before it was
-    /// stopped. They must be pages of the guest.
-    pub fn prefer(&self, runs: &[Run]) {
+    /// The source's guest stands still: faults of a trap that [holds](Trap::hold) them are served from now on, and
+    /// `recent` is read before others, the first first, as the guest touched it last. They must be pages of
+    /// the guest.
+    pub fn source_stands_still(&self, recent: &[Run]) {
+        self.trap.let_go();
         for shared in &*self.shards {
-            let here = runs.iter().filter_map(|run| shared.part.local_run(*run)).collect();
+            let here = recent.iter().filter_map(|run| shared.part.local_run(*run)).collect();
             // A shard that has ended reads nothing any more.
             drop(shared.notes.send(Note::Prefer(here)));
             shared.stop.rouse();

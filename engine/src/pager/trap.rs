@@ -152,6 +152,16 @@ impl Trap {
         Self::register(&memory, FaultsTo::Pager, Shards::ONE).map(drop)
     }
 
+    /// Serves no fault, until [`Pager::source_stands_still`](super::Pager::source_stands_still): what the source's guest still writes must not
+    /// be read.
+    pub fn hold(&self) {
+        self.parts.iter().for_each(|part| part.hold(true));
+    }
+
+    pub(super) fn let_go(&self) {
+        self.parts.iter().for_each(|part| part.hold(false));
+    }
+
     /// How many shards it is cut for: no more than asked for, and fewer for little memory.
     pub fn shards(&self) -> usize {
         self.parts.len()

@@ -1,21 +1,24 @@
 //! The destination's side of a session, up to the guest's resume. [`receive`] reads as the protocol.
 
+use std::io::Read;
 use std::sync::Arc;
 use std::time::Instant;
 
 use postcopy_transport::{EndpointOptions, Transport};
 use tokio::net::TcpListener;
+use tokio::sync::mpsc::UnboundedSender;
 
 use super::channel::{Channel, unexpected};
 use super::course::micros;
 use super::dock::Dock;
 use super::door::await_call;
 use super::drain::Drain;
-use super::message::{GuestDescription, Message, Mode};
+use super::message::{GuestDescription, MAX_STATE, Message, Mode};
 use super::preamble::{Preamble, Purpose};
 use super::round::{Connected, pre_copy};
+use super::state::{Came, Loading, incoming};
 use super::tls::DestinationTls;
-use super::unpack::{offered, receive_state, recent};
+use super::unpack::{offered, recent};
 use super::{GuestError, STEP_PATIENCE, SessionError, WORK_PATIENCE, blocking};
 use crate::export::MAX_SERVERS;
 use crate::import::Lanes;
@@ -63,8 +66,9 @@ pub trait DestinationHost: Send + Sync + 'static {
 
 /// A guest on its way in. Called from a blocking thread.
 pub trait DestinationGuest: Send + Sync + 'static {
-    /// Loads the state of vCPUs and devices. Memory that this touches is fetched on demand.
-    fn load(&self, state: Vec<u8>) -> Result<(), GuestError>;
+    /// Loads the state of vCPUs and devices, all that can be read of it, as it comes. Memory that this touches is
+    /// fetched on demand.
+    fn load(&self, state: &mut dyn Read) -> Result<(), GuestError>;
 
     /// Takes the servers of the threads that will serve their own faults, after the state is loaded
     /// and before the guest runs. Only called where [`DestinationHost::serving_threads`] said so.
@@ -182,9 +186,7 @@ impl<H: DestinationHost> Destination<'_, H> {
         let (pager, servers) = self.start(connected, trap).await?;
         channel.send(&Message::LanesReady).await?;
         passed("LanesReady", self.begun);
-        let pages = memory.layout().total_pages();
-        pager.prefer(&recent(channel.receive("what its guest touched last", WORK_PATIENCE).await?, pages)?);
-        self.load(channel, &guest, servers).await?;
+        self.load(channel, &guest, &pager, servers).await?;
         passed("StateLoaded", self.begun);
         self.resume(channel, &guest).await?;
         passed("Resumed", self.begun);
@@ -226,26 +228,68 @@ impl<H: DestinationHost> Destination<'_, H> {
     ) -> Result<(Pager, Vec<FaultServer>), SessionError> {
         let Connected { import, lanes: Lanes { shards, servers }, regions, round } = connected;
         let config = self.dock.options.pager;
+        trap.hold();
         let started = blocking(move || import.start(trap, shards, regions, round, config)).await?;
         let servers = servers.into_iter().map(|lane| started.server(lane)).collect::<Result<_, _>>()?;
         Ok((started, servers))
     }
 
+    /// Loads the state while it comes. Memory that this touches comes from when the source's guest stands still.
     async fn load(
         &self,
         channel: &mut Channel,
         guest: &Arc<H::Guest>,
+        pager: &Pager,
         servers: Vec<FaultServer>,
     ) -> Result<(), SessionError> {
-        let state = receive_state(channel).await?;
-        let (guest, begun) = (guest.clone(), Instant::now());
-        let load = move || {
+        let (pieces, mut state) = incoming();
+        let guest = guest.clone();
+        let load = move |state: &mut Loading| {
             guest.load(state)?;
             if servers.is_empty() { Ok(()) } else { guest.serve_faults(servers) }
         };
-        let loaded = blocking(load).await;
+        let loading = tokio::task::spawn_blocking(move || load(&mut state));
+        let frozen = self.take_state(channel, &pieces, pager).await?;
+        let loaded = loading.await.unwrap_or_else(|failed| std::panic::resume_unwind(failed.into_panic()));
         loaded.map_err(|source| SessionError::Guest { operation: "loading the guest's state", source })?;
-        channel.send(&Message::StateLoaded { load_us: micros(begun.elapsed()) }).await
+        channel.send(&Message::StateLoaded { load_us: micros(frozen.elapsed()) }).await
+    }
+
+    /// Hands the state over to who loads it; what it touches comes from when the source's guest stands still, which is
+    /// returned. Who loads may have ended, and says why.
+    async fn take_state(
+        &self,
+        channel: &mut Channel,
+        pieces: &UnboundedSender<Came>,
+        pager: &Pager,
+    ) -> Result<Instant, SessionError> {
+        let (mut length, mut frozen) = (0, None);
+        loop {
+            match channel.receive("the guest's state", WORK_PATIENCE).await? {
+                Message::State(piece) if length + piece.len() <= MAX_STATE => {
+                    length += piece.len();
+                    drop(pieces.send(Came::Piece(piece)));
+                }
+                Message::State(_) => {
+                    return Err(SessionError::Protocol("its device state is longer than 256 MiB"));
+                }
+                Message::Recent(runs) if frozen.is_none() => {
+                    pager.source_stands_still(&recent(&runs, pager.pages())?);
+                    frozen = Some(Instant::now());
+                    passed("Frozen", self.begun);
+                }
+                // Each piece has had its checksum.
+                Message::StateEnd { length: whole } => {
+                    if whole != length as u64 {
+                        return Err(SessionError::Protocol("its device state is damaged"));
+                    }
+                    drop(pieces.send(Came::End));
+                    return frozen
+                        .ok_or(SessionError::Protocol("it did not say that its guest stands still"));
+                }
+                other => return Err(unexpected(&other, "State")),
+            }
+        }
     }
 
     async fn resume(&self, channel: &mut Channel, guest: &Arc<H::Guest>) -> Result<(), SessionError> {

@@ -149,7 +149,9 @@ fn likeliest(sets: &[PageSet]) -> Vec<Run> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::source::Frozen;
+    use std::io::Write;
+    use std::time::Instant;
+
     use super::*;
     use crate::memory::{GuestMemory, MemoryLayout};
 
@@ -179,7 +181,7 @@ mod tests {
             Err("it is not asked".into())
         }
 
-        fn freeze(&self) -> Result<Frozen, GuestError> {
+        fn freeze(&self, _state: &mut dyn Write) -> Result<Instant, GuestError> {
             Err("it is not asked".into())
         }
 

@@ -20,8 +20,9 @@ use crate::stats::PagerReport;
 pub(super) const MAX_FRAME: usize = 1 << 20;
 /// Bytes of device state in one message: a few, so that one side sums up a piece while the other takes the one before.
 pub(super) const STATE_PIECE: usize = 64 << 10;
-/// Longest device state. A vCPU has some 10 KiB of it.
-pub(super) const MAX_STATE: usize = 64 << 20;
+/// Longest device state. A vCPU has some 10 KiB of it; a display may have its memory in it, more than once if it is drawn
+/// to meanwhile.
+pub(super) const MAX_STATE: usize = 256 << 20;
 /// Length and checksum before the body.
 const HEADER: usize = 8;
 
@@ -63,7 +64,7 @@ pub(super) enum Message {
     Granted { lanes: Vec<Vec<u8>>, regions: [[u8; 24]; 2] },
     /// D: lanes are connected and tested, the pager waits.
     LanesReady,
-    /// S: a piece of device state. The guest is frozen.
+    /// S: a piece of device state. The guest may run yet: see Recent.
     State(Bytes),
     /// S: that was all of it.
     StateEnd { length: u64 },
@@ -81,8 +82,8 @@ pub(super) enum Message {
     Release,
     /// Either, before Commit: no, because. After Commit, D: its memory does not come any more.
     Refuse(String),
-    /// S, before State: the guest touched these pages last, the likeliest first: first page and count of
-    /// each run.
+    /// S, before StateEnd: the guest stands still, and its memory may be read. It touched these pages last, the
+    /// likeliest first: first page and count of each run.
     Recent(Vec<(u64, u32)>),
     /// S, first on a connection of that kind: this side still has the memory of the session's guest, and would
     /// offer it again over one of these transports, best first.

@@ -7,7 +7,8 @@
 //!  exports    ── Granted (grants, keys) ────────────▶ connects lanes, starts the pager
 //!             ◀─ Progress … ────────────────────────  hybrid: reads all of it once
 //!             ◀─ LanesReady ────────────────────────
-//!  Frozen     ── Recent, State … StateEnd ──────────────────▶ loads it                    Prepared
+//!  saves      ── State … ───────────────────────────▶ loads it                        Prepared
+//!  Frozen     ── Recent, StateEnd ──────────────────▶ may read memory, and has loaded
 //!             ◀─ StateLoaded ───────────────────────
 //!  HandedOver ── Commit ────────────────────────────▶ resumes the guest           Resumed
 //!             ◀─ Resumed, Progress … ───────────────  faults and drain, one-sided
@@ -34,6 +35,7 @@ mod query_migrate;
 mod report;
 mod round;
 mod source;
+mod state;
 mod tls;
 mod unpack;
 
@@ -52,7 +54,7 @@ pub use preamble::PROTOCOL_VERSION;
 pub(crate) use preamble::fuzz_preamble;
 pub use query_migrate::{QueryMigrate, QueryRam};
 pub use report::{ArrivalReport, MigrationReport, Phase, Progress, REPORT_VERSION};
-pub use source::{Frozen, MigrateOptions, MigrationError, Owner, SourceGuest, migrate};
+pub use source::{MigrateOptions, MigrationError, Owner, SourceGuest, migrate};
 pub use tls::{DestinationTls, SourceTls, TlsError};
 
 use crate::pager::PagerError;

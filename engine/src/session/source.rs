@@ -1,20 +1,21 @@
 //! The source's side of a session. [`migrate`] reads as the protocol.
 
+use std::io::Write;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
 use postcopy_transport::{EndpointOptions, Transport};
 use tokio::sync::watch;
 
 use super::channel::{Channel, unexpected};
 use super::course::{Course, micros};
 use super::dirty::{DirtyLog, Watched};
-use super::message::{GuestDescription, Message, Mode, STATE_PIECE};
+use super::message::{GuestDescription, Message, Mode};
 use super::owed::{Owed, RecoverOptions, recover};
 use super::preamble::{Purpose, SessionId};
 use super::report::{MigrationReport, Phase, Progress, REPORT_VERSION};
+use super::state::outgoing;
 use super::tls::SourceTls;
 use super::{GuestError, STEP_PATIENCE, SessionError, WORK_PATIENCE, blocking};
 use crate::export::Export;
@@ -31,9 +32,12 @@ pub trait SourceGuest: Send + Sync + 'static {
     /// What another VMM needs to know to prepare for it. The layout is filled in by the engine.
     fn describe(&self) -> Result<(String, Vec<u8>), GuestError>;
 
-    /// Stops it, so that neither vCPUs nor devices touch its memory any more, and gives the state
-    /// of both.
-    fn freeze(&self) -> Result<Frozen, GuestError>;
+    /// Stops it, so that neither vCPUs nor devices touch its memory any more, and writes the state
+    /// of both. Returns since when it stands still: its downtime counts from there.
+    ///
+    /// What is written, and flushed, is loaded at once at the destination; a VMM may begin before the guest stands still,
+    /// with what takes long. Loading that touches the guest's memory waits until this has returned.
+    fn freeze(&self, state: &mut dyn Write) -> Result<Instant, GuestError>;
 
     /// Whether it may give pages back while it runs (a balloon).
     fn may_discard(&self) -> bool {
@@ -64,15 +68,6 @@ pub trait SourceGuest: Send + Sync + 'static {
 
     /// Lets it run on after [`SourceGuest::freeze`], also after one that failed.
     fn thaw(&self) -> Result<(), GuestError>;
-}
-
-/// A guest that stands still.
-#[derive(Clone, Debug)]
-pub struct Frozen {
-    /// The state of its vCPUs and devices.
-    pub state: Vec<u8>,
-    /// Since when it stands still. Its downtime counts from here.
-    pub since: Instant,
 }
 
 /// How to move a guest.
@@ -284,13 +279,8 @@ impl Source {
     ) -> Result<(), SessionError> {
         self.course.report.setup_us = micros(self.course.begun.elapsed());
         self.course.enter(Phase::Frozen);
-        let guest = self.guest.clone();
-        let frozen = blocking(move || guest.freeze()).await;
-        let Frozen { state, since } =
-            frozen.map_err(|source| SessionError::Guest { operation: "freezing the guest", source })?;
-        self.course.frozen = since;
+        self.course.frozen = self.freeze(channel).await?;
         self.course.report.freeze_us = micros(self.course.frozen.elapsed());
-        self.course.report.state_bytes = state.len() as u64;
         if self.guest.may_discard() {
             export.check_pages()?;
         }
@@ -299,10 +289,7 @@ impl Source {
         let recent = watched.recent().iter().map(|run| (run.first.0, run.count)).collect();
         export.describe_pages(watched.into_dirty(discards))?;
         channel.send(&Message::Recent(recent)).await?;
-        for piece in state.chunks(STATE_PIECE) {
-            channel.send(&Message::State(Bytes::copy_from_slice(piece))).await?;
-        }
-        channel.send(&Message::StateEnd { length: state.len() as u64 }).await?;
+        channel.send(&Message::StateEnd { length: self.course.report.state_bytes }).await?;
         match channel.receive("StateLoaded", WORK_PATIENCE).await? {
             Message::StateLoaded { load_us } => {
                 self.course.report.load_us = load_us;
@@ -310,6 +297,26 @@ impl Source {
             }
             other => Err(unexpected(&other, "StateLoaded")),
         }
+    }
+
+    /// Stops the guest, and sends its state while it is saved. Says since when it stands still.
+    async fn freeze(&mut self, channel: &mut Channel) -> Result<Instant, SessionError> {
+        let (mut state, pieces) = outgoing();
+        let guest = self.guest.clone();
+        let saving =
+            blocking(move || guest.freeze(&mut state).and_then(|since| Ok((since, state.flush()?).0)));
+        let sending = async {
+            // If they cannot be sent, whoever saves hears of it by the end of this.
+            let mut pieces = pieces;
+            while let Some(piece) = pieces.recv().await {
+                self.course.report.state_bytes += piece.len() as u64;
+                channel.send(&Message::State(piece)).await?;
+            }
+            Ok::<_, SessionError>(())
+        };
+        let (frozen, sent) = tokio::join!(saving, sending);
+        sent?;
+        frozen.map_err(|source| SessionError::Guest { operation: "freezing the guest", source })
     }
 
     /// The guest stays: let it run on here.

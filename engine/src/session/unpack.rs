@@ -2,9 +2,9 @@
 
 use postcopy_transport::{RemoteRegion, Transport};
 
-use super::channel::{Channel, unexpected};
-use super::message::{GuestDescription, MAX_STATE, Message, Mode};
-use super::{SessionError, WORK_PATIENCE};
+use super::SessionError;
+use super::channel::unexpected;
+use super::message::{GuestDescription, Message, Mode};
 use crate::memory::PageIndex;
 use crate::planner::Run;
 
@@ -38,38 +38,14 @@ pub(super) fn granted(message: Message) -> Result<Granted, SessionError> {
 }
 
 /// The runs of pages to read first, all of them among the guest's `pages`.
-pub(super) fn recent(message: Message, pages: u64) -> Result<Vec<Run>, SessionError> {
-    match message {
-        Message::Recent(runs) => {
-            let inside = |(first, count): &(u64, u32)| {
-                *count > 0 && first.checked_add(u64::from(*count)).is_some_and(|end| end <= pages)
-            };
-            if !runs.iter().all(inside) {
-                return Err(SessionError::Protocol("it named pages that its guest has not"));
-            }
-            Ok(runs.into_iter().map(|(first, count)| Run { first: PageIndex(first), count }).collect())
-        }
-        other => Err(unexpected(&other, "Recent")),
+pub(super) fn recent(runs: &[(u64, u32)], pages: u64) -> Result<Vec<Run>, SessionError> {
+    let inside = |(first, count): &(u64, u32)| {
+        *count > 0 && first.checked_add(u64::from(*count)).is_some_and(|end| end <= pages)
+    };
+    if !runs.iter().all(inside) {
+        return Err(SessionError::Protocol("it named pages that its guest has not"));
     }
-}
-
-/// Collects the pieces of device state.
-pub(super) async fn receive_state(channel: &mut Channel) -> Result<Vec<u8>, SessionError> {
-    let mut state = Vec::new();
-    loop {
-        match channel.receive("the guest's state", WORK_PATIENCE).await? {
-            Message::State(piece) if state.len() + piece.len() <= MAX_STATE => state.extend(piece),
-            Message::State(_) => {
-                return Err(SessionError::Protocol("its device state is longer than 64 MiB"));
-            }
-            // Each piece has had its checksum.
-            Message::StateEnd { length } => {
-                let whole = length == state.len() as u64;
-                return whole.then_some(state).ok_or(SessionError::Protocol("its device state is damaged"));
-            }
-            other => return Err(unexpected(&other, "State")),
-        }
-    }
+    Ok(runs.iter().map(|&(first, count)| Run { first: PageIndex(first), count }).collect())
 }
 
 #[cfg(test)]
@@ -78,12 +54,11 @@ mod tests {
 
     #[test]
     fn pages_that_a_guest_has_not_are_refused() {
-        let said = |runs: &[(u64, u32)]| recent(Message::Recent(runs.to_vec()), 100);
+        let said = |runs: &[(u64, u32)]| recent(runs, 100);
         let run = |first, count| Run { first: PageIndex(first), count };
         assert_eq!(said(&[(99, 1), (0, 100)]).unwrap(), [run(99, 1), run(0, 100)]);
         for wrong in [(100, 1), (99, 2), (5, 0), (u64::MAX, 1), (u64::MAX - 3, u32::MAX)] {
             assert!(said(&[(0, 1), wrong]).is_err(), "{wrong:?}");
         }
-        assert!(recent(Message::Commit, 100).is_err());
     }
 }

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant, SystemTime};
 use postcopy_engine::memory::GuestMemory;
 use postcopy_engine::page_set::PageSet;
 use postcopy_engine::proc_pages::SoftDirty;
-use postcopy_engine::session::{DestinationGuest, DirtyLog, Frozen, GuestError, SourceGuest};
+use postcopy_engine::session::{DestinationGuest, DirtyLog, GuestError, SourceGuest};
 use serde_json::{Value, json};
 
 use super::balloon::{self, Inflated};
@@ -24,8 +24,8 @@ use super::{Facts, QemuError, ram};
 
 /// How long QEMU may take to save or load its devices.
 const STATE_PATIENCE: Duration = Duration::from_secs(60);
-/// More state than the session takes; what is longer is RAM that QEMU copies by itself.
-const MAX_STATE: u64 = 64 << 20;
+/// How much of QEMU's state is passed on at once.
+const PIECE: usize = 64 << 10;
 /// Bytes a second that QEMU may write its state with.
 const NO_LIMIT: u64 = 10 << 30;
 
@@ -161,8 +161,9 @@ impl QemuGuest {
         }
     }
 
-    /// Has QEMU write its devices' state.
-    fn save(&self) -> Result<Frozen, QemuError> {
+    /// Has QEMU write its devices' state, and passes it on as it comes. QEMU stops the guest when it has written what is
+    /// long, the memory of firmware and displays.
+    fn save(&self, state: &mut dyn Write) -> Result<Instant, QemuError> {
         let mut qmp = self.qmp();
         let begun = Instant::now();
         // Given, and not a path: QEMU may be another user's, or confined.
@@ -175,11 +176,11 @@ impl QemuGuest {
         // QEMU's copy alone is left, so that its end is seen.
         drop(theirs);
         qmp.execute("migrate", &json!({"uri": "fd:postcopy-state"}))?;
-        let state = read_state(ours)?;
+        pass_on(ours, state)?;
         migration_ends(&mut qmp, "save the guest's state")?;
         let stopped = qmp.event("STOP", Duration::from_millis(1), |_| true);
         let since = stopped.ok().and_then(|event| at(&event)).unwrap_or(begun).max(begun);
-        Ok(Frozen { state, since })
+        Ok(since)
     }
 
     /// Begins to note what QEMU writes to the guest's RAM. The guest is stopped for a moment, so that no
@@ -214,11 +215,15 @@ impl QemuGuest {
         Ok(())
     }
 
-    fn read_in(&self, state: &[u8]) -> Result<(), QemuError> {
+    fn read_in(&self, state: &mut dyn Read) -> Result<(), QemuError> {
         let mut qmp = self.qmp();
         let failed = || QemuError::system("giving QEMU the guest's state");
         let mut stream = UnixStream::connect(self.dir.file("state")).map_err(failed())?;
-        let sent = stream.write_all(state).and_then(|()| stream.shutdown(Shutdown::Write));
+        let sent = std::io::copy(state, &mut stream).and_then(|_| stream.shutdown(Shutdown::Write));
+        if sent.is_err() {
+            // QEMU must not wait for the rest.
+            drop(stream.shutdown(Shutdown::Both));
+        }
         migration_ends(&mut qmp, "load the guest's state")?;
         sent.map_err(failed())
     }
@@ -244,8 +249,8 @@ impl SourceGuest for QemuGuest {
         self.facts.balloon.is_some()
     }
 
-    fn freeze(&self) -> Result<Frozen, GuestError> {
-        self.save().map_err(|error| self.explain(error))
+    fn freeze(&self, state: &mut dyn Write) -> Result<Instant, GuestError> {
+        self.save(state).map_err(|error| self.explain(error))
     }
 
     fn log_dirty(&self) -> Result<Box<dyn DirtyLog>, GuestError> {
@@ -303,8 +308,8 @@ impl DirtyLog for QemuDirtyLog {
 }
 
 impl DestinationGuest for QemuGuest {
-    fn load(&self, state: Vec<u8>) -> Result<(), GuestError> {
-        self.read_in(&state).map_err(|error| self.explain(error))
+    fn load(&self, state: &mut dyn Read) -> Result<(), GuestError> {
+        self.read_in(state).map_err(|error| self.explain(error))
     }
 
     fn resume(&self) -> Result<(), GuestError> {
@@ -363,18 +368,20 @@ fn set_capabilities(qmp: &mut Qmp, wanted: &[(&str, bool)]) -> Result<(), QemuEr
     qmp.execute("migrate-set-capabilities", &json!({"capabilities": all})).map(drop)
 }
 
-/// Takes QEMU's state, all of it.
-fn read_state(mut stream: UnixStream) -> Result<Vec<u8>, QemuError> {
+/// Passes QEMU's state on, all of it, each piece as it comes.
+fn pass_on(mut stream: UnixStream, state: &mut dyn Write) -> Result<(), QemuError> {
     let failed = || QemuError::system("reading QEMU's state");
     stream.set_read_timeout(Some(STATE_PATIENCE)).map_err(failed())?;
-    let mut state = Vec::new();
-    (&mut stream).take(MAX_STATE + 1).read_to_end(&mut state).map_err(failed())?;
-    if state.len() as u64 > MAX_STATE {
-        let reason =
-            "it is longer than 64 MiB: does QEMU copy RAM by itself (video memory of a large display)?";
-        return Err(QemuError::Migration { what: "save the guest's state", reason: reason.into() });
+    let mut piece = vec![0; PIECE];
+    loop {
+        match stream.read(&mut piece).map_err(failed())? {
+            0 => return Ok(()),
+            read => {
+                let passed = state.write_all(&piece[..read]).and_then(|()| state.flush());
+                passed.map_err(QemuError::system("passing QEMU's state on"))?;
+            }
+        }
     }
-    Ok(state)
 }
 
 /// Waits for the end of a migration of QEMU's.

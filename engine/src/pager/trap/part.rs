@@ -3,6 +3,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use postcopy_transport::HostMemory;
@@ -27,6 +28,8 @@ pub(in crate::pager) struct PartTrap {
     anonymous: bool,
     /// Events that were read while a page was being published.
     early: Arc<Mutex<Vec<TrapEvent>>>,
+    /// Events wait: the source's guest may run.
+    held: Arc<AtomicBool>,
     /// Pages that were given back, where that is told: what has landed for them since is stale.
     given_back: Arc<Mutex<PageSet>>,
 }
@@ -64,6 +67,7 @@ impl PartTrap {
             whose,
             anonymous: false,
             early: Arc::default(),
+            held: Arc::default(),
             given_back,
         })
     }
@@ -83,12 +87,20 @@ impl PartTrap {
         self.whose == Whose::Threads
     }
 
-    /// Adds what has happened since the last call to `seen`. Never blocks.
+    /// Leaves events where they are, or not.
+    pub(super) fn hold(&self, held: bool) {
+        self.held.store(held, Ordering::Release);
+    }
+
+    /// Adds what has happened since the last call to `seen`, unless it is [held](PartTrap::hold). Never blocks.
     pub(in crate::pager) fn take(
         &self,
         buffer: &mut EventBuffer,
         seen: &mut Vec<TrapEvent>,
     ) -> Result<(), PagerError> {
+        if self.held.load(Ordering::Acquire) {
+            return Ok(());
+        }
         if self.whose == Whose::Theirs {
             seen.append(&mut lock(&self.early));
         }
