@@ -105,10 +105,10 @@ fn what_is_touched_while_the_sources_guest_runs_comes_when_it_stands_still() {
             let guest = memory.guest().clone();
             let toucher = scope.spawn(move || touched.map(|page| check(&guest, page)));
             // What the source's guest still has to write.
-            source.guest().write(touched[0] * PAGE_SIZE, &[0xee; PAGE_SIZE as usize]);
+            assert!(source.guest().write(touched[0] * PAGE_SIZE, &[0xee; PAGE_SIZE as usize]));
             std::thread::sleep(Duration::from_millis(100));
             assert!(!toucher.is_finished(), "{transport}: a page came before its guest stood still");
-            source.guest().write(touched[0] * PAGE_SIZE, &content(touched[0]));
+            assert!(source.guest().write(touched[0] * PAGE_SIZE, &content(touched[0])));
             export.describe_pages(None).unwrap();
             pager.source_stands_still(&[]);
         });
