@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# What demo-in-lab and bench/peers/qemu-in-lab share: processes with guests, by name, and what their
+# What demo-in-lab and bench/peers/qemu-moves share: processes with guests, by name, and what their
 # guests print. Sourced with the program's name, which begins its messages, and how many seconds it
 # waits for anything. Sets `work`, where NAME.log and NAME.console are: the scratch directory is no
 # place for sockets.

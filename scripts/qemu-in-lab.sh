@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # shellcheck disable=SC2154 # work is set by guests-in-lab.sh
-# What bench/peers/qemu-in-lab and bench/peers/programs-in-lab share: QEMU's monitor and its own
+# What bench/peers/qemu-moves and bench/peers/programs-in-lab share: QEMU's monitor and its own
 # migration. Sourced after guests-in-lab.sh; the monitor of NAME is at NAME.qmp, its console's socket
 # at NAME.tty.
 
