@@ -77,7 +77,7 @@ pub enum Phase {
     Setup,
     /// Its memory is read once; the guest runs at the source. In a hybrid migration.
     PreCopy,
-    /// The guest is stopped, its state on the way.
+    /// Its state is on the way; it is stopped for the last of it.
     Frozen,
     /// The destination was told to resume and has not confirmed: the guest is at neither side for
     /// certain.

@@ -21,7 +21,7 @@ pub(crate) fn progress_line(progress: &Progress) -> String {
         Phase::PreCopy => {
             format!("the guest runs at the source, its memory is read once; {}", share_line(&progress.pager))
         }
-        Phase::Frozen => "the guest is stopped, its state on the way".into(),
+        Phase::Frozen => "the guest is being stopped, its state is on the way".into(),
         Phase::InDoubt => "handing over".into(),
         Phase::Draining if progress.pager.total_pages == 0 => "the guest runs at the destination".into(),
         Phase::Draining => format!("the guest runs at the destination; {}", pager_line(&progress.pager)),

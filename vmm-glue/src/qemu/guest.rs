@@ -1,6 +1,6 @@
 //! A QEMU guest that moves: saved by QEMU's own migration without its RAM, loaded by the same.
 
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::net::Shutdown;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
@@ -219,10 +219,15 @@ impl QemuGuest {
         let mut qmp = self.qmp();
         let failed = || QemuError::system("giving QEMU the guest's state");
         let mut stream = UnixStream::connect(self.dir.file("state")).map_err(failed())?;
+        stream.set_write_timeout(Some(STATE_PATIENCE)).map_err(failed())?;
         let sent = std::io::copy(state, &mut stream).and_then(|_| stream.shutdown(Shutdown::Write));
-        if sent.is_err() {
-            // QEMU must not wait for the rest.
-            drop(stream.shutdown(Shutdown::Both));
+        match (&sent, &self.process) {
+            // It has refused the state, and says why.
+            (Err(error), _) if matches!(error.kind(), ErrorKind::BrokenPipe | ErrorKind::ConnectionReset) => {
+            }
+            // It would wait for the rest, or for memory that does not come either.
+            (Err(_), Some(process)) => process.kill(),
+            _ => {}
         }
         migration_ends(&mut qmp, "load the guest's state")?;
         sent.map_err(failed())
