@@ -181,10 +181,22 @@ fn strangers_who_say_nothing_do_not_keep_a_source_waiting() {
 }
 
 #[test]
+fn a_source_that_is_gone_before_it_has_offered_anything_is_not_missed() {
+    let scratch = Scratch::new("gone");
+    let port = free_port();
+    let destination = Pcvm::receive(&scratch, "b", port, &[]);
+    let source = Pcvm::run_tiny(&scratch, "a");
+    let out = source.try_migrate(&format!("127.0.0.1:{}", cut_after(0, port)), &[]);
+    assert_refused(&out, &["the guest runs on here"]);
+    source.migrate(&format!("127.0.0.1:{port}"), &[]);
+    destination.wait_for_progress();
+}
+
+#[test]
 fn a_connection_cut_at_each_step_before_the_handover() {
     let scratch = Scratch::new("cut");
     let source = Pcvm::run_tiny(&scratch, "a");
-    for messages in 0..BEFORE_COMMIT {
+    for messages in 1..BEFORE_COMMIT {
         let port = free_port();
         let destination = Pcvm::receive(&scratch, &format!("b{messages}"), port, &[]);
         let out = source.try_migrate(&format!("127.0.0.1:{}", cut_after(messages, port)), &[]);

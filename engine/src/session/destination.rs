@@ -11,7 +11,7 @@ use tokio::sync::mpsc::UnboundedSender;
 use super::channel::{Channel, unexpected};
 use super::course::micros;
 use super::dock::Dock;
-use super::door::await_call;
+use super::door::{Caller, await_call};
 use super::drain::Drain;
 use super::message::{GuestDescription, MAX_STATE, Message, Mode};
 use super::preamble::{Preamble, Purpose};
@@ -120,7 +120,7 @@ pub struct Arrived<G> {
 
 /// Waits for a source on `listener` and takes its guest in, up to its resume here.
 ///
-/// Connections that are not a source of ours are logged and ignored.
+/// Connections that are not a source of ours, or of one that is gone before it has said what it brings, are logged and ignored.
 ///
 /// Errors: anything on the way to the resume; the guest runs on at the source, and this side has
 /// let go of everything.
@@ -131,12 +131,12 @@ pub async fn receive<H: DestinationHost>(
 ) -> Result<Arrived<H::Guest>, SessionError> {
     let is_source = |theirs: &Preamble| theirs.purpose == Purpose::Control;
     let else_told = "its guest is not here: this side waits for another";
-    let (mut channel, Preamble { session, .. }) =
+    let Caller { mut channel, session, said } =
         await_call(listener, options.tls.as_ref(), is_source, else_told).await?;
     let begun = Instant::now();
     let dock = Dock::of(listener, channel.addresses(), session, options);
     let mut destination = Destination { dock, host, begun };
-    match destination.take_in(&mut channel).await {
+    match destination.take_in(&mut channel, said).await {
         Ok((guest, memory, pager)) => {
             let options = destination.dock.options;
             let drain =
@@ -166,8 +166,9 @@ impl<H: DestinationHost> Destination<'_, H> {
     async fn take_in(
         &mut self,
         channel: &mut Channel,
+        said: Message,
     ) -> Result<(Arc<H::Guest>, GuestMemory, Pager), SessionError> {
-        let (description, offered, mode) = offered(channel.receive("Offer", STEP_PATIENCE).await?)?;
+        let (description, offered, mode) = offered(said)?;
         passed("Offer", self.begun);
         self.check_size(&description)?;
         let huge_pages = &mut self.dock.options.pager.huge_pages;

@@ -8,7 +8,8 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::task::{AbortHandle, JoinSet};
 
 use super::channel::Channel;
-use super::preamble::{self, Preamble, Purpose};
+use super::message::Message;
+use super::preamble::{self, Preamble, Purpose, SessionId};
 use super::tls::DestinationTls;
 use super::{STEP_PATIENCE, SessionError};
 
@@ -65,21 +66,33 @@ impl<'a, T: Send + 'static> Door<'a, T> {
     }
 }
 
-/// The first who wants to speak, is who it has to be, and is `awaited`. Others are logged and turned away, those who want
-/// to speak with the reason.
+/// Somebody who wants to speak, and what was said first.
+pub(super) struct Caller {
+    pub(super) channel: Channel,
+    pub(super) session: SessionId,
+    pub(super) said: Message,
+}
+
+/// The first who wants to speak, is who it has to be, is `awaited`, and says what for. Others are logged and turned away,
+/// those who want to speak with the reason.
 pub(super) async fn await_call(
     listener: &TcpListener,
     tls: Option<&DestinationTls>,
     awaited: impl Fn(&Preamble) -> bool + Copy + Send + 'static,
     else_told: &'static str,
-) -> Result<(Channel, Preamble), SessionError> {
+) -> Result<Caller, SessionError> {
     let greet = |stream, from| {
         let tls = tls.cloned();
         async move {
             match greeted(stream, tls.as_ref()).await {
-                Ok((channel, theirs)) if awaited(&theirs) => {
-                    tracing::info!(%from, "the source is here");
-                    return Some((channel, theirs));
+                Ok((mut channel, theirs)) if awaited(&theirs) => {
+                    match channel.receive("what it comes for", STEP_PATIENCE).await {
+                        Ok(said) => {
+                            tracing::info!(%from, "the source is here");
+                            return Some(Caller { channel, session: theirs.session, said });
+                        }
+                        Err(error) => tracing::warn!(%from, %error, "a source that is gone again"),
+                    }
                 }
                 Ok((mut channel, theirs)) => {
                     tracing::warn!(%from, ?theirs, "turned away: {else_told}");
@@ -115,9 +128,11 @@ async fn greeted(
 
 #[cfg(test)]
 mod tests {
-    use tokio::io::AsyncReadExt;
+    use bytes::BytesMut;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
     use super::*;
+    use crate::session::message;
 
     #[tokio::test]
     async fn those_who_say_nothing_keep_nobody_waiting() {
@@ -125,14 +140,21 @@ mod tests {
         let address = listener.local_addr().unwrap();
         let dial = async || TcpStream::connect(address).await.unwrap();
         let mut silent = Vec::new();
-        for _ in 0..GREETED {
+        for _ in 0..GREETED - 4 {
             silent.push(dial().await);
         }
-        let mut speaker = dial().await;
         let ours = Preamble { session: [7; 16], purpose: Purpose::Control, tls: false };
+        // One is greeted and says nothing more, one is gone then.
+        let mut greeted = dial().await;
+        preamble::write(&mut greeted, ours).await.unwrap();
+        preamble::write(&mut dial().await, ours).await.unwrap();
+        let mut speaker = dial().await;
         preamble::write(&mut speaker, ours).await.unwrap();
-        let (_, theirs) = await_call(&listener, None, |_| true, "nobody").await.unwrap();
-        assert_eq!(theirs, ours);
+        let mut said = BytesMut::new();
+        message::encode(&Message::LanesReady, &mut said).unwrap();
+        speaker.write_all(&said).await.unwrap();
+        let caller = await_call(&listener, None, |_| true, "nobody").await.unwrap();
+        assert_eq!((caller.session, caller.said), (ours.session, Message::LanesReady));
     }
 
     #[tokio::test]

@@ -12,7 +12,7 @@ use super::channel::Channel;
 use super::course::micros;
 use super::destination::{DestinationGuest, ReceiveOptions, passed};
 use super::dock::Dock;
-use super::door::await_call;
+use super::door::{Caller, await_call};
 use super::message::Message;
 use super::preamble::{Preamble, Purpose, SessionId};
 use super::report::ArrivalReport;
@@ -212,9 +212,10 @@ impl Parted {
         let is_source =
             move |theirs: &Preamble| theirs.session == session && theirs.purpose == Purpose::Rejoin;
         let else_told = "a guest is here already, and its own source is waited for";
-        let (mut channel, _) = await_call(listener, options.tls.as_ref(), is_source, else_told).await?;
+        let Caller { mut channel, said, .. } =
+            await_call(listener, options.tls.as_ref(), is_source, else_told).await?;
         let dock = Dock::of(listener, channel.addresses(), session, options);
-        let offered = rejoins(channel.receive("Rejoin", STEP_PATIENCE).await?)?;
+        let offered = rejoins(said)?;
         if let Why::Unheard(arrival) = &self.why {
             return released(&mut channel, arrival).await;
         }
