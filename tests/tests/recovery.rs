@@ -76,13 +76,22 @@ fn outlives(
 
 /// That over a line that is cut and mended.
 fn outlives_a_cut(name: &str, receive: &[&str], migrate: &[&str]) -> Value {
+    outlives_a_cut_with(name, receive, migrate, |_| {})
+}
+
+/// That, with something done at the destination's port before the line is mended.
+fn outlives_a_cut_with(name: &str, receive: &[&str], migrate: &[&str], first: impl FnOnce(u16)) -> Value {
     let scratch = Scratch::new(&format!("outlives-{name}"));
     let port = free_port();
     let source = Pcvm::run_tiny(&scratch, "a");
     let destination = Pcvm::receive(&scratch, "b", port, receive);
     let line = Line::to(([127, 0, 0, 1], port), SLOW);
     let to = line.address().to_string();
-    outlives((source, &destination), (&to, migrate), || line.cut(), || line.mend())
+    let restore = || {
+        first(port);
+        line.mend();
+    };
+    outlives((source, &destination), (&to, migrate), || line.cut(), restore)
 }
 
 #[test]
@@ -121,18 +130,8 @@ fn one_whose_hosts_speak_under_tls_does() {
 
 #[test]
 fn strangers_who_say_nothing_do_not_keep_its_source_away() {
-    let scratch = Scratch::new("outlives-strangers");
-    let port = free_port();
-    let source = Pcvm::run_tiny(&scratch, "a");
-    let destination = Pcvm::receive(&scratch, "b", port, &[]);
-    let line = Line::to(([127, 0, 0, 1], port), SLOW);
-    let to = line.address().to_string();
     let mut strangers = None;
-    let restore = || {
-        strangers = Some(Strangers::at(port));
-        line.mend();
-    };
-    outlives((source, &destination), (&to, &[]), || line.cut(), restore);
+    outlives_a_cut_with("strangers", &[], &[], |port| strangers = Some(Strangers::at(port)));
 }
 
 /// Neither side is told: a connection whose other end is silent for 20 s is lost (ADR 16).

@@ -11,8 +11,8 @@ use postcopy_e2e::cutter::cut_after;
 use postcopy_e2e::strangers::Strangers;
 use postcopy_e2e::{Pcvm, Scratch, assert_refused, free_port, pcvm, program, receive_args, run, stderr};
 
-/// Messages before the one that hands the guest over: Offer, Accept, Granted, LanesReady, Recent,
-/// one piece of state, StateEnd, StateLoaded.
+/// Messages before the one that hands the guest over: Offer, Accept, Granted, LanesReady, one piece of
+/// state, Recent, StateEnd, StateLoaded.
 const BEFORE_COMMIT: i64 = 8;
 
 fn run_args(scratch: &Scratch, kernel: &Path, memory: &str) -> Vec<String> {

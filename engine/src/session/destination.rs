@@ -16,7 +16,7 @@ use super::drain::Drain;
 use super::message::{GuestDescription, MAX_STATE, Message, Mode};
 use super::preamble::{Preamble, Purpose};
 use super::round::{Connected, pre_copy};
-use super::state::{Came, Loading, incoming};
+use super::state::{Came, incoming};
 use super::tls::DestinationTls;
 use super::unpack::{offered, recent};
 use super::{GuestError, STEP_PATIENCE, SessionError, WORK_PATIENCE, blocking};
@@ -245,13 +245,12 @@ impl<H: DestinationHost> Destination<'_, H> {
     ) -> Result<(), SessionError> {
         let (pieces, mut state) = incoming();
         let guest = guest.clone();
-        let load = move |state: &mut Loading| {
-            guest.load(state)?;
+        let loading = blocking(move || {
+            guest.load(&mut state)?;
             if servers.is_empty() { Ok(()) } else { guest.serve_faults(servers) }
-        };
-        let loading = tokio::task::spawn_blocking(move || load(&mut state));
+        });
         let frozen = self.take_state(channel, &pieces, pager).await?;
-        let loaded = loading.await.unwrap_or_else(|failed| std::panic::resume_unwind(failed.into_panic()));
+        let loaded = loading.await;
         loaded.map_err(|source| SessionError::Guest { operation: "loading the guest's state", source })?;
         channel.send(&Message::StateLoaded { load_us: micros(frozen.elapsed()) }).await
     }

@@ -208,10 +208,13 @@ impl SessionError {
     }
 }
 
-/// Runs blocking work off the control plane's thread.
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
-    match tokio::task::spawn_blocking(work).await {
-        Ok(done) => done,
-        Err(failed) => std::panic::resume_unwind(failed.into_panic()),
+/// Runs blocking work off the control plane's thread, from now on; the result can be awaited.
+fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> impl Future<Output = T> {
+    let begun = tokio::task::spawn_blocking(work);
+    async {
+        match begun.await {
+            Ok(done) => done,
+            Err(failed) => std::panic::resume_unwind(failed.into_panic()),
+        }
     }
 }

@@ -1,6 +1,6 @@
 //! A QEMU guest that moves: saved by QEMU's own migration without its RAM, loaded by the same.
 
-use std::io::{ErrorKind, Read, Write};
+use std::io::{Error, ErrorKind, Read, Write};
 use std::net::Shutdown;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
@@ -221,13 +221,13 @@ impl QemuGuest {
         let mut stream = UnixStream::connect(self.dir.file("state")).map_err(failed())?;
         stream.set_write_timeout(Some(STATE_PATIENCE)).map_err(failed())?;
         let sent = std::io::copy(state, &mut stream).and_then(|_| stream.shutdown(Shutdown::Write));
-        match (&sent, &self.process) {
-            // It has refused the state, and says why.
-            (Err(error), _) if matches!(error.kind(), ErrorKind::BrokenPipe | ErrorKind::ConnectionReset) => {
-            }
-            // It would wait for the rest, or for memory that does not come either.
-            (Err(_), Some(process)) => process.kill(),
-            _ => {}
+        // One that has refused the state says why. Another would wait for the rest, or for memory that does not come either.
+        let refused =
+            |error: &Error| matches!(error.kind(), ErrorKind::BrokenPipe | ErrorKind::ConnectionReset);
+        if let (Err(error), Some(process)) = (&sent, &self.process)
+            && !refused(error)
+        {
+            process.kill();
         }
         migration_ends(&mut qmp, "load the guest's state")?;
         sent.map_err(failed())
