@@ -8,9 +8,13 @@ use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 const GREETING: usize = 32;
+/// Where a greeting has what it is for, and what it has there of a control connection and of a lane.
+const PURPOSE: usize = 10;
+const CONTROL: u8 = 0;
+const LANE: u8 = 1;
 const FRAME_HEADER: usize = 8;
 
 /// Relays connections to `target` and cuts each control connection when `messages` messages have
@@ -32,7 +36,7 @@ fn relay(mut client: TcpStream, mut server: TcpStream, messages: i64) -> std::io
     let mut greeting = [0; GREETING];
     client.read_exact(&mut greeting)?;
     server.write_all(&greeting)?;
-    let is_control = greeting[10] == 0;
+    let is_control = greeting[PURPOSE] == CONTROL;
     let left = Arc::new(AtomicI64::new(messages));
     if is_control {
         server.read_exact(&mut greeting)?;
@@ -44,8 +48,10 @@ fn relay(mut client: TcpStream, mut server: TcpStream, messages: i64) -> std::io
             let _ = std::io::copy(&mut server_too, &mut client_too);
             client_too.shutdown(Shutdown::Both)
         });
-        std::io::copy(&mut client, &mut server)?;
-        return Ok(());
+        let passed = std::io::copy(&mut client, &mut server);
+        // An end that the other side does not hear of is none of a lane's.
+        server.shutdown(Shutdown::Both)?;
+        return passed.map(drop);
     }
     let back = left.clone();
     std::thread::spawn(move || pass_frames(&mut server_too, &mut client_too, &back));
@@ -78,6 +84,10 @@ pub struct Line {
 
 struct LineState {
     cut: AtomicBool,
+    /// Whether lanes carry nothing from who dials.
+    hushed: AtomicBool,
+    /// When something passed last.
+    passed: Mutex<Instant>,
     /// Bytes a second of each connection, from who dials.
     rate: AtomicU64,
     open: Mutex<Vec<TcpStream>>,
@@ -89,9 +99,13 @@ impl Line {
         let target = target.into();
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
-        let state =
-            LineState { cut: AtomicBool::new(false), rate: AtomicU64::new(rate), open: Mutex::default() };
-        let state = Arc::new(state);
+        let state = Arc::new(LineState {
+            cut: AtomicBool::new(false),
+            hushed: AtomicBool::new(false),
+            passed: Mutex::new(Instant::now()),
+            rate: AtomicU64::new(rate),
+            open: Mutex::default(),
+        });
         let line = state.clone();
         std::thread::spawn(move || {
             for client in listener.incoming().map_while(Result::ok) {
@@ -109,6 +123,16 @@ impl Line {
         self.address
     }
 
+    /// What lanes carry from who dials is lost from now on, until they are.
+    pub fn hush_lanes(&self) {
+        self.state.hushed.store(true, Ordering::SeqCst);
+    }
+
+    /// For how long nothing has passed.
+    pub fn still_for(&self) -> Duration {
+        self.state.passed.lock().unwrap().elapsed()
+    }
+
     /// Loses all connections.
     pub fn cut(&self) {
         self.state.cut.store(true, Ordering::SeqCst);
@@ -120,6 +144,7 @@ impl Line {
     /// Takes connections again, as fast as they are.
     pub fn mend(&self) {
         self.state.rate.store(u64::MAX, Ordering::SeqCst);
+        self.state.hushed.store(false, Ordering::SeqCst);
         self.state.cut.store(false, Ordering::SeqCst);
     }
 }
@@ -136,13 +161,24 @@ impl LineState {
         }
     }
 
+    /// `slow` is the way from who dials, which begins with a greeting.
     fn pass(&self, mut from: TcpStream, mut to: TcpStream, slow: bool) {
+        let mut greeting = [0; GREETING];
+        if slow && (from.read_exact(&mut greeting).is_err() || to.write_all(&greeting).is_err()) {
+            let _ = to.shutdown(Shutdown::Both);
+            return;
+        }
+        let is_lane = slow && greeting[PURPOSE] == LANE;
         let mut buffer = vec![0; 16 << 10];
         while let Ok(got @ 1..) = from.read(&mut buffer) {
             if slow {
                 std::thread::sleep(
                     Duration::from_secs(1).mul_f64(got as f64 / self.rate.load(Ordering::SeqCst) as f64),
                 );
+            }
+            *self.passed.lock().unwrap() = Instant::now();
+            if is_lane && self.hushed.load(Ordering::SeqCst) {
+                continue;
             }
             if to.write_all(&buffer[..got]).is_err() {
                 break;

@@ -114,7 +114,7 @@ impl Process {
             if let Some(status) = self.child().try_wait().unwrap() {
                 return (status.success(), self.log());
             }
-            assert!(begin.elapsed() < PATIENCE, "{} does not end:\n{}", self.name(), self.log());
+            assert!(begin.elapsed() < PATIENCE, "{} does not end; it {}", self.name(), self.story());
             std::thread::sleep(Duration::from_millis(10));
         }
     }

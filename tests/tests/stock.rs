@@ -220,6 +220,35 @@ fn a_connection_cut_before_the_handover_leaves_the_guest_running() {
     assert!(runs(&destination));
 }
 
+/// Its devices touch memory as they are loaded, and that does not come.
+#[test]
+#[ignore = "needs a Linux kernel: run by scripts/test"]
+fn a_source_that_is_lost_while_the_state_is_loaded_leaves_the_guest_running() {
+    let scratch = Scratch::new("stock-lost-early");
+    let machine = Plain::linux("pcguest.mb=64 pcguest.access=write pcguest.pace_us=100");
+    let source = machine.start(&scratch, "a");
+    source.wait_for_reports(1);
+    let (destination, to) = machine.receive(&scratch, "b", LOOPBACK, &[]);
+    let line = Line::to(to, u64::MAX);
+    line.hush_lanes();
+    std::thread::scope(|scope| {
+        let moving = scope.spawn(|| source.try_migrate(line.address(), "tcp"));
+        wait_until("all of the state is there", || line.still_for() > Duration::from_secs(1));
+        assert!(!moving.is_finished(), "it did not wait for memory: {}", stderr(&moving.join().unwrap()));
+        line.cut();
+        assert_refused(&moving.join().unwrap(), &["the guest runs on here"]);
+    });
+    assert!(runs(&source));
+    // It was the source that it did not wait for any longer, and not its QEMU.
+    wait_until("the destination has let go", || destination.log().contains("no guest was taken in"));
+    assert!(destination.log().contains("the peer closed the connection"), "{}", destination.log());
+    wait_until("it has ended", || !destination.lives());
+    let (destination, to) = machine.receive(&scratch, "c", LOOPBACK, &[]);
+    source.migrate(&destination, to, "tcp");
+    destination.wait_for_reports(1);
+    destination.verify();
+}
+
 #[test]
 fn a_guest_whose_memory_cannot_be_reached() {
     let scratch = Scratch::new("stock-ram");

@@ -380,6 +380,16 @@ impl Pager {
         self.status.clone()
     }
 
+    /// Waits until it fails. `None`: it has ended well.
+    pub async fn failed(&self) -> Option<Arc<PagerError>> {
+        let mut status = self.status();
+        let ended = status.wait_for(|status| !matches!(status.state, PagerState::Running)).await.ok()?;
+        match &ended.state {
+            PagerState::Failed(error) => Some(error.clone()),
+            _ => None,
+        }
+    }
+
     /// Stops the threads and waits for them. Pages that have not arrived stay trapped as long as the
     /// returned trap lives.
     pub fn stop(mut self) -> Trap {

@@ -70,6 +70,10 @@ pub trait DestinationGuest: Send + Sync + 'static {
     /// fetched on demand.
     fn load(&self, state: &mut dyn Read) -> Result<(), GuestError>;
 
+    /// It will not run here: the rest of its state, or memory that its loading waits for, does not come. Called while it is
+    /// loaded, or after that failed; touches of its memory do not wait for long afterwards.
+    fn give_up(&self) {}
+
     /// Takes the servers of the threads that will serve their own faults, after the state is loaded
     /// and before the guest runs. Only called where [`DestinationHost::serving_threads`] said so.
     fn serve_faults(&self, _servers: Vec<FaultServer>) -> Result<(), GuestError> {
@@ -244,14 +248,23 @@ impl<H: DestinationHost> Destination<'_, H> {
         servers: Vec<FaultServer>,
     ) -> Result<(), SessionError> {
         let (pieces, mut state) = incoming();
-        let guest = guest.clone();
+        let (guest, given_up) = (guest.clone(), guest);
         let loading = blocking(move || {
             guest.load(&mut state)?;
             if servers.is_empty() { Ok(()) } else { guest.serve_faults(servers) }
         });
-        let frozen = self.take_state(channel, &pieces, pager).await?;
-        let loaded = loading.await;
-        loaded.map_err(|source| SessionError::Guest { operation: "loading the guest's state", source })?;
+        let loaded = async {
+            let frozen = self.take_state(channel, &pieces, pager).await?;
+            let loaded = tokio::select! {
+                loaded = loading => loaded,
+                // The trap, which would have it wait for ever, ends with the pager.
+                reason = cut_off(channel, pager) => Err(reason),
+            };
+            loaded
+                .map_err(|source| SessionError::Guest { operation: "loading the guest's state", source })?;
+            Ok(frozen)
+        };
+        let frozen = loaded.await.inspect_err(|_: &SessionError| given_up.give_up())?;
         channel.send(&Message::StateLoaded { load_us: micros(frozen.elapsed()) }).await
     }
 
@@ -305,5 +318,17 @@ impl<H: DestinationHost> Destination<'_, H> {
             tracing::warn!(%error, "the source could not be told that its guest runs here");
         }
         Ok(())
+    }
+}
+
+/// Why the memory that a guest's loading may wait for does not come any more. Pending as long as it does.
+async fn cut_off(channel: &mut Channel, pager: &Pager) -> GuestError {
+    const AWAITED: &str = "the state to be loaded";
+    tokio::select! {
+        heard = channel.receive(AWAITED, WORK_PATIENCE) => match heard {
+            Ok(early) => unexpected(&early, AWAITED).into(),
+            Err(lost) => lost.into(),
+        },
+        Some(error) = pager.failed() => error.into(),
     }
 }

@@ -1,6 +1,6 @@
 //! A QEMU guest that moves: saved by QEMU's own migration without its RAM, loaded by the same.
 
-use std::io::{Error, ErrorKind, Read, Write};
+use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
@@ -221,14 +221,6 @@ impl QemuGuest {
         let mut stream = UnixStream::connect(self.dir.file("state")).map_err(failed())?;
         stream.set_write_timeout(Some(STATE_PATIENCE)).map_err(failed())?;
         let sent = std::io::copy(state, &mut stream).and_then(|_| stream.shutdown(Shutdown::Write));
-        // One that has refused the state says why. Another would wait for the rest, or for memory that does not come either.
-        let refused =
-            |error: &Error| matches!(error.kind(), ErrorKind::BrokenPipe | ErrorKind::ConnectionReset);
-        if let (Err(error), Some(process)) = (&sent, &self.process)
-            && !refused(error)
-        {
-            process.kill();
-        }
         migration_ends(&mut qmp, "load the guest's state")?;
         sent.map_err(failed())
     }
@@ -315,6 +307,10 @@ impl DirtyLog for QemuDirtyLog {
 impl DestinationGuest for QemuGuest {
     fn load(&self, state: &mut dyn Read) -> Result<(), GuestError> {
         self.read_in(state).map_err(|error| self.explain(error))
+    }
+
+    fn give_up(&self) {
+        self.process.iter().for_each(Process::kill);
     }
 
     fn resume(&self) -> Result<(), GuestError> {
