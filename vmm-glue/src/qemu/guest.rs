@@ -18,7 +18,7 @@ use serde_json::{Value, json};
 
 use super::balloon::{self, Inflated};
 use super::host::{Described, VMM, layout};
-use super::process::{PrivateDir, Process};
+use super::process::Process;
 use super::qmp::Qmp;
 use super::{Facts, QemuError, ram};
 
@@ -34,7 +34,6 @@ pub struct QemuGuest {
     facts: Facts,
     memory: GuestMemory,
     qmp: Arc<Mutex<Qmp>>,
-    dir: PrivateDir,
     process: Option<Process>,
     /// The vCPUs' threads, if it was started for this guest.
     threads: Vec<i32>,
@@ -66,21 +65,20 @@ impl QemuGuest {
         let layout = layout(facts.ram_bytes).map_err(|error| QemuError::Unfit(error.to_string()))?;
         let memory =
             GuestMemory::of_file(layout, file).map_err(QemuError::system("mapping the guest's RAM"))?;
-        Ok(Self::new(facts, memory, qmp, PrivateDir::new()?, None, None))
+        Ok(Self::new(facts, memory, qmp, None, None))
     }
 
     pub(super) fn new(
         facts: Facts,
         memory: GuestMemory,
         qmp: Qmp,
-        dir: PrivateDir,
         started: Option<(Process, Vec<i32>)>,
         deflate_to: Option<u64>,
     ) -> Self {
         let (process, threads) = started.unzip();
         let (qmp, threads) = (Arc::new(Mutex::new(qmp)), threads.unwrap_or_default());
         let (resumed, deflate_to) = (AtomicBool::new(false), Mutex::new(deflate_to));
-        Self { facts, memory, qmp, dir, process, threads, resumed, deflate_to }
+        Self { facts, memory, qmp, process, threads, resumed, deflate_to }
     }
 
     /// Has its balloon take so many per cent of what it calls free, which then need not move. It gets them back at
@@ -218,7 +216,9 @@ impl QemuGuest {
     fn read_in(&self, state: &mut dyn Read) -> Result<(), QemuError> {
         let mut qmp = self.qmp();
         let failed = || QemuError::system("giving QEMU the guest's state");
-        let mut stream = UnixStream::connect(self.dir.file("state")).map_err(failed())?;
+        let none = || QemuError::Unfit("it was not started to take a guest in".into());
+        let socket = self.process.as_ref().ok_or_else(none)?.state_socket();
+        let mut stream = UnixStream::connect(socket).map_err(failed())?;
         stream.set_write_timeout(Some(STATE_PATIENCE)).map_err(failed())?;
         let sent = std::io::copy(state, &mut stream).and_then(|_| stream.shutdown(Shutdown::Write));
         migration_ends(&mut qmp, "load the guest's state")?;

@@ -13,7 +13,7 @@ use serde_json::json;
 use super::facts::vcpu_threads;
 use super::guest::{self, QemuGuest};
 use super::handover::Handover;
-use super::process::{PrivateDir, Process};
+use super::process::Process;
 use super::qmp::Qmp;
 use super::{Facts, QemuError};
 
@@ -40,7 +40,6 @@ struct Waiting {
     facts: Facts,
     process: Process,
     qmp: Qmp,
-    dir: PrivateDir,
     handover: Option<Handover>,
 }
 
@@ -63,8 +62,7 @@ impl QemuHost {
             );
             return Err(QemuError::Arguments(text));
         }
-        let dir = PrivateDir::new()?;
-        let (process, mut qmp, handed) = Process::start(command, &dir)?;
+        let (process, mut qmp, handed) = Process::start(command)?;
         let ready = Facts::gather(&mut qmp).and_then(|facts| {
             let ours = handed.try_iter().find(|handover| handover.bytes == facts.ram_bytes);
             let none = "QEMU did not hand its RAM over: it must be a file on tmpfs (/dev/shm), not on a disk or of huge \
@@ -75,7 +73,7 @@ impl QemuHost {
         });
         match ready {
             Ok((facts, handover)) => {
-                let waiting = Waiting { facts, process, qmp, dir, handover: Some(handover) };
+                let waiting = Waiting { facts, process, qmp, handover: Some(handover) };
                 Ok(Self { waiting: Mutex::new(Some(waiting)) })
             }
             Err(error) => {
@@ -149,11 +147,11 @@ impl DestinationHost for QemuHost {
     fn prepare(&self, description: &GuestDescription, memory: &GuestMemory) -> Result<QemuGuest, GuestError> {
         let Described { deflate_to, .. } = described(description)?;
         let waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let Waiting { facts, process, mut qmp, dir, .. } = waiting.ok_or("QEMU has its guest already")?;
-        let uri = format!("unix:{}", dir.file("state").display());
+        let Waiting { facts, process, mut qmp, .. } = waiting.ok_or("QEMU has its guest already")?;
+        let uri = format!("unix:{}", process.state_socket().display());
         let ready =
             qmp.execute("migrate-incoming", &json!({"uri": uri})).and_then(|_| vcpu_threads(&mut qmp));
         let threads = ready.inspect_err(|_| process.kill())?;
-        Ok(QemuGuest::new(facts, memory.clone(), qmp, dir, Some((process, threads)), deflate_to))
+        Ok(QemuGuest::new(facts, memory.clone(), qmp, Some((process, threads)), deflate_to))
     }
 }

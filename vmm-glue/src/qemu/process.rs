@@ -2,15 +2,17 @@
 
 use std::collections::VecDeque;
 use std::ffi::OsString;
+use std::fs::Permissions;
 use std::io::{BufRead, BufReader};
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
+
+use tempfile::TempDir;
 
 use super::handover::{self, Handover};
 use super::host::QemuCommand;
@@ -26,46 +28,24 @@ const LOOK: Duration = Duration::from_millis(10);
 /// Lines of QEMU's that are kept for an error.
 const KEPT_LINES: usize = 5;
 
-/// A directory that only this user can look into, removed at the end.
-pub(super) struct PrivateDir(PathBuf);
-
-impl PrivateDir {
-    pub(super) fn new() -> Result<Self, QemuError> {
-        static COUNT: AtomicU32 = AtomicU32::new(0);
-        let name = format!("pcvm-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
-        let path = std::env::temp_dir().join(name);
-        let made = std::fs::DirBuilder::new().mode(0o700).create(&path);
-        made.map_err(QemuError::system(format!("making {}", path.display())))?;
-        Ok(Self(path))
-    }
-
-    pub(super) fn file(&self, name: &str) -> PathBuf {
-        self.0.join(name)
-    }
-}
-
-impl Drop for PrivateDir {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
-    }
-}
-
 /// The process. Dropping it leaves it alone: its guest may be somebody's.
 pub(super) struct Process {
     child: Mutex<Child>,
     said: Arc<Mutex<VecDeque<String>>>,
+    /// Its sockets, where only this user can look.
+    dir: TempDir,
 }
 
 impl Process {
     /// Starts a QEMU that waits for a guest, and gives its monitor and what it has handed over.
     ///
     /// Errors: arguments that a destination cannot have, or QEMU ends; then with its last words.
-    pub(super) fn start(
-        command: &QemuCommand,
-        dir: &PrivateDir,
-    ) -> Result<(Self, Qmp, Receiver<Handover>), QemuError> {
+    pub(super) fn start(command: &QemuCommand) -> Result<(Self, Qmp, Receiver<Handover>), QemuError> {
         check(&command.arguments)?;
-        let (socket, monitor) = (dir.file("handover"), dir.file("monitor"));
+        let dir =
+            tempfile::Builder::new().prefix("pcvm-").permissions(Permissions::from_mode(0o700)).tempdir();
+        let dir = dir.map_err(QemuError::system("making a directory for QEMU's sockets"))?;
+        let (socket, monitor) = (dir.path().join("handover"), dir.path().join("monitor"));
         let listener =
             UnixListener::bind(&socket).map_err(QemuError::system("making the handover's socket"))?;
         let mut preload = OsString::from(&command.library);
@@ -91,7 +71,7 @@ impl Process {
         if let Some(stderr) = child.stderr.take() {
             listen(stderr, said.clone());
         }
-        let process = Self { child: Mutex::new(child), said };
+        let process = Self { child: Mutex::new(child), said, dir };
         let handed = take_all(listener);
         match process.monitor(&monitor) {
             Ok(qmp) => Ok((process, qmp, handed)),
@@ -100,6 +80,11 @@ impl Process {
                 Err(error)
             }
         }
+    }
+
+    /// Where it takes the guest's state in.
+    pub(super) fn state_socket(&self) -> PathBuf {
+        self.dir.path().join("state")
     }
 
     /// Connects to the monitor as soon as there is one.
