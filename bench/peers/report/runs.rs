@@ -36,6 +36,9 @@ pub(crate) struct Cpu {
 pub(crate) struct Guest {
     pub(crate) stall_us: Stalls,
     pub(crate) longest_pause_ms: f64,
+    /// What its turns took longer than half of them, in total: pauses, stalls, and waiting for a processor.
+    #[serde(default)]
+    pub(crate) stood_still_ms: Option<f64>,
     /// What its accesses took longer than `first_touch_us`, in total.
     pub(crate) lost_ms: f64,
     /// Median of the very first touches of pages, while the guest filled its own memory. It depends on
@@ -61,8 +64,9 @@ pub(crate) struct Metric {
 }
 
 /// All of them, in the table's order.
-pub(crate) const METRICS: [Metric; 12] = [
+pub(crate) const METRICS: [Metric; 13] = [
     metric("longest pause of the guest", "ms", true, |run| Some(run.guest.longest_pause_ms)),
+    metric("stood still, in total", "ms", true, |run| run.guest.stood_still_ms),
     metric("lost to stalls, in total", "ms", true, |run| Some(run.guest.lost_ms)),
     metric("access p99.9", "ms", true, |run| Some(run.guest.stall_us.p999 / 1e3)),
     metric("downtime", "ms", true, |run| Some(run.downtime_ms)),
@@ -168,6 +172,7 @@ mod tests {
             guest: Guest {
                 stall_us: Stalls { p99: 1.0, p999: 2.0, max: 3.0 },
                 longest_pause_ms: pause,
+                stood_still_ms: Some(10.0 + pause),
                 lost_ms: 10.0,
                 first_touch_us: 5.0,
             },

@@ -194,6 +194,7 @@ impl Program {
             first_touch_us: round(first_touch_ns as f64 / 1e3),
             lost_ms: round(self.walker.stalls[0].above(first_touch_ns) as f64 / 1e6),
             longest_pause_ms: self.pauses.longest().first().map_or(0.0, |pause| pause.ms),
+            stood_still_ms: round(self.pauses.stood_still_ns() as f64 / 1e6),
             pauses: self.pauses.longest().to_vec(),
             rate_pages_s: round(rate),
             disk_blocks: self.disk.as_ref().map(|disk| disk.acknowledged()),

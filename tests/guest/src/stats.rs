@@ -84,10 +84,11 @@ pub struct Pause {
     pub ms: f64,
 }
 
-/// The longest pauses so far.
+/// The times between two turns of the loop so far.
 #[derive(Clone, Debug)]
 pub struct Pauses {
     start_ns: u64,
+    all: Times,
     /// Descending by length.
     longest: Vec<Pause>,
 }
@@ -98,11 +99,12 @@ impl Pauses {
 
     /// None yet, and their times count from `now_ns`.
     pub fn new(now_ns: u64) -> Self {
-        Self { start_ns: now_ns, longest: Vec::with_capacity(Self::KEPT + 1) }
+        Self { start_ns: now_ns, all: Times::default(), longest: Vec::with_capacity(Self::KEPT + 1) }
     }
 
     /// A pause has ended.
     pub fn note(&mut self, length_ns: u64, now_ns: u64) {
+        self.all.record(length_ns);
         let (ms, at_ms) = (length_ns as f64 / 1e6, now_ns.saturating_sub(self.start_ns) as f64 / 1e6);
         if self.longest.len() == Self::KEPT && self.longest.last().is_some_and(|least| least.ms >= ms) {
             return;
@@ -110,6 +112,11 @@ impl Pauses {
         let place = self.longest.partition_point(|longer| longer.ms >= ms);
         self.longest.insert(place, Pause { at_ms: round(at_ms), ms: round(ms) });
         self.longest.truncate(Self::KEPT);
+    }
+
+    /// How much longer than half of them they were, in total, in nanoseconds: for so long nothing went on.
+    pub fn stood_still_ns(&self) -> u64 {
+        self.all.above(self.all.median_ns())
     }
 
     /// The longest first.
@@ -144,6 +151,8 @@ pub struct Report {
     pub lost_ms: f64,
     /// Longest time between two turns of the loop since the start or the last `reset`.
     pub longest_pause_ms: f64,
+    /// What all turns since then took longer than half of them, in total: whatever it was that they waited for.
+    pub stood_still_ms: f64,
     /// The longest ones, the longest first.
     pub pauses: Vec<Pause>,
     /// Pages verified a second since the last report.
@@ -174,5 +183,7 @@ mod tests {
         }
         let kept: Vec<_> = pauses.longest().iter().map(|pause| (pause.at_ms, pause.ms)).collect();
         assert_eq!(kept, [(2.0, 9.0), (4.0, 9.0), (6.0, 7.0), (3.0, 4.0), (0.0, 3.0)]);
+        // Half are of 3 ms or less.
+        assert_eq!((pauses.stood_still_ns() + 500_000) / 1_000_000, 6 + 1 + 6 + 4);
     }
 }
