@@ -20,14 +20,13 @@ use super::balloon::{self, Inflated};
 use super::host::{Described, VMM, layout};
 use super::process::Process;
 use super::qmp::Qmp;
+use super::settings::{Settings, Side};
 use super::{Facts, QemuError, ram};
 
 /// How long QEMU may take to save or load its devices.
 const STATE_PATIENCE: Duration = Duration::from_secs(60);
 /// How much of QEMU's state is passed on at once.
 const PIECE: usize = 64 << 10;
-/// Bytes a second that QEMU may write its state with.
-const NO_LIMIT: u64 = 10 << 30;
 
 /// A guest in a QEMU: one that was found running, or one that was started to take it in.
 pub struct QemuGuest {
@@ -39,8 +38,17 @@ pub struct QemuGuest {
     threads: Vec<i32>,
     /// Whether it may have run in the QEMU that was started for it.
     resumed: AtomicBool,
+    /// What QEMU was set to before the move.
+    before: Mutex<Option<Settings>>,
     /// Bytes that the guest is to have after the move, where its balloon took some for that.
     deflate_to: Mutex<Option<u64>>,
+}
+
+/// A QEMU that was started to take a guest in.
+pub(super) struct Started {
+    pub(super) process: Process,
+    pub(super) threads: Vec<i32>,
+    pub(super) before: Settings,
 }
 
 impl Drop for QemuGuest {
@@ -72,13 +80,16 @@ impl QemuGuest {
         facts: Facts,
         memory: GuestMemory,
         qmp: Qmp,
-        started: Option<(Process, Vec<i32>)>,
+        started: Option<Started>,
         deflate_to: Option<u64>,
     ) -> Self {
-        let (process, threads) = started.unzip();
-        let (qmp, threads) = (Arc::new(Mutex::new(qmp)), threads.unwrap_or_default());
-        let (resumed, deflate_to) = (AtomicBool::new(false), Mutex::new(deflate_to));
-        Self { facts, memory, qmp, process, threads, resumed, deflate_to }
+        let (process, threads, before) = match started {
+            Some(Started { process, threads, before }) => (Some(process), threads, Some(before)),
+            None => (None, Vec::new(), None),
+        };
+        let (qmp, resumed) = (Arc::new(Mutex::new(qmp)), AtomicBool::new(false));
+        let (before, deflate_to) = (Mutex::new(before), Mutex::new(deflate_to));
+        Self { facts, memory, qmp, process, threads, resumed, before, deflate_to }
     }
 
     /// Has its balloon take so many per cent of what it calls free, which then need not move. It gets them back at
@@ -167,8 +178,8 @@ impl QemuGuest {
         // Given, and not a path: QEMU may be another user's, or confined.
         let made = UnixStream::pair().map_err(QemuError::system("making a socket for QEMU's state"));
         let (ours, theirs) = made?;
-        set_capabilities(&mut qmp, &[("x-ignore-shared", true), ("events", true)])?;
-        qmp.execute("migrate-set-parameters", &json!({"max-bandwidth": NO_LIMIT}))?;
+        let before = Settings::now(&mut qmp, Side::Source)?;
+        locked(&self.before).insert(before).for_a_move(&mut qmp)?;
         qmp.forget_events();
         qmp.give("postcopy-state", theirs.as_fd())?;
         // QEMU's copy alone is left, so that its end is seen.
@@ -205,8 +216,9 @@ impl QemuGuest {
             }
             std::thread::sleep(Duration::from_millis(5));
         }
-        // As it was before: a later migration of QEMU's own must carry the RAM.
-        set_capabilities(&mut qmp, &[("x-ignore-shared", false), ("events", false)])?;
+        if let Some(before) = locked(&self.before).take() {
+            before.restore(&mut qmp)?;
+        }
         if qmp.execute("query-status", &json!({}))?["running"] != true {
             qmp.execute("cont", &json!({}))?;
         }
@@ -320,6 +332,11 @@ impl DestinationGuest for QemuGuest {
         drop(qmp);
         // The guest runs: that is told first.
         self.later("announce", "the network was not told that the guest has moved", announce);
+        if let Some(before) = locked(&self.before).take() {
+            let failed =
+                "QEMU's migration is still set up for a move of ours: one of its own would not carry the RAM";
+            self.later("settings", failed, move |qmp| before.restore(qmp));
+        }
         Ok(())
     }
 
@@ -355,18 +372,6 @@ fn while_stopped<T>(qmp: &mut Qmp, work: impl FnOnce() -> Result<T, QemuError>) 
         qmp.execute("cont", &json!({}))?;
     }
     done
-}
-
-/// Prepares a destination's QEMU to load: RAM left alone, and disks left to the source until the
-/// guest runs here.
-pub(super) fn prepare_to_load(qmp: &mut Qmp) -> Result<(), QemuError> {
-    set_capabilities(qmp, &[("x-ignore-shared", true), ("events", true), ("late-block-activate", true)])
-}
-
-fn set_capabilities(qmp: &mut Qmp, wanted: &[(&str, bool)]) -> Result<(), QemuError> {
-    let each = wanted.iter().map(|(name, state)| json!({"capability": name, "state": state}));
-    let all: Vec<Value> = each.collect();
-    qmp.execute("migrate-set-capabilities", &json!({"capabilities": all})).map(drop)
 }
 
 /// Passes QEMU's state on, all of it, each piece as it comes.

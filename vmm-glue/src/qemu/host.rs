@@ -11,10 +11,11 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::facts::vcpu_threads;
-use super::guest::{self, QemuGuest};
+use super::guest::{QemuGuest, Started};
 use super::handover::Handover;
 use super::process::Process;
 use super::qmp::Qmp;
+use super::settings::{Settings, Side};
 use super::{Facts, QemuError};
 
 /// Kind of VMM that the state belongs to.
@@ -40,6 +41,7 @@ struct Waiting {
     facts: Facts,
     process: Process,
     qmp: Qmp,
+    before: Settings,
     handover: Option<Handover>,
 }
 
@@ -68,12 +70,14 @@ impl QemuHost {
             let none = "QEMU did not hand its RAM over: it must be a file on tmpfs (/dev/shm), not on a disk or of huge \
                         pages, and QEMU must not be a static program";
             let handover = ours.ok_or_else(|| QemuError::Unfit(none.into()))?;
-            guest::prepare_to_load(&mut qmp)?;
-            Ok((facts, handover))
+            // Disks are left to the source until the guest runs here.
+            let before = Settings::now(&mut qmp, Side::Destination)?;
+            before.for_a_move(&mut qmp)?;
+            Ok((facts, handover, before))
         });
         match ready {
-            Ok((facts, handover)) => {
-                let waiting = Waiting { facts, process, qmp, handover: Some(handover) };
+            Ok((facts, handover, before)) => {
+                let waiting = Waiting { facts, process, qmp, before, handover: Some(handover) };
                 Ok(Self { waiting: Mutex::new(Some(waiting)) })
             }
             Err(error) => {
@@ -147,11 +151,11 @@ impl DestinationHost for QemuHost {
     fn prepare(&self, description: &GuestDescription, memory: &GuestMemory) -> Result<QemuGuest, GuestError> {
         let Described { deflate_to, .. } = described(description)?;
         let waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let Waiting { facts, process, mut qmp, .. } = waiting.ok_or("QEMU has its guest already")?;
+        let Waiting { facts, process, mut qmp, before, .. } = waiting.ok_or("QEMU has its guest already")?;
         let uri = format!("unix:{}", process.state_socket().display());
         let ready =
             qmp.execute("migrate-incoming", &json!({"uri": uri})).and_then(|_| vcpu_threads(&mut qmp));
         let threads = ready.inspect_err(|_| process.kill())?;
-        Ok(QemuGuest::new(facts, memory.clone(), qmp, Some((process, threads)), deflate_to))
+        Ok(QemuGuest::new(facts, memory.clone(), qmp, Some(Started { process, threads, before }), deflate_to))
     }
 }

@@ -14,7 +14,7 @@
 //! ```
 //!
 //! `facts.rs` says what a QEMU is, and refuses before anything stops what could not be moved;
-//! `foreign.rs`, who else would reach its memory. `balloon.rs` takes what is free out of the guest before.
+//! `foreign.rs`, who else would reach its memory. `settings.rs`: what QEMU is set to meanwhile. `balloon.rs` takes what is free out of the guest before.
 
 mod balloon;
 mod facts;
@@ -25,6 +25,7 @@ mod host;
 mod process;
 mod qmp;
 mod ram;
+mod settings;
 
 pub use balloon::Inflated;
 pub use facts::Facts;
