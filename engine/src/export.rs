@@ -138,6 +138,11 @@ impl Export {
         self.describe(Of::Running)
     }
 
+    /// Whether all of the memory has been looked at since that was started.
+    pub fn is_described(&self) -> bool {
+        self.map.is_filled()
+    }
+
     /// Starts to fill the page map. The guest must be frozen, and stay so as long as `self` lives. If
     /// there was a round of pre-copy, `dirty` tells what was written since it began.
     ///

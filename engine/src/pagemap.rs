@@ -172,6 +172,11 @@ impl PageMap {
         Ok(if known.frozen { 0 } else { known.pages })
     }
 
+    /// Whether the filling has come to its end.
+    pub fn is_filled(&self) -> bool {
+        self.thread.as_ref().is_none_or(JoinHandle::is_finished)
+    }
+
     /// Ends the filling, if it is under way.
     fn end(&mut self) {
         self.stop.store(true, Ordering::Relaxed);

@@ -13,7 +13,7 @@ use crate::touched::Touched;
 
 /// How long the guest is watched, twice: what it touches both times it will touch again. Some ticks of its
 /// timer.
-const WATCH: Duration = Duration::from_millis(50);
+pub(super) const WATCH: Duration = Duration::from_millis(50);
 /// Most pages that are fetched before others, 32 MiB.
 const MOST_RECENT: u64 = 8192;
 /// Most runs of them; a message with as many fits a frame.

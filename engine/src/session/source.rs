@@ -10,7 +10,7 @@ use tokio::sync::watch;
 
 use super::channel::{Channel, unexpected};
 use super::course::{Course, micros};
-use super::dirty::{DirtyLog, Watched};
+use super::dirty::{DirtyLog, WATCH, Watched};
 use super::message::{GuestDescription, Message, Mode};
 use super::owed::{Owed, RecoverOptions, recover};
 use super::preamble::{Purpose, SessionId};
@@ -245,13 +245,13 @@ impl Source {
         }
         export.describe_running()?;
         self.course.connect(&mut export, requests, channel).await?;
-        self.lanes_ready(channel).await?;
+        self.lanes_ready(channel, &export).await?;
         Ok(export)
     }
 
     /// Waits until the destination can take the guest: where there is a round of pre-copy, until that
     /// is over.
-    async fn lanes_ready(&mut self, channel: &mut Channel) -> Result<(), SessionError> {
+    async fn lanes_ready(&mut self, channel: &mut Channel, export: &Export) -> Result<(), SessionError> {
         let begun = Instant::now();
         let hybrid = self.course.options.mode == Mode::Hybrid;
         if hybrid {
@@ -267,7 +267,8 @@ impl Source {
         if hybrid {
             self.course.report.precopy_us = micros(begun.elapsed());
         }
-        self.watched = std::mem::take(&mut self.watched).watch(self.guest.clone()).await;
+        let watched = std::mem::take(&mut self.watched).watch(self.guest.clone());
+        (self.watched, ()) = tokio::join!(watched, looked_through(export));
         Ok(())
     }
 
@@ -343,6 +344,15 @@ impl Source {
             }
             other => Err(unexpected(&other, "Resumed")),
         }
+    }
+}
+
+/// Waits until the guest's memory has been looked through while it runs: that is not to be done while it stands still,
+/// beside what saves and loads its state. Of a large guest, as much as there is time for.
+async fn looked_through(export: &Export) {
+    let end = Instant::now() + 2 * WATCH;
+    while !export.is_described() && Instant::now() < end {
+        tokio::time::sleep(Duration::from_millis(1)).await;
     }
 }
 
