@@ -243,6 +243,13 @@ impl QemuGuest {
         self.try_qmp(command, arguments).unwrap_or_else(|error| panic!("{error}; it {}", self.story()))
     }
 
+    /// What QEMU's own migration is set to: capabilities, parameters, whether it describes its state.
+    pub fn settings(&self) -> [Value; 3] {
+        let suppressed = json!({"path": "/machine", "property": "suppress-vmdesc"});
+        let of = |command| self.qmp(command, json!({}));
+        [of("query-migrate-capabilities"), of("query-migrate-parameters"), self.qmp("qom-get", suppressed)]
+    }
+
     /// Whether the guest runs here, as QEMU says: `running`, `inmigrate`, `postmigrate`, …
     pub fn status(&self) -> String {
         self.qmp("query-status", json!({}))["status"].as_str().unwrap_or_default().to_owned()

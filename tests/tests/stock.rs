@@ -16,20 +16,12 @@ use postcopy_e2e::qemu::{LOOPBACK, NOBODY, Place, Plain, QemuGuest, address, tra
 use postcopy_e2e::{Scratch, assert_refused, free_port, pcvm, program, run, stderr, wait_until};
 use postcopy_engine::proc_pages::SoftDirty;
 use rustix::process::{Pid, Signal, kill_process};
-use serde_json::{Value, json};
 
 /// Messages before the one that hands the guest over; its state is in one or more pieces.
 const BEFORE_STATE: i64 = 4;
 
 fn runs(guest: &QemuGuest) -> bool {
     guest.status() == "running"
-}
-
-/// What QEMU's own migration is set to.
-fn settings(guest: &QemuGuest) -> [Value; 3] {
-    let suppressed = json!({"path": "/machine", "property": "suppress-vmdesc"});
-    let of = |command| guest.qmp(command, json!({}));
-    [of("query-migrate-capabilities"), of("query-migrate-parameters"), guest.qmp("qom-get", suppressed)]
 }
 
 /// Moves a guest to a new place, there and back.
@@ -214,13 +206,13 @@ fn a_connection_cut_before_the_handover_leaves_the_guest_running() {
     let scratch = Scratch::new("stock-cut");
     let machine = Plain::firmware();
     let source = machine.start(&scratch, "a");
-    let before = settings(&source);
+    let before = source.settings();
     for messages in [1, BEFORE_STATE - 1, BEFORE_STATE, BEFORE_STATE + 1, BEFORE_STATE + 6] {
         let (destination, to) = machine.receive(&scratch, &format!("b{messages}"), LOOPBACK, &[]);
         let cut = SocketAddr::new(LOOPBACK, cut_after(messages, to.port()));
         assert_refused(&source.try_migrate(cut, "tcp"), &["the guest runs on here"]);
         assert!(runs(&source), "cut after {messages}");
-        assert_eq!(settings(&source), before, "cut after {messages}");
+        assert_eq!(source.settings(), before, "cut after {messages}");
         wait_until("the destination has let go", || destination.log().contains("no guest was taken in"));
         wait_until("it has ended", || !destination.lives());
     }
@@ -228,7 +220,7 @@ fn a_connection_cut_before_the_handover_leaves_the_guest_running() {
     let (destination, to) = machine.receive(&scratch, "b", LOOPBACK, &[]);
     source.migrate(&destination, to, "tcp");
     assert!(runs(&destination));
-    wait_until("QEMU is set up for moves of its own", || settings(&destination) == before);
+    wait_until("QEMU is set up for moves of its own", || destination.settings() == before);
 }
 
 /// Its devices touch memory as they are loaded, and that does not come.

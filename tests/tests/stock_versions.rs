@@ -5,7 +5,7 @@
 #![allow(clippy::unwrap_used)] // helpers of tests, where a panic is the report
 
 use postcopy_e2e::qemu::{LOOPBACK, NOBODY, Plain, address, transports};
-use postcopy_e2e::{Scratch, assert_refused, variable};
+use postcopy_e2e::{Scratch, assert_refused, variable, wait_until};
 
 /// Both have this machine.
 fn of_both(machine: Plain) -> Plain {
@@ -34,6 +34,8 @@ fn a_stock_guest_moves_to_a_newer_qemu_and_on() {
             println!("{transport}: {from:?} to {onto:?}, downtime {downtime} µs, resident {resident} µs");
             next.wait_for_reports(1);
             next.verify();
+            let other = newer(&machine).start(&scratch, &format!("{name}-other"));
+            wait_until("it is set up for moves of its own", || next.settings() == other.settings());
             guest = next;
         }
     }
