@@ -25,6 +25,9 @@ use super::{Facts, QemuError, ram};
 
 /// How long QEMU may take to save or load its devices.
 const STATE_PATIENCE: Duration = Duration::from_secs(60);
+/// What it means that its settings could not be set back.
+const STILL_SET_UP: &str =
+    "QEMU's migration is still set up for a move of ours: one of its own would not carry the RAM";
 /// How much of QEMU's state is passed on at once.
 const PIECE: usize = 64 << 10;
 
@@ -216,11 +219,13 @@ impl QemuGuest {
             }
             std::thread::sleep(Duration::from_millis(5));
         }
-        if let Some(before) = locked(&self.before).take() {
-            before.restore(&mut qmp)?;
-        }
         if qmp.execute("query-status", &json!({}))?["running"] != true {
             qmp.execute("cont", &json!({}))?;
+        }
+        if let Some(before) = locked(&self.before).take()
+            && let Err(error) = before.restore(&mut qmp)
+        {
+            tracing::warn!(%error, "{STILL_SET_UP}");
         }
         Ok(())
     }
@@ -333,9 +338,7 @@ impl DestinationGuest for QemuGuest {
         // The guest runs: that is told first.
         self.later("announce", "the network was not told that the guest has moved", announce);
         if let Some(before) = locked(&self.before).take() {
-            let failed =
-                "QEMU's migration is still set up for a move of ours: one of its own would not carry the RAM";
-            self.later("settings", failed, move |qmp| before.restore(qmp));
+            self.later("settings", STILL_SET_UP, move |qmp| before.restore(qmp));
         }
         Ok(())
     }

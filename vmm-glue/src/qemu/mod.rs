@@ -14,7 +14,8 @@
 //! ```
 //!
 //! `facts.rs` says what a QEMU is, and refuses before anything stops what could not be moved;
-//! `foreign.rs`, who else would reach its memory. `settings.rs`: what QEMU is set to meanwhile. `balloon.rs` takes what is free out of the guest before.
+//! `foreign.rs`, who else would reach its memory. `settings.rs` has what QEMU is set to meanwhile. `balloon.rs`
+//! takes what is free out of the guest before.
 
 mod balloon;
 mod facts;
