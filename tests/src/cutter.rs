@@ -6,9 +6,12 @@
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::process::Output;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
+
+use crate::{assert_refused, stderr};
 
 const GREETING: usize = 32;
 /// Where a greeting has what it is for, and what it has there of a control connection and of a lane.
@@ -55,24 +58,41 @@ fn relay(mut client: TcpStream, mut server: TcpStream, messages: i64) -> std::io
     }
     let back = left.clone();
     std::thread::spawn(move || pass_frames(&mut server_too, &mut client_too, &back));
-    pass_frames(&mut client, &mut server, &left)
+    pass_frames(&mut client, &mut server, &left);
+    Ok(())
 }
 
-fn pass_frames(from: &mut TcpStream, to: &mut TcpStream, left: &AtomicI64) -> std::io::Result<()> {
-    let mut header = [0; FRAME_HEADER];
-    loop {
-        let ended = left.load(Ordering::Acquire) <= 0;
-        let read = if ended { Err(std::io::ErrorKind::Other.into()) } else { from.read_exact(&mut header) };
-        if read.is_err() || left.fetch_sub(1, Ordering::AcqRel) <= 0 {
-            from.shutdown(Shutdown::Both)?;
-            return to.shutdown(Shutdown::Both);
-        }
-        let length = u32::from_le_bytes([header[0], header[1], header[2], header[3]]);
-        let mut frame = header.to_vec();
-        frame.resize(FRAME_HEADER + length as usize, 0);
-        from.read_exact(&mut frame[FRAME_HEADER..])?;
-        to.write_all(&frame)?;
+/// Until the messages are used up, or either end is gone: both then hear of it, whatever they did before.
+fn pass_frames(from: &mut TcpStream, to: &mut TcpStream, left: &AtomicI64) {
+    while let Ok(true) = pass_frame(from, to, left) {}
+    for end in [from, to] {
+        let _ = end.shutdown(Shutdown::Both);
     }
+}
+
+/// Passes the next one on, if it may pass.
+fn pass_frame(from: &mut TcpStream, to: &mut TcpStream, left: &AtomicI64) -> std::io::Result<bool> {
+    if left.load(Ordering::Acquire) <= 0 {
+        return Ok(false);
+    }
+    let mut header = [0; FRAME_HEADER];
+    from.read_exact(&mut header)?;
+    if left.fetch_sub(1, Ordering::AcqRel) <= 0 {
+        return Ok(false);
+    }
+    let length = u32::from_le_bytes([header[0], header[1], header[2], header[3]]);
+    let mut frame = header.to_vec();
+    frame.resize(FRAME_HEADER + length as usize, 0);
+    from.read_exact(&mut frame[FRAME_HEADER..])?;
+    to.write_all(&frame)?;
+    Ok(true)
+}
+
+/// It was the cut that ended the migration, before the handover, and nothing else.
+pub fn assert_cut(out: &Output) {
+    assert_refused(out, &["the guest runs on here"]);
+    let reasons = ["pcvm: the peer closed the connection", "pcvm: the control connection broke"];
+    assert!(reasons.iter().any(|reason| stderr(out).starts_with(reason)), "{}", stderr(out));
 }
 
 /// A slow line between source and destination. When it is cut all its connections are lost, and it takes no other

@@ -208,18 +208,22 @@ impl QemuGuest {
         let mut qmp = self.qmp();
         qmp.execute("migrate_cancel", &json!({}))?;
         let end = Instant::now() + STATE_PATIENCE;
-        loop {
-            let status = qmp.execute("query-migrate", &json!({}))?;
-            if !matches!(status["status"].as_str(), Some("setup" | "active" | "device" | "cancelling")) {
-                break;
+        let running = loop {
+            let migration = qmp.execute("query-migrate", &json!({}))?;
+            let guest = qmp.execute("query-status", &json!({}))?;
+            // A migration that is over may not have let go of the guest yet, which then cannot be continued.
+            let under_way =
+                matches!(migration["status"].as_str(), Some("setup" | "active" | "device" | "cancelling"));
+            if !under_way && guest["status"] != "finish-migrate" {
+                break guest["running"] == true;
             }
             if Instant::now() > end {
-                let reason = format!("it is still {}", status["status"]);
+                let reason = format!("it is still {}, the guest {}", migration["status"], guest["status"]);
                 return Err(QemuError::Migration { what: "end the saving of its state", reason });
             }
             std::thread::sleep(Duration::from_millis(5));
-        }
-        if qmp.execute("query-status", &json!({}))?["running"] != true {
+        };
+        if !running {
             qmp.execute("cont", &json!({}))?;
         }
         if let Some(before) = locked(&self.before).take()
