@@ -19,5 +19,6 @@ pub mod proc_pages;
 pub mod session;
 pub mod stats;
 pub mod touched;
+pub mod written;
 
 pub use postcopy_transport::is_crowded;

@@ -19,22 +19,32 @@ const CHUNK: usize = 64 << 10;
 
 /// A page's entry, of Documentation/admin-guide/mm/pagemap.rst.
 #[derive(Clone, Copy)]
-struct Entry(u64);
+pub(crate) struct Entry(u64);
 
 impl Entry {
     /// The page is mapped there.
-    fn is_present(self) -> bool {
+    pub(crate) fn is_present(self) -> bool {
         self.0 >> 63 & 1 == 1
     }
 
     /// It was written, by that mapping, since the process's bits were cleared; or the mapping is new.
-    fn is_soft_dirty(self) -> bool {
+    pub(crate) fn is_soft_dirty(self) -> bool {
         self.0 >> 55 & 1 == 1
+    }
+
+    /// It is write-protected by a userfaultfd.
+    pub(crate) fn is_protected(self) -> bool {
+        self.0 >> 57 & 1 == 1
     }
 }
 
 /// Shows each of `pages` pages from address `base` on in the process of this folder in /proc.
-fn each(process: &Path, base: u64, pages: u64, mut show: impl FnMut(u64, Entry)) -> std::io::Result<()> {
+pub(crate) fn each(
+    process: &Path,
+    base: u64,
+    pages: u64,
+    mut show: impl FnMut(u64, Entry),
+) -> std::io::Result<()> {
     let map = File::open(process.join("pagemap"))?;
     let (first, mut buffer, mut at) = (base / PAGE_SIZE, vec![0u8; CHUNK], 0);
     while at < pages {
@@ -111,84 +121,6 @@ pub(crate) fn mapped(memory: &HostMemory) -> std::io::Result<PageSet> {
     Ok(mapped)
 }
 
-/// Writes of another process to a part of its address space, noted by the kernel's soft-dirty bits
-/// (Documentation/admin-guide/mm/soft-dirty.rst).
-#[derive(Debug)]
-pub struct SoftDirty {
-    process: std::path::PathBuf,
-    base: u64,
-    pages: u64,
-}
-
-impl SoftDirty {
-    /// Begins to note what process `pid` writes to the `pages` pages from address `base` on.
-    ///
-    /// No device may be writing there: a write of which the address was taken before is not seen.
-    ///
-    /// Errors: the kernel notes no such thing (CONFIG_MEM_SOFT_DIRTY), or this process may not look into
-    /// that one.
-    pub fn begin(pid: i32, base: u64, pages: u64) -> std::io::Result<Self> {
-        let process = std::path::PathBuf::from(format!("/proc/{pid}"));
-        let log = Self { process, base, pages };
-        log.clear()?;
-        Ok(log)
-    }
-
-    /// Clears the bits of all pages of the process.
-    fn clear(&self) -> std::io::Result<()> {
-        std::fs::write(self.process.join("clear_refs"), "4")
-    }
-
-    /// As [`SoftDirty::dirty`], and begins anew. Nothing may be written meanwhile: it would not be noted.
-    ///
-    /// Errors: the process is gone.
-    pub fn take(&mut self) -> std::io::Result<PageSet> {
-        let dirty = self.dirty()?;
-        self.clear()?;
-        Ok(dirty)
-    }
-
-    /// The pages that may have been written since. A page that is not mapped any more, because it was
-    /// given back or went to swap, has lost its bit, and counts as written.
-    ///
-    /// Errors: the process is gone.
-    pub fn dirty(&self) -> std::io::Result<PageSet> {
-        self.those(|entry| !entry.is_present() || entry.is_soft_dirty())
-    }
-
-    /// The pages that were written since, as far as they are mapped still.
-    ///
-    /// Errors: the process is gone.
-    pub fn written(&self) -> std::io::Result<PageSet> {
-        self.those(|entry| entry.is_present() && entry.is_soft_dirty())
-    }
-
-    fn those(&self, wanted: impl Fn(Entry) -> bool) -> std::io::Result<PageSet> {
-        let mut pages = PageSet::new(self.pages, false);
-        each(&self.process, self.base, self.pages, |page, entry| {
-            if wanted(entry) {
-                pages.put(page, page + 1, true);
-            }
-        })?;
-        Ok(pages)
-    }
-
-    /// Whether this kernel notes writes.
-    ///
-    /// Errors: it does not, with the reason.
-    pub fn check() -> std::io::Result<()> {
-        let probe = HostMemory::anonymous("soft-dirty", PAGE_SIZE as usize)?;
-        // The bit of a page that is new and written is set wherever there are such bits.
-        let written = probe.write(0, &[1]);
-        debug_assert!(written);
-        let mut noted = false;
-        each(Path::new("/proc/self"), probe.base() as u64, 1, |_, entry| noted = entry.is_soft_dirty())?;
-        let without =
-            "this kernel does not note which pages a process writes (CONFIG_MEM_SOFT_DIRTY is not set)";
-        if noted { Ok(()) } else { Err(std::io::Error::new(std::io::ErrorKind::Unsupported, without)) }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use rustix::fs::{FallocateFlags, fallocate};
@@ -207,33 +139,6 @@ mod tests {
         fallocate(memory.file(), hole, 5 << 12, 2 << 12).unwrap();
         assert!(theirs.write(5 << 12, &[2]), "used again by another process");
         assert_eq!(unmapped(&memory).unwrap(), 2);
-    }
-
-    /// Also on a kernel without the bits, where it must say so.
-    #[test]
-    fn what_is_written_after_the_beginning_is_dirty_and_what_is_read_is_not() {
-        let memory = HostMemory::anonymous("dirty", 64 << 12).unwrap();
-        (0..64).for_each(|page| assert!(memory.write(page << 12, &[1])));
-        if let Err(error) = SoftDirty::check() {
-            assert!(error.to_string().contains("CONFIG_MEM_SOFT_DIRTY"), "{error}");
-            return;
-        }
-        let log = SoftDirty::begin(std::process::id() as i32, memory.base() as u64, 64).unwrap();
-        assert!(memory.write(7 << 12, &[2]) && memory.write((63 << 12) + 4095, &[2]));
-        let mut byte = [0];
-        assert!(memory.read(9 << 12, &mut byte));
-        let dirty = log.dirty().unwrap();
-        let pages: Vec<u64> = (0..64).filter(|page| dirty.has(*page)).collect();
-        assert_eq!(pages, [7, 63]);
-        let mut log = log;
-        assert_eq!(log.take().unwrap(), dirty);
-        assert!(memory.write(8 << 12, &[3]));
-        assert_eq!(log.dirty().unwrap().len(), 1);
-        assert_eq!(log.written().unwrap(), log.dirty().unwrap());
-        let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        fallocate(memory.file(), hole, 20 << 12, 2 << 12).unwrap();
-        assert_eq!(log.dirty().unwrap().len(), 3, "pages that were given back count as written");
-        assert_eq!(log.written().unwrap().len(), 1, "and are not among those that were");
     }
 
     #[test]

@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 pub use network::{Chatter, Connection, Network};
-pub use plain::Plain;
+pub use plain::{Plain, library};
 pub use storage::Storage;
 
 use crate::process::Process;

@@ -15,6 +15,14 @@ pub fn load_module(name: &str, parameters: &[&str]) {
     succeed(command.arg(name).args(parameters));
 }
 
+/// Whether the kernel that runs here is of this version or a newer one.
+pub fn kernel_is_since(major: u32, minor: u32) -> bool {
+    let name = rustix::system::uname();
+    let release = name.release().to_str().unwrap();
+    let mut numbers = release.split(['.', '-']).map(|number| number.parse().unwrap_or(0));
+    (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0)) >= (major, minor)
+}
+
 /// Runs a program that must succeed.
 pub(crate) fn succeed(command: &mut Command) {
     let out = crate::run(command);

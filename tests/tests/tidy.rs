@@ -133,6 +133,7 @@ fn unsafe_stays_in_leaf_modules() {
         "engine/src/pager/trap.rs",
         "engine/src/pager/trap/part.rs",
         "engine/src/pager/trap/tests.rs",
+        "engine/src/written/protection.rs",
         "engine/tests/other_program.rs",
         "vmm-glue/",
         "tests/guest/",

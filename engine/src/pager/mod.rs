@@ -41,6 +41,7 @@ pub use server::{FaultFailed, FaultServer, Served};
 pub use shards::{MAX_SHARDS, Shards};
 pub use sigbus::SelfService;
 use tokio::sync::watch;
+pub(crate) use trap::errno;
 pub use trap::{FaultsTo, Trap};
 pub use waits::Waited;
 

@@ -18,7 +18,7 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 
 pub(super) use part::PartTrap;
-use part::errno;
+pub(crate) use part::errno;
 use userfaultfd::{Error as UffdError, FeatureFlags, Uffd, UffdBuilder};
 
 use super::shards::{MAX_SHARDS, Shards};

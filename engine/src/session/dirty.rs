@@ -14,6 +14,8 @@ use crate::touched::Touched;
 /// How long the guest is watched, twice: what it touches both times it will touch again. Some ticks of its
 /// timer.
 pub(super) const WATCH: Duration = Duration::from_millis(50);
+/// Parts of that time in which it is seen what a guest writes again and again.
+const LAPS: usize = 8;
 /// Most pages that are fetched before others, 32 MiB.
 const MOST_RECENT: u64 = 8192;
 /// Most runs of them; a message with as many fits a frame.
@@ -31,6 +33,11 @@ pub trait DirtyLog: Send + Sync {
     ///
     /// Errors: it cannot be told.
     fn since_mark(&mut self) -> Result<PageSet, GuestError>;
+
+    /// Whether the guest stands still for a mark.
+    fn mark_stops_guest(&self) -> bool {
+        false
+    }
 
     /// Pages that were written since the log began; more are no harm, one less is a lost write. The guest
     /// is frozen, and may already run elsewhere. Called from a blocking thread.
@@ -105,14 +112,13 @@ fn lately(
     let Some(log) = log else {
         return match guest.runs_on_our_mapping() {
             true => touched(guest).map(Vec::from),
-            false => Ok(vec![guest.written_within(2 * WATCH)?]),
+            false => guest.watch_writes()?.map_or_else(|| Ok(Vec::new()), |mut log| in_laps(log.as_mut())),
         };
     };
-    log.mark()?;
     if !guest.runs_on_our_mapping() {
-        std::thread::sleep(2 * WATCH);
-        return Ok(vec![log.since_mark()?]);
+        return in_laps(log);
     }
+    log.mark()?;
     // The log is not to be given up for that.
     let always = touched(guest).map_or_else(
         |error| {
@@ -123,6 +129,31 @@ fn lately(
     );
     let written = log.since_mark()?.without(&always);
     Ok(vec![always, written])
+}
+
+/// What it writes again and again, most often first. What it writes once in a while is left out, where laps can tell:
+/// a program that walks its memory writes thousands of pages in a lap, and they would come before the few that
+/// stall it.
+fn in_laps(log: &mut dyn DirtyLog) -> Result<Vec<PageSet>, GuestError> {
+    let laps = if log.mark_stops_guest() { 1 } else { LAPS };
+    // What was written in so many laps, or in more: in at least one, in at least two, ...
+    let mut often = vec![PageSet::default(); laps];
+    for lap in 0..laps {
+        log.mark()?;
+        std::thread::sleep(2 * WATCH / laps as u32);
+        let written = log.since_mark()?;
+        for times in (1..=lap).rev() {
+            let once_more = often[times - 1].common(&written);
+            often[times].add(&once_more);
+        }
+        often[0].add(&written);
+    }
+    let mut sets = often.split_off(laps / 4);
+    sets.reverse();
+    for at in (1..sets.len()).rev() {
+        sets[at] = sets[at].without(&sets[at - 1]);
+    }
+    Ok(sets)
 }
 
 /// What it touches in both of two times, what in the second only, and what in the first only.
@@ -192,6 +223,38 @@ mod tests {
         fn thaw(&self) -> Result<(), GuestError> {
             Ok(())
         }
+    }
+
+    /// Page 0 is written in every lap, 1 in half of them, 2 in two, and one of the others in one.
+    struct Walking {
+        lap: u64,
+    }
+
+    impl DirtyLog for Walking {
+        fn mark(&mut self) -> Result<(), GuestError> {
+            self.lap += 1;
+            Ok(())
+        }
+
+        fn since_mark(&mut self) -> Result<PageSet, GuestError> {
+            let mut written = PageSet::new(64, false);
+            let seldom = [self.lap.is_multiple_of(2).then_some(1), self.lap.is_multiple_of(4).then_some(2)];
+            for page in [0, 2 + self.lap].into_iter().chain(seldom.into_iter().flatten()) {
+                written.put(page, page + 1, true);
+            }
+            Ok(written)
+        }
+
+        fn dirty(self: Box<Self>) -> Result<PageSet, GuestError> {
+            Err("it is not asked".into())
+        }
+    }
+
+    #[test]
+    fn what_is_written_again_and_again_comes_first_and_the_rest_not_at_all() {
+        let runs = likeliest(&in_laps(&mut Walking { lap: 0 }).unwrap());
+        let pages: Vec<u64> = runs.iter().map(|run| run.first.0).collect();
+        assert_eq!(pages, [0, 1], "{runs:?}");
     }
 
     #[tokio::test]

@@ -20,7 +20,6 @@ use super::tls::SourceTls;
 use super::{GuestError, STEP_PATIENCE, SessionError, WORK_PATIENCE, blocking};
 use crate::export::Export;
 use crate::memory::GuestMemory;
-use crate::page_set::PageSet;
 use crate::pager::is_huge;
 use crate::proc_pages::is_trapped;
 
@@ -58,12 +57,12 @@ pub trait SourceGuest: Send + Sync + 'static {
         Err("nothing tells which pages this guest writes".into())
     }
 
-    /// Pages that are written within `time` from now on, about; none where that cannot be told. Asked where no
-    /// mapping of ours and no log tells it.
+    /// As [`SourceGuest::log_dirty`], for an idea of it: a write may be missed, and the guest is not held up for it.
+    /// Nothing where that cannot be had. Asked where no mapping of ours and no log tells it.
     ///
-    /// Errors: it can be told, and was not.
-    fn written_within(&self, _time: Duration) -> Result<PageSet, GuestError> {
-        Ok(PageSet::default())
+    /// Errors: it can be had, and was not.
+    fn watch_writes(&self) -> Result<Option<Box<dyn DirtyLog>>, GuestError> {
+        Ok(None)
     }
 
     /// Lets it run on after [`SourceGuest::freeze`], also after one that failed.

@@ -1,6 +1,7 @@
 //! A machine of processors and memory only, which differs from test to test.
 
 use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
 use std::process::{Command, Output};
 
 use super::{Place, QEMU, QemuGuest};
@@ -24,6 +25,13 @@ pub struct Plain {
     pub kernel: Option<[String; 3]>,
     /// More arguments.
     pub more: Vec<String>,
+}
+
+/// What is preloaded into a QEMU.
+pub fn library() -> PathBuf {
+    let library = program("pcvm").with_file_name("libpostcopy_handover.so");
+    assert!(library.exists(), "build it: cargo build -p postcopy-handover");
+    library
 }
 
 impl Plain {
@@ -77,6 +85,15 @@ impl Plain {
     pub fn start(&self, scratch: &Scratch, name: &str) -> QemuGuest {
         let place = Place::apart(scratch, name);
         let line = self.command_line(&place);
+        QemuGuest::start_by_itself(place, &line)
+    }
+
+    /// The same with the library preloaded that `pcvm receive` gives to the QEMUs that it starts.
+    pub fn start_preloaded(&self, scratch: &Scratch, name: &str) -> QemuGuest {
+        let place = Place::apart(scratch, name);
+        let preload = format!("LD_PRELOAD={}", library().display());
+        let line = ["env".to_owned(), preload].into_iter().chain(self.command_line(&place));
+        let line: Vec<String> = line.collect();
         QemuGuest::start_by_itself(place, &line)
     }
 

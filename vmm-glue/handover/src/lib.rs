@@ -1,9 +1,13 @@
 //! Preloaded into a stock QEMU (`LD_PRELOAD`): where QEMU maps a guest's memory, this makes the
-//! userfaultfd that only QEMU's own process can make, and hands it to the pager.
+//! userfaultfds that only QEMU's own process can make.
 //!
-//! It stands in front of mmap(2) and does nothing but pass it on, unless `POSTCOPY_HANDOVER` names
-//! the pager's Unix socket and the mapping is a guest's memory by all signs: shared, writable, of
-//! 1 MiB or more, of a file in memory (a memfd, or one on tmpfs). Then the pager is sent, before mmap
+//! It stands in front of mmap(2) and does nothing but pass it on, unless the mapping is a guest's memory by all signs:
+//! shared, writable, of 1 MiB or more, of a file in memory (a memfd, or one on tmpfs).
+//!
+//! **At a source** one userfaultfd for asynchronous write protection is left open, by which `pcvm migrate` sees what
+//! QEMU writes (`engine/src/written/`), where the kernel has it (Linux 6.7). Nothing is registered with it here.
+//!
+//! **At a destination** `POSTCOPY_HANDOVER` names the pager's Unix socket. The pager is sent, before mmap
 //! returns, one message in the form that Firecracker uses, and the descriptors with it:
 //!
 //! ```text
@@ -22,6 +26,7 @@ use std::io::{IoSlice, Read};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
+use std::sync::Once;
 use std::time::Duration;
 
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
@@ -34,6 +39,15 @@ const LEAST: usize = 1 << 20;
 const PATIENCE: Duration = Duration::from_secs(10);
 /// USERFAULTFD_IOC_NEW of linux/userfaultfd.h, a request to /dev/userfaultfd.
 const USERFAULTFD_IOC_NEW: libc::Ioctl = libc::_IO(0xaa, 0x00);
+/// UFFDIO_API and its argument, of linux/userfaultfd.h.
+const UFFDIO_API: libc::Ioctl = libc::_IOWR::<[u64; 3]>(0xaa, 0x3f);
+const UFFD_API: u64 = 0xaa;
+/// UFFD_USER_MODE_ONLY: no privilege is needed for it.
+const USER_MODE_ONLY: c_int = 1;
+/// UFFD_FEATURE_WP_ASYNC.
+const WP_ASYNC: u64 = 1 << 15;
+/// One is enough for all memory of this process.
+static TRACKER: Once = Once::new();
 
 /// mmap(2), as programs call it.
 ///
@@ -53,6 +67,7 @@ pub unsafe extern "C" fn mmap(
     let mapped = unsafe { libc::syscall(libc::SYS_mmap, address, length, protection, flags, file, offset) };
     let mapped = mapped as *mut c_void;
     if mapped != libc::MAP_FAILED && is_guest_memory(length, protection, flags, file) {
+        TRACKER.call_once(make_tracker);
         hand_over(mapped, length, file, offset);
     }
     mapped
@@ -85,6 +100,25 @@ fn is_guest_memory(length: usize, protection: c_int, flags: c_int, file: c_int) 
     // SAFETY: a mapping of this descriptor has just succeeded, so it is open; the borrow ends here.
     let file = unsafe { BorrowedFd::borrow_raw(file) };
     rustix::fs::fstatfs(file).is_ok_and(|of| of.f_type == libc::TMPFS_MAGIC)
+}
+
+/// Makes the userfaultfd for write protection, and leaves it open for ever. Does without where the kernel has no such
+/// thing.
+fn make_tracker() {
+    let flags = libc::O_CLOEXEC | libc::O_NONBLOCK | USER_MODE_ONLY;
+    // SAFETY: a system call without pointers.
+    let opened = unsafe { libc::syscall(libc::SYS_userfaultfd, flags) };
+    if opened < 0 {
+        return;
+    }
+    // SAFETY: the descriptor is new and nobody else's.
+    let tracker = unsafe { OwnedFd::from_raw_fd(opened as RawFd) };
+    let mut api = [UFFD_API, WP_ASYNC, 0];
+    // SAFETY: the descriptor is open, and the argument is what this request reads and writes.
+    let answer = unsafe { libc::ioctl(tracker.as_raw_fd(), UFFDIO_API, api.as_mut_ptr()) };
+    if answer == 0 {
+        let _open = tracker.into_raw_fd();
+    }
 }
 
 /// Hands the mapping to the pager, if there is to be one.

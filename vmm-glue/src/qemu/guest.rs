@@ -12,8 +12,8 @@ use std::time::{Duration, Instant, SystemTime};
 
 use postcopy_engine::memory::GuestMemory;
 use postcopy_engine::page_set::PageSet;
-use postcopy_engine::proc_pages::SoftDirty;
 use postcopy_engine::session::{DestinationGuest, DirtyLog, GuestError, SourceGuest};
+use postcopy_engine::written::WriteLog;
 use serde_json::{Value, json};
 
 use super::balloon::{self, Inflated};
@@ -28,6 +28,9 @@ const STATE_PATIENCE: Duration = Duration::from_secs(60);
 /// What it means that its settings could not be set back.
 const STILL_SET_UP: &str =
     "QEMU's migration is still set up for a move of ours: one of its own would not carry the RAM";
+/// What to do about a QEMU of which nobody sees what it writes.
+const NOT_NOTED: &str =
+    "use --mode postcopy, or start QEMU with libpostcopy_handover.so preloaded (Linux 6.7)";
 /// How much of QEMU's state is passed on at once.
 const PIECE: usize = 64 << 10;
 
@@ -195,13 +198,15 @@ impl QemuGuest {
         Ok(since)
     }
 
-    /// Begins to note what QEMU writes to the guest's RAM. The guest is stopped for a moment, so that no
-    /// device has taken an address that it will write to.
-    fn note_writes(&self) -> Result<SoftDirty, QemuError> {
-        SoftDirty::check().map_err(|error| QemuError::Unfit(format!("{error}; use --mode postcopy")))?;
+    /// Begins to note what QEMU writes to the guest's RAM. The guest is stopped for a moment then: a device that had
+    /// taken an address before, and writes to it unseen, has written when QEMU says that it stands still.
+    fn note_writes(&self) -> Result<WriteLog, QemuError> {
         let mut qmp = self.qmp();
         let pid = qmp.peer()?;
-        while_stopped(&mut qmp, || ram::log_dirty(pid, self.facts.ram_bytes))
+        WriteLog::check(pid).map_err(|error| QemuError::Unfit(format!("{error}; {NOT_NOTED}")))?;
+        let log = ram::log_dirty(pid, self.facts.ram_bytes)?;
+        while_stopped(&mut qmp, || Ok(()))?;
+        Ok(log)
     }
 
     fn run_on(&self) -> Result<(), QemuError> {
@@ -273,20 +278,20 @@ impl SourceGuest for QemuGuest {
 
     fn log_dirty(&self) -> Result<Box<dyn DirtyLog>, GuestError> {
         let log = self.note_writes().map_err(|error| self.explain(error))?;
-        Ok(Box::new(QemuDirtyLog { log, earlier: PageSet::default(), qmp: self.qmp.clone() }))
+        let stopped_by = (!log.is_taken_at_once()).then(|| self.qmp.clone());
+        Ok(Box::new(QemuDirtyLog { log, earlier: PageSet::default(), stopped_by }))
     }
 
-    /// Nothing on a kernel without soft-dirty bits. The guest is not stopped, so that of a write that is under way
+    /// Nothing where what it writes is not noted. The guest is not stopped, so that of a write that is under way
     /// nothing may be seen: it is a hint.
-    fn written_within(&self, time: Duration) -> Result<PageSet, GuestError> {
-        if let Err(error) = SoftDirty::check() {
-            tracing::debug!(%error, "what the guest writes last is not known");
-            return Ok(PageSet::default());
-        }
+    fn watch_writes(&self) -> Result<Option<Box<dyn DirtyLog>>, GuestError> {
         let pid = self.qmp().peer()?;
+        if let Err(error) = WriteLog::check(pid) {
+            tracing::debug!(%error, "what the guest writes last is not known");
+            return Ok(None);
+        }
         let log = ram::log_dirty(pid, self.facts.ram_bytes)?;
-        std::thread::sleep(time);
-        Ok(log.written()?)
+        Ok(Some(Box::new(QemuDirtyLog { log, earlier: PageSet::default(), stopped_by: None })))
     }
 
     fn thaw(&self) -> Result<(), GuestError> {
@@ -296,22 +301,29 @@ impl SourceGuest for QemuGuest {
 
 /// What a QEMU has written to its guest's RAM.
 struct QemuDirtyLog {
-    log: SoftDirty,
+    log: WriteLog,
     /// What was written before the mark.
     earlier: PageSet,
-    qmp: Arc<Mutex<Qmp>>,
+    /// Who stops the guest for a mark, where nothing may be missed and something could be.
+    stopped_by: Option<Arc<Mutex<Qmp>>>,
 }
 
 impl DirtyLog for QemuDirtyLog {
-    /// Between reading the bits and clearing them nothing may be written: the guest is stopped for a
-    /// moment.
+    /// Where reading what was written and beginning anew are two things, nothing may be written between: the guest is
+    /// stopped for a moment.
     fn mark(&mut self) -> Result<(), GuestError> {
-        let Self { log, earlier, qmp } = self;
-        while_stopped(&mut locked(qmp), || {
-            earlier.add(&log.take().map_err(QemuError::system("reading what QEMU writes"))?);
-            Ok(())
-        })?;
+        let Self { log, earlier, stopped_by } = self;
+        let mut take = || log.take().map_err(QemuError::system("reading what QEMU writes"));
+        let taken = match stopped_by {
+            None => take(),
+            Some(qmp) => while_stopped(&mut locked(qmp), take),
+        };
+        earlier.add(&taken?);
         Ok(())
+    }
+
+    fn mark_stops_guest(&self) -> bool {
+        self.stopped_by.is_some()
     }
 
     fn since_mark(&mut self) -> Result<PageSet, GuestError> {

@@ -4,7 +4,8 @@ use std::fs::File;
 use std::os::unix::fs::MetadataExt;
 
 use postcopy_engine::memory::PAGE_SIZE;
-use postcopy_engine::proc_pages::{SoftDirty, is_trapped};
+use postcopy_engine::proc_pages::is_trapped;
+use postcopy_engine::written::WriteLog;
 
 use super::QemuError;
 
@@ -49,9 +50,9 @@ pub(super) fn open(pid: i32, bytes: u64) -> Result<File, QemuError> {
 /// Begins to note what process `pid` writes to the one mapping that it has of its guest's RAM.
 ///
 /// Errors: the kernel notes no such thing, or it has no or several mappings of so many bytes.
-pub(super) fn log_dirty(pid: i32, bytes: u64) -> Result<SoftDirty, QemuError> {
+pub(super) fn log_dirty(pid: i32, bytes: u64) -> Result<WriteLog, QemuError> {
     let base = only(pid, bytes, &mappings(pid, bytes)?)?.start;
-    SoftDirty::begin(pid, base, bytes / PAGE_SIZE).map_err(looking(pid, "what it writes"))
+    WriteLog::begin(pid, base, bytes / PAGE_SIZE).map_err(looking(pid, "what it writes"))
 }
 
 fn looking(pid: i32, what: &str) -> impl FnOnce(std::io::Error) -> QemuError + use<> {

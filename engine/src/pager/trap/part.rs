@@ -319,7 +319,7 @@ fn wait_or(error: UffdError) -> Result<(), PagerError> {
 }
 
 /// The system error inside the binding's error.
-pub(super) fn errno(error: UffdError) -> io::Error {
+pub(crate) fn errno(error: UffdError) -> io::Error {
     match error {
         UffdError::SystemError(code) | UffdError::CopyFailed(code) | UffdError::ZeropageFailed(code) => {
             io::Error::from_raw_os_error(code as i32)

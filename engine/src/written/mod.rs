@@ -1,0 +1,137 @@
+//! Which pages another process writes to a part of its address space, seen from outside.
+//!
+//! The kernel notes it in two ways, each in a file of this folder; the first that can be had is taken:
+//!
+//! | | needs | looked at and begun anew |
+//! |---|---|---|
+//! | `protection.rs`: pages are write-protected, the first write takes that away | Linux 6.7, a userfaultfd that the process has made | at once: the process may run |
+//! | `soft_dirty.rs`: a bit for each page | CONFIG_MEM_SOFT_DIRTY | one after the other: the process must not write meanwhile |
+
+mod protection;
+mod soft_dirty;
+#[cfg(test)]
+mod tests;
+
+use std::io;
+use std::path::PathBuf;
+
+use self::protection::{Protection, Tracker};
+use crate::page_set::PageSet;
+use crate::proc_pages::{Entry, each};
+
+/// Writes of a process to a part of its address space, noted until this is dropped.
+#[derive(Debug)]
+pub struct WriteLog {
+    process: PathBuf,
+    base: u64,
+    pages: u64,
+    by: By,
+}
+
+#[derive(Debug)]
+enum By {
+    Protection(Protection),
+    SoftDirty,
+}
+
+impl By {
+    fn is_written(&self, entry: Entry) -> bool {
+        match self {
+            Self::Protection(_) => !entry.is_protected(),
+            Self::SoftDirty => entry.is_soft_dirty(),
+        }
+    }
+}
+
+impl WriteLog {
+    /// Whether writes of process `pid` can be noted.
+    ///
+    /// Errors: they cannot, with the reason; or this process may not look into that one.
+    pub fn check(pid: i32) -> io::Result<()> {
+        tracker(pid).map(drop)
+    }
+
+    /// Begins to note what process `pid` writes to the `pages` pages from address `base` on, which are one mapping.
+    ///
+    /// A write of a device that took the address before is not seen: what is under way must end before anything
+    /// relies on this.
+    ///
+    /// Errors: as [`WriteLog::check`], or there is no such mapping.
+    pub fn begin(pid: i32, base: u64, pages: u64) -> io::Result<Self> {
+        let process = folder(pid);
+        let by = match tracker(pid)? {
+            Some(tracker) => By::Protection(Protection::begin(tracker, &process, base, pages)?),
+            None => {
+                soft_dirty::clear(&process)?;
+                By::SoftDirty
+            }
+        };
+        Ok(Self { process, base, pages, by })
+    }
+
+    /// Whether [`WriteLog::take`] misses nothing that is written while it is at work.
+    pub fn is_taken_at_once(&self) -> bool {
+        matches!(self.by, By::Protection(_))
+    }
+
+    /// Pages that may have been written since, more are no harm; and begins anew. Unless it is
+    /// [taken at once](WriteLog::is_taken_at_once) nothing may be written meanwhile: it would not be noted.
+    ///
+    /// Errors: the process is gone.
+    pub fn take(&mut self) -> io::Result<PageSet> {
+        match &self.by {
+            By::Protection(protection) => protection.take(),
+            By::SoftDirty => {
+                let dirty = self.dirty()?;
+                soft_dirty::clear(&self.process)?;
+                Ok(dirty)
+            }
+        }
+    }
+
+    /// The pages that may have been written since. A page that is not mapped any more, because it was
+    /// given back or went to swap, counts as written.
+    ///
+    /// Errors: the process is gone.
+    pub fn dirty(&self) -> io::Result<PageSet> {
+        self.those(|entry| !entry.is_present() || self.by.is_written(entry))
+    }
+
+    /// The pages that were written since, as far as they are mapped still.
+    ///
+    /// Errors: the process is gone.
+    pub fn written(&self) -> io::Result<PageSet> {
+        self.those(|entry| entry.is_present() && self.by.is_written(entry))
+    }
+
+    fn those(&self, wanted: impl Fn(Entry) -> bool) -> io::Result<PageSet> {
+        let mut pages = PageSet::new(self.pages, false);
+        each(&self.process, self.base, self.pages, |page, entry| {
+            if wanted(entry) {
+                pages.put(page, page + 1, true);
+            }
+        })?;
+        Ok(pages)
+    }
+}
+
+fn folder(pid: i32) -> PathBuf {
+    PathBuf::from(format!("/proc/{pid}"))
+}
+
+/// What the process has for its pages to be protected by; nothing where it is done without.
+fn tracker(pid: i32) -> io::Result<Option<Tracker>> {
+    let without = match Tracker::of(pid) {
+        Ok(Some(tracker)) => return Ok(Some(tracker)),
+        Ok(None) => "the process has made no userfaultfd to protect its pages by".to_owned(),
+        Err(error) => format!("its userfaultfd cannot be had ({error})"),
+    };
+    if soft_dirty::is_noted()? {
+        return Ok(None);
+    }
+    let text = format!(
+        "which pages the process writes cannot be seen: this kernel has no bits for it (CONFIG_MEM_SOFT_DIRTY is not \
+         set), and {without}"
+    );
+    Err(io::Error::new(io::ErrorKind::Unsupported, text))
+}

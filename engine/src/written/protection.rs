@@ -1,0 +1,180 @@
+//! Writes noted by asynchronous write protection (Linux 6.7; Documentation/admin-guide/mm/pagemap.rst and
+//! userfaultfd.rst): a page is protected, the first write to it takes the protection away in the kernel, without
+//! anybody being asked, and PAGEMAP_SCAN tells of those without and protects them again, each page at once.
+//!
+//! The userfaultfd must be made by the process whose pages they are. That it has one which nobody else uses is told
+//! by its features; a duplicate is taken by pidfd_getfd(2), and all requests go by that.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
+use std::path::Path;
+
+use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
+use userfaultfd::{RegisterMode, Uffd};
+
+use crate::memory::PAGE_SIZE;
+use crate::page_set::PageSet;
+use crate::pager::errno;
+
+/// UFFD_FEATURE_WP_ASYNC of linux/userfaultfd.h.
+pub(super) const WP_ASYNC: u64 = 1 << 15;
+/// Regions that are asked for at once.
+const REGIONS: usize = 512;
+
+/// A duplicate of a userfaultfd that another process has made to have its own pages protected.
+#[derive(Debug)]
+pub(super) struct Tracker(Uffd);
+
+impl Tracker {
+    /// That of process `pid`, if it has one.
+    ///
+    /// Errors: this process may not take it.
+    pub(super) fn of(pid: i32) -> io::Result<Option<Self>> {
+        let process = Pid::from_raw(pid).ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))?;
+        let process = pidfd_open(process, PidfdFlags::empty())?;
+        for entry in std::fs::read_dir(format!("/proc/{pid}/fd"))?.flatten() {
+            // It may have been closed meanwhile.
+            let Ok(link) = std::fs::read_link(entry.path()) else { continue };
+            let number = entry.file_name().to_str().and_then(|name| name.parse().ok());
+            let (Some(number), Some("anon_inode:[userfaultfd]")) = (number, link.to_str()) else { continue };
+            let duplicate = pidfd_getfd(&process, number, PidfdGetfdFlags::empty())?;
+            if features(&duplicate)?.is_some_and(|features| features & WP_ASYNC != 0) {
+                // SAFETY: the descriptor is owned and given up here, so the result is its only owner.
+                return Ok(Some(Self(unsafe { Uffd::from_raw_fd(duplicate.into_raw_fd()) })));
+            }
+        }
+        Ok(None)
+    }
+}
+
+/// Features that a userfaultfd of this process was set up with: the second number behind `API:` in its fdinfo.
+fn features(descriptor: &OwnedFd) -> io::Result<Option<u64>> {
+    let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", descriptor.as_raw_fd()))?;
+    let line = info.lines().find_map(|line| line.strip_prefix("API:"));
+    Ok(line.and_then(|line| u64::from_str_radix(line.split(':').nth(1)?.trim(), 16).ok()))
+}
+
+/// Pages of another process that are protected until this is dropped.
+#[derive(Debug)]
+pub(super) struct Protection {
+    tracker: Tracker,
+    pagemap: File,
+    base: u64,
+    pages: u64,
+}
+
+impl Protection {
+    /// Protects `pages` pages from address `base` on in the process of this folder in /proc.
+    ///
+    /// Errors: they are not one mapping, or another userfaultfd has it.
+    pub(super) fn begin(tracker: Tracker, process: &Path, base: u64, pages: u64) -> io::Result<Self> {
+        let pagemap = File::open(process.join("pagemap"))?;
+        let (at, bytes) = (base as *mut libc::c_void, (pages * PAGE_SIZE) as usize);
+        tracker.0.register_with_mode(at, bytes, RegisterMode::WRITE_PROTECT).map_err(errno)?;
+        // From here on its end takes the registration with it.
+        let protection = Self { tracker, pagemap, base, pages };
+        protection.scan(Which::All, |_, _| ())?;
+        Ok(protection)
+    }
+
+    /// The pages that were written since they were protected; they are again.
+    pub(super) fn take(&self) -> io::Result<PageSet> {
+        let mut written = PageSet::new(self.pages, false);
+        self.scan(Which::Written, |from, end| written.put(from, end, true))?;
+        Ok(written)
+    }
+
+    /// Protects these pages, and shows which were written: from one and to another.
+    fn scan(&self, which: Which, mut show: impl FnMut(u64, u64)) -> io::Result<()> {
+        let mut regions = [Region { start: 0, end: 0, categories: 0 }; REGIONS];
+        let (mut at, end) = (self.base, self.base + self.pages * PAGE_SIZE);
+        while at < end {
+            let wanted = match which {
+                Which::All => 0,
+                Which::Written => PAGE_IS_WRITTEN,
+            };
+            let (vec, vec_len) = match which {
+                Which::All => (0, 0),
+                Which::Written => (regions.as_mut_ptr() as u64, REGIONS as u64),
+            };
+            let mut scan = Scan {
+                size: size_of::<Scan>() as u64,
+                flags: PM_SCAN_WP_MATCHING | PM_SCAN_CHECK_WPASYNC,
+                start: at,
+                end,
+                walk_end: 0,
+                vec,
+                vec_len,
+                max_pages: 0,
+                category_inverted: 0,
+                category_mask: wanted,
+                category_anyof_mask: 0,
+                return_mask: wanted,
+            };
+            // SAFETY: the request reads and writes its argument, and writes at most `vec_len` regions to `vec`; both are
+            // borrowed here alone until it returns.
+            let found = unsafe { libc::ioctl(self.pagemap.as_raw_fd(), PAGEMAP_SCAN, &raw mut scan) };
+            if found < 0 {
+                return Err(io::Error::last_os_error());
+            }
+            for region in regions.iter().take(found as usize) {
+                show((region.start - self.base) / PAGE_SIZE, (region.end - self.base) / PAGE_SIZE);
+            }
+            if scan.walk_end <= at {
+                return Err(io::Error::other("PAGEMAP_SCAN does not get on"));
+            }
+            at = scan.walk_end;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Protection {
+    fn drop(&mut self) {
+        let (at, bytes) = (self.base as *mut libc::c_void, (self.pages * PAGE_SIZE) as usize);
+        if let Err(error) = self.tracker.0.unregister(at, bytes) {
+            // It may have ended.
+            tracing::debug!(%error, "pages stay protected until they are written");
+        }
+    }
+}
+
+/// Pages of a scan.
+#[derive(Clone, Copy)]
+enum Which {
+    All,
+    Written,
+}
+
+/// PAGEMAP_SCAN and its argument, of linux/fs.h.
+const PAGEMAP_SCAN: libc::Ioctl = libc::_IOWR::<Scan>(b'f' as u32, 16);
+const PM_SCAN_WP_MATCHING: u64 = 1 << 0;
+/// The mapping must be registered for it.
+const PM_SCAN_CHECK_WPASYNC: u64 = 1 << 1;
+const PAGE_IS_WRITTEN: u64 = 1 << 1;
+
+#[repr(C)]
+struct Scan {
+    size: u64,
+    flags: u64,
+    start: u64,
+    end: u64,
+    walk_end: u64,
+    vec: u64,
+    vec_len: u64,
+    max_pages: u64,
+    category_inverted: u64,
+    category_mask: u64,
+    category_anyof_mask: u64,
+    return_mask: u64,
+}
+
+/// Pages in a row of the same categories, by address.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Region {
+    start: u64,
+    end: u64,
+    categories: u64,
+}
