@@ -66,6 +66,7 @@ impl WriteLog {
                 By::SoftDirty
             }
         };
+        tracing::debug!(pid, ?by, "writes of a process are noted");
         Ok(Self { process, base, pages, by })
     }
 
