@@ -2,7 +2,7 @@
 //! in a hybrid migration, and what it touches last.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::source::SourceGuest;
 use super::{GuestError, SessionError, blocking};
@@ -14,8 +14,8 @@ use crate::touched::Touched;
 /// How long the guest is watched, twice: what it touches both times it will touch again. Some ticks of its
 /// timer.
 pub(super) const WATCH: Duration = Duration::from_millis(50);
-/// Parts of that time in which it is seen what a guest writes again and again.
-const LAPS: usize = 8;
+/// A part of that time in which it is seen what a guest writes again and again: some ticks of its timer.
+const LAP: Duration = Duration::from_millis(12);
 /// Most pages that are fetched before others, 32 MiB.
 const MOST_RECENT: u64 = 8192;
 /// Most runs of them; a message with as many fits a frame.
@@ -51,6 +51,9 @@ pub trait DirtyLog: Send + Sync {
 pub(super) struct Watched {
     /// What it writes, from the beginning of a round of pre-copy on.
     log: Option<Box<dyn DirtyLog>>,
+    /// What it writes just before it is frozen, about, if there is no such log. It ends after the freeze: that takes
+    /// a while, for which the guest would be held up.
+    hint: Option<Box<dyn DirtyLog>>,
     /// What it touched last, the likeliest to be touched again first.
     recent: Vec<Run>,
 }
@@ -68,8 +71,7 @@ impl Watched {
     /// where it cannot be seen.
     pub(super) async fn watch(mut self, guest: Arc<dyn SourceGuest>) -> Self {
         blocking(move || {
-            let seen = lately(&guest, self.log.as_deref_mut());
-            match seen {
+            match self.lately(&guest) {
                 Ok(sets) => self.recent = likeliest(&sets),
                 // What a log had told and could not hand over is lost: it is not believed any more, and without
                 // one all of the memory moves again.
@@ -83,14 +85,21 @@ impl Watched {
         .await
     }
 
+    fn lately(&mut self, guest: &Arc<dyn SourceGuest>) -> Result<Vec<PageSet>, GuestError> {
+        if self.log.is_none() && !guest.runs_on_our_mapping() {
+            self.hint = guest.watch_writes()?;
+        }
+        lately(guest, self.log.as_deref_mut().or(self.hint.as_deref_mut()))
+    }
+
     /// Runs of pages to fetch first.
     pub(super) fn recent(&self) -> &[Run] {
         &self.recent
     }
 
     /// What is told to the thread that fills the page map. `discards`: see [`Dirty::discards`].
-    pub(super) fn into_dirty(self, discards: bool) -> Option<Dirty> {
-        let log = self.log?;
+    pub(super) fn dirty(&mut self, discards: bool) -> Option<Dirty> {
+        let log = self.log.take()?;
         let tell = move || match log.dirty() {
             Ok(dirty) => Some(dirty),
             Err(error) => {
@@ -102,22 +111,19 @@ impl Watched {
     }
 }
 
-/// What a guest touches from now on for a while, the likeliest to be touched again first: of one whose memory has
-/// been read once, what it writes, and what it touches all the time; of another whose mapping is ours, what it
-/// touches, and of the rest what they write.
+/// What a guest touches from now on for a while, the likeliest to be touched again first: of one whose mapping is ours
+/// what it touches; of one that has a log what it writes; of one that has both what it touches all the time, and what
+/// it writes.
 fn lately(
     guest: &Arc<dyn SourceGuest>,
     log: Option<&mut (dyn DirtyLog + 'static)>,
 ) -> Result<Vec<PageSet>, GuestError> {
-    let Some(log) = log else {
-        return match guest.runs_on_our_mapping() {
-            true => touched(guest).map(Vec::from),
-            false => guest.watch_writes()?.map_or_else(|| Ok(Vec::new()), |mut log| in_laps(log.as_mut())),
-        };
+    let log = match (guest.runs_on_our_mapping(), log) {
+        (true, Some(log)) => log,
+        (true, None) => return touched(guest).map(Vec::from),
+        (false, Some(log)) => return Ok(more_often_than_not(&laps(log)?)),
+        (false, None) => return Ok(Vec::new()),
     };
-    if !guest.runs_on_our_mapping() {
-        return in_laps(log);
-    }
     log.mark()?;
     // The log is not to be given up for that.
     let always = touched(guest).map_or_else(
@@ -131,29 +137,37 @@ fn lately(
     Ok(vec![always, written])
 }
 
-/// What it writes again and again, most often first. What it writes once in a while is left out, where laps can tell:
-/// a program that walks its memory writes thousands of pages in a lap, and they would come before the few that
-/// stall it.
-fn in_laps(log: &mut dyn DirtyLog) -> Result<Vec<PageSet>, GuestError> {
-    let laps = if log.mark_stops_guest() { 1 } else { LAPS };
-    // What was written in so many laps, or in more: in at least one, in at least two, ...
-    let mut often = vec![PageSet::default(); laps];
-    for lap in 0..laps {
+/// What is written in each of several laps, one if the guest stands still at their beginnings. Of much memory they
+/// take longer, and are fewer.
+fn laps(log: &mut dyn DirtyLog) -> Result<Vec<PageSet>, GuestError> {
+    let (lap, begun) = (if log.mark_stops_guest() { 2 * WATCH } else { LAP }, Instant::now());
+    let mut laps = Vec::new();
+    while begun.elapsed() < 2 * WATCH {
         log.mark()?;
-        std::thread::sleep(2 * WATCH / laps as u32);
-        let written = log.since_mark()?;
+        std::thread::sleep(lap);
+        laps.push(log.since_mark()?);
+    }
+    Ok(laps)
+}
+
+/// What is in more than half of these laps, what is in most of them first. A program that walks its memory writes
+/// thousands of pages in a lap; read first, they would come before the few that the guest stalls for.
+fn more_often_than_not(laps: &[PageSet]) -> Vec<PageSet> {
+    // What is in at least one, in at least two, ...
+    let mut often = vec![PageSet::default(); laps.len()];
+    for (lap, written) in laps.iter().enumerate() {
         for times in (1..=lap).rev() {
-            let once_more = often[times - 1].common(&written);
+            let once_more = often[times - 1].common(written);
             often[times].add(&once_more);
         }
-        often[0].add(&written);
+        often[0].add(written);
     }
-    let mut sets = often.split_off(laps / 4);
+    let mut sets = often.split_off(laps.len() / 2);
     sets.reverse();
     for at in (1..sets.len()).rev() {
         sets[at] = sets[at].without(&sets[at - 1]);
     }
-    Ok(sets)
+    sets
 }
 
 /// What it touches in both of two times, what in the second only, and what in the first only.
@@ -181,7 +195,6 @@ fn likeliest(sets: &[PageSet]) -> Vec<Run> {
 #[cfg(test)]
 mod tests {
     use std::io::Write;
-    use std::time::Instant;
 
     use super::*;
     use crate::memory::{GuestMemory, MemoryLayout};
@@ -225,43 +238,29 @@ mod tests {
         }
     }
 
-    /// Page 0 is written in every lap, 1 in half of them, 2 in two, and one of the others in one.
-    struct Walking {
-        lap: u64,
-    }
-
-    impl DirtyLog for Walking {
-        fn mark(&mut self) -> Result<(), GuestError> {
-            self.lap += 1;
-            Ok(())
-        }
-
-        fn since_mark(&mut self) -> Result<PageSet, GuestError> {
-            let mut written = PageSet::new(64, false);
-            let seldom = [self.lap.is_multiple_of(2).then_some(1), self.lap.is_multiple_of(4).then_some(2)];
-            for page in [0, 2 + self.lap].into_iter().chain(seldom.into_iter().flatten()) {
-                written.put(page, page + 1, true);
-            }
-            Ok(written)
-        }
-
-        fn dirty(self: Box<Self>) -> Result<PageSet, GuestError> {
-            Err("it is not asked".into())
-        }
-    }
-
     #[test]
     fn what_is_written_again_and_again_comes_first_and_the_rest_not_at_all() {
-        let runs = likeliest(&in_laps(&mut Walking { lap: 0 }).unwrap());
-        let pages: Vec<u64> = runs.iter().map(|run| run.first.0).collect();
-        assert_eq!(pages, [0, 1], "{runs:?}");
+        // Page 60 in every lap, 40 in five of eight, 20 in half of them, and one other in each.
+        let lap = |at: u64| {
+            let mut written = PageSet::new(64, false);
+            let often = [(60, 8), (40, 5), (20, 4)].into_iter().filter(|(_, laps)| at < *laps);
+            often.map(|(page, _)| page).chain([at]).for_each(|page| written.put(page, page + 1, true));
+            written
+        };
+        let first = |count: u64| {
+            let runs = likeliest(&more_often_than_not(&(0..count).map(lap).collect::<Vec<_>>()));
+            runs.iter().map(|run| (run.first.0, run.count)).collect::<Vec<_>>()
+        };
+        assert_eq!(first(8), [(60, 1), (40, 1)]);
+        assert_eq!(first(1), [(0, 1), (20, 1), (40, 1), (60, 1)]);
+        assert_eq!(first(0), []);
     }
 
     #[tokio::test]
     async fn a_log_that_failed_once_is_not_believed_any_more() {
         let guest = Arc::new(Failing);
-        let watched = Watched::begin(guest.clone()).await.unwrap().watch(guest).await;
+        let mut watched = Watched::begin(guest.clone()).await.unwrap().watch(guest).await;
         assert!(watched.recent().is_empty());
-        assert!(watched.into_dirty(false).is_none(), "all pages move again");
+        assert!(watched.dirty(false).is_none(), "all pages move again");
     }
 }

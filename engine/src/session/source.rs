@@ -166,7 +166,7 @@ fn kept(error: SessionError) -> MigrationError {
 struct Source {
     guest: Arc<dyn SourceGuest>,
     course: Course,
-    /// From the beginning of a round of pre-copy to the freeze.
+    /// From the beginning of a round of pre-copy on.
     watched: Watched,
 }
 
@@ -285,9 +285,8 @@ impl Source {
             export.check_pages()?;
         }
         let discards = self.guest.may_discard();
-        let watched = std::mem::take(&mut self.watched);
-        let recent = watched.recent().iter().map(|run| (run.first.0, run.count)).collect();
-        export.describe_pages(watched.into_dirty(discards))?;
+        let recent = self.watched.recent().iter().map(|run| (run.first.0, run.count)).collect();
+        export.describe_pages(self.watched.dirty(discards))?;
         channel.send(&Message::Recent(recent)).await?;
         channel.send(&Message::StateEnd { length: self.course.report.state_bytes }).await?;
         match channel.receive("StateLoaded", WORK_PATIENCE).await? {
