@@ -212,6 +212,18 @@ impl QemuGuest {
         &self.place
     }
 
+    /// QEMU's own process id.
+    pub fn qemu(&self) -> i32 {
+        let process = self.pid();
+        if !self.under_pcvm {
+            return process as i32;
+        }
+        let threads = std::fs::read_dir(format!("/proc/{process}/task")).unwrap().flatten();
+        let children =
+            threads.map(|thread| std::fs::read_to_string(thread.path().join("children")).unwrap_or_default());
+        children.collect::<String>().split_whitespace().next().unwrap().parse().unwrap()
+    }
+
     /// Has QEMU do something; gives its answer, or its refusal.
     pub fn try_qmp(&self, command: &str, arguments: Value) -> Result<Value, String> {
         let broken = |error: std::io::Error| format!("QMP: {command}: {error}");

@@ -13,9 +13,7 @@ use std::time::Duration;
 use postcopy_e2e::authority::Authority;
 use postcopy_e2e::cutter::{Line, assert_cut, cut_after};
 use postcopy_e2e::qemu::{LOOPBACK, NOBODY, Place, Plain, QemuGuest, address, library, transports};
-use postcopy_e2e::system::kernel_is_since;
 use postcopy_e2e::{Scratch, assert_refused, free_port, pcvm, program, run, stderr, wait_until};
-use postcopy_engine::written::WriteLog;
 use rustix::process::{Pid, Signal, kill_process};
 
 /// Messages before the one that hands the guest over; its state is in one or more pieces.
@@ -96,40 +94,6 @@ fn a_stock_guest_moves_between_hosts_that_know_each_other() {
     next.verify();
 }
 
-/// Where nobody can see what a guest writes, that is said. The library brings what the kernel has for it since 6.7;
-/// a guest that came by `pcvm receive` has it.
-#[test]
-#[ignore = "needs a Linux kernel: run by scripts/test"]
-fn a_stock_guest_moves_in_hybrid_or_is_told_why_it_cannot() {
-    let scratch = Scratch::new("stock-hybrid");
-    let machine = Plain::linux("pcguest.mb=64 pcguest.access=write pcguest.pace_us=100");
-    for preloaded in [false, true] {
-        let name = |place: &str| format!("{place}-{preloaded}");
-        let start = if preloaded { Plain::start_preloaded } else { Plain::start };
-        let mut guest = start(&machine, &scratch, &name("q0"));
-        let mut qemu = guest.pid() as i32;
-        guest.wait_for_reports(2);
-        for place in ["q1", "q2"] {
-            let (next, to) = machine.receive(&scratch, &name(place), LOOPBACK, &[]);
-            if let Err(error) = WriteLog::check(qemu) {
-                assert!(!(preloaded && kernel_is_since(6, 7)), "{error}");
-                let out = guest.try_migrate_by(to, "tcp", "hybrid");
-                let why =
-                    ["CONFIG_MEM_SOFT_DIRTY", "has made no userfaultfd", "--mode postcopy", "runs on here"];
-                assert_refused(&out, &why);
-                assert!(runs(&guest), "{error}");
-                break;
-            }
-            let report = guest.migrate_by(&next, to, "tcp", "hybrid");
-            assert!(report["pager"]["pages"]["kept_pages"].as_u64().unwrap() > 0, "{report}");
-            next.wait_for_reports(1);
-            next.verify();
-            qemu = child_of(next.pid());
-            guest = next;
-        }
-    }
-}
-
 #[test]
 #[ignore = "needs a Linux kernel: run by scripts/test"]
 fn a_stock_guest_outlives_a_lost_network() {
@@ -181,7 +145,7 @@ fn stranded(scratch: &Scratch) -> (QemuGuest, QemuGuest, std::process::Child) {
 fn a_dead_pager_never_shows_a_stock_guest_zeros() {
     let scratch = Scratch::new("dead-pager");
     let (_source, destination, mut moving) = stranded(&scratch);
-    let qemu = Orphan(child_of(destination.pid()));
+    let qemu = Orphan(destination.qemu());
     let arrival = || destination.status_of_pcvm()["arrival"].clone();
     wait_until("the pager has told of its pages", || arrival()["total_pages"].as_u64().unwrap() > 0);
     assert!(arrival()["outstanding_pages"].as_u64().unwrap() > 0, "all of it came: {}", arrival());
@@ -204,15 +168,6 @@ impl Drop for Orphan {
     fn drop(&mut self) {
         let _ = kill_process(Pid::from_raw(self.0).unwrap(), Signal::KILL);
     }
-}
-
-fn child_of(process: u32) -> i32 {
-    let children = std::fs::read_to_string(format!("/proc/{process}/task/{process}/children")).unwrap();
-    let threads = std::fs::read_dir(format!("/proc/{process}/task")).unwrap().flatten();
-    let of_threads =
-        threads.map(|thread| std::fs::read_to_string(thread.path().join("children")).unwrap_or_default());
-    let all = of_threads.fold(children, |all, more| all + " " + &more);
-    all.split_whitespace().next().unwrap().parse().unwrap()
 }
 
 #[test]
