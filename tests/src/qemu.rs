@@ -13,7 +13,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::ops::Deref;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::process::{Command, Output};
+use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
@@ -341,6 +341,21 @@ impl QemuGuest {
         let report: Value = serde_json::from_slice(&out.stdout).unwrap();
         assert_eq!(report["transport"], transport);
         report
+    }
+
+    /// Begins to move it over tcp; gives pcvm's process as soon as that has `said` so.
+    pub fn migrate_until(&self, to: SocketAddr, mode: &str, said: &str) -> Child {
+        let mut moving = Command::new(program("pcvm"))
+            .args(["migrate", "--transport", "tcp", "--mode", mode, "--qmp"])
+            .arg(&self.place.qmp)
+            .args(["--to", &to.to_string()])
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        // It stays open: pcvm goes on to write there.
+        let mut lines = BufReader::new(moving.stderr.as_mut().unwrap()).lines().map_while(Result::ok);
+        assert!(lines.any(|line| line.contains(said)), "pcvm has not said {said:?}; QEMU {}", self.story());
+        moving
     }
 
     /// Moves the guest to a process that waits for it at `uri`, by QEMU's own pre-copy, and waits

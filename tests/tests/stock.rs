@@ -5,15 +5,15 @@
 //! POSTCOPY_TRANSPORTS (`tcp` if not set).
 #![allow(clippy::unwrap_used)] // helpers of tests, where a panic is the report
 
-use std::io::{BufRead, BufReader, Read};
+use std::io::Read;
 use std::net::SocketAddr;
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::time::Duration;
 
 use postcopy_e2e::authority::Authority;
 use postcopy_e2e::cutter::{Line, assert_cut, cut_after};
 use postcopy_e2e::qemu::{LOOPBACK, NOBODY, Place, Plain, QemuGuest, address, library, transports};
-use postcopy_e2e::{Scratch, assert_refused, free_port, pcvm, program, run, stderr, wait_until};
+use postcopy_e2e::{Scratch, assert_refused, free_port, pcvm, run, stderr, wait_until};
 use rustix::process::{Pid, Signal, kill_process};
 
 /// Messages before the one that hands the guest over; its state is in one or more pieces.
@@ -127,15 +127,7 @@ fn stranded(scratch: &Scratch) -> (QemuGuest, QemuGuest, std::process::Child) {
     let source = machine.start(scratch, "a");
     source.wait_for_reports(2);
     let (destination, to) = machine.receive(scratch, "b", LOOPBACK, &[]);
-    let monitor = &source.place().qmp;
-    let mut moving = Command::new(program("pcvm"))
-        .args(["migrate", "--transport", "tcp", "--qmp", monitor.to_str().unwrap(), "--to", &to.to_string()])
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let lines = BufReader::new(moving.stderr.take().unwrap()).lines().map_while(Result::ok);
-    let mut said = lines.skip_while(|line| !line.contains("runs at the destination"));
-    assert!(said.next().is_some(), "{}", destination.log());
+    let moving = source.migrate_until(to, "postcopy", "runs at the destination");
     kill_process(Pid::from_child(&moving), Signal::STOP).unwrap();
     (source, destination, moving)
 }

@@ -4,14 +4,11 @@
 //! Needs POSTCOPY_KERNEL and POSTCOPY_INITRD, as `stock.rs`.
 #![allow(clippy::unwrap_used)] // helpers of tests, where a panic is the report
 
-use std::io::{BufRead, BufReader};
-use std::process::{Command, Stdio};
-
 use postcopy_e2e::cutter::Line;
 use postcopy_e2e::qemu::{LOOPBACK, Plain};
 use postcopy_e2e::system::kernel_is_since;
-use postcopy_e2e::{Scratch, assert_refused, program};
-use postcopy_engine::written::WriteLog;
+use postcopy_e2e::{Scratch, assert_refused};
+use postcopy_engine::written::Way;
 
 const LOAD: &str = "pcguest.mb=64 pcguest.access=write pcguest.pace_us=100";
 
@@ -29,7 +26,7 @@ fn a_stock_guest_moves_in_hybrid_or_is_told_why_it_cannot() {
         guest.wait_for_reports(2);
         for place in ["q1", "q2"] {
             let (next, to) = machine.receive(&scratch, &name(place), LOOPBACK, &[]);
-            if let Err(error) = WriteLog::check(guest.qemu()) {
+            if let Err(error) = Way::of(guest.qemu()) {
                 assert!(!(preloaded && kernel_is_since(6, 7)), "{error}");
                 let out = guest.try_migrate_by(to, "tcp", "hybrid");
                 let why =
@@ -55,20 +52,12 @@ fn a_move_that_is_killed_in_its_round_can_be_made_again() {
     let machine = Plain::linux(LOAD);
     let guest = machine.start_preloaded(&scratch, "q0");
     guest.wait_for_reports(1);
-    if WriteLog::check(guest.qemu()).is_err() {
+    if Way::of(guest.qemu()).is_err() {
         return; // the other test has what is said then
     }
     let (_unused, to) = machine.receive(&scratch, "q1", LOOPBACK, &[]);
     let line = Line::to(to, 8 << 20);
-    let mut moving = Command::new(program("pcvm"))
-        .args(["migrate", "--transport", "tcp", "--mode", "hybrid", "--qmp"])
-        .arg(&guest.place().qmp)
-        .args(["--to", &line.address().to_string()])
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let lines = BufReader::new(moving.stderr.take().unwrap()).lines().map_while(Result::ok);
-    assert!(lines.into_iter().any(|line| line.contains("its memory is read once")), "it has no round");
+    let mut moving = guest.migrate_until(line.address(), "hybrid", "its memory is read once");
     moving.kill().and_then(|()| moving.wait()).unwrap();
     guest.wait_for_reports(2);
     guest.verify();

@@ -41,8 +41,8 @@ pub use server::{FaultFailed, FaultServer, Served};
 pub use shards::{MAX_SHARDS, Shards};
 pub use sigbus::SelfService;
 use tokio::sync::watch;
-pub(crate) use trap::errno;
 pub use trap::{FaultsTo, Trap};
+pub(crate) use trap::{errno, owned};
 pub use waits::Waited;
 
 use self::board::{Board, Past};

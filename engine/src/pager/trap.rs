@@ -118,7 +118,7 @@ impl Trap {
         let each = shards.cut(memory.layout().total_pages()).zip(descriptors);
         let parts = each.map(|(part, descriptor)| {
             set_up(&descriptor, NEEDED | FeatureFlags::EVENT_REMOVE)?;
-            PartTrap::over(owned(descriptor)?, part, base, Whose::Theirs)
+            PartTrap::over(owned(descriptor).map_err(not_made_nonblocking)?, part, base, Whose::Theirs)
         });
         Ok(Self { parts: parts.collect::<Result<_, _>>()? })
     }
@@ -137,7 +137,7 @@ impl Trap {
                 Err(PagerError::Userfault { source, .. }) if source.raw_os_error() == Some(libc::EINVAL) => {}
                 other => other?,
             }
-            PartTrap::over_anonymous(owned(descriptor)?, part, base)
+            PartTrap::over_anonymous(owned(descriptor).map_err(not_made_nonblocking)?, part, base)
         });
         Ok(Self { parts: parts.collect::<Result<_, _>>()? })
     }
@@ -184,10 +184,13 @@ fn shards_of(descriptors: &[OwnedFd]) -> Result<Shards, PagerError> {
     Shards::new(descriptors.len()).ok_or_else(|| PagerError::System { operation, source: none() })
 }
 
+fn not_made_nonblocking(source: io::Error) -> PagerError {
+    PagerError::Userfault { operation: "FIONBIO", source }
+}
+
 /// A userfaultfd that another process has made, never to be waited on.
-fn owned(descriptor: OwnedFd) -> Result<Uffd, PagerError> {
-    let failed = |errno: rustix::io::Errno| failed("FIONBIO", Some(errno.raw_os_error()));
-    rustix::io::ioctl_fionbio(&descriptor, true).map_err(failed)?;
+pub(crate) fn owned(descriptor: OwnedFd) -> io::Result<Uffd> {
+    rustix::io::ioctl_fionbio(&descriptor, true)?;
     // SAFETY: the descriptor is owned and given up here, so the result is its only owner.
     Ok(unsafe { Uffd::from_raw_fd(descriptor.into_raw_fd()) })
 }

@@ -85,11 +85,30 @@ impl Watched {
         .await
     }
 
+    /// What the guest touches from now on for a while, the likeliest to be touched again first: of one whose mapping is
+    /// ours what it touches; of one that has a log what it writes; of one that has both what it touches all the time,
+    /// and what it writes.
     fn lately(&mut self, guest: &Arc<dyn SourceGuest>) -> Result<Vec<PageSet>, GuestError> {
         if self.log.is_none() && !guest.runs_on_our_mapping() {
             self.hint = guest.watch_writes()?;
         }
-        lately(guest, self.log.as_deref_mut().or(self.hint.as_deref_mut()))
+        let log = match (guest.runs_on_our_mapping(), self.log.as_mut().or(self.hint.as_mut())) {
+            (true, Some(log)) => log,
+            (true, None) => return touched(guest).map(Vec::from),
+            (false, Some(log)) => return Ok(more_often_than_not(&laps(log.as_mut())?)),
+            (false, None) => return Ok(Vec::new()),
+        };
+        log.mark()?;
+        // The log is not to be given up for that.
+        let always = touched(guest).map_or_else(
+            |error| {
+                tracing::debug!(%error, "what the guest touches cannot be seen");
+                PageSet::default()
+            },
+            |[always, ..]| always,
+        );
+        let written = log.since_mark()?.without(&always);
+        Ok(vec![always, written])
     }
 
     /// Runs of pages to fetch first.
@@ -111,32 +130,6 @@ impl Watched {
     }
 }
 
-/// What a guest touches from now on for a while, the likeliest to be touched again first: of one whose mapping is ours
-/// what it touches; of one that has a log what it writes; of one that has both what it touches all the time, and what
-/// it writes.
-fn lately(
-    guest: &Arc<dyn SourceGuest>,
-    log: Option<&mut (dyn DirtyLog + 'static)>,
-) -> Result<Vec<PageSet>, GuestError> {
-    let log = match (guest.runs_on_our_mapping(), log) {
-        (true, Some(log)) => log,
-        (true, None) => return touched(guest).map(Vec::from),
-        (false, Some(log)) => return Ok(more_often_than_not(&laps(log)?)),
-        (false, None) => return Ok(Vec::new()),
-    };
-    log.mark()?;
-    // The log is not to be given up for that.
-    let always = touched(guest).map_or_else(
-        |error| {
-            tracing::debug!(%error, "what the guest touches cannot be seen");
-            PageSet::default()
-        },
-        |[always, ..]| always,
-    );
-    let written = log.since_mark()?.without(&always);
-    Ok(vec![always, written])
-}
-
 /// What is written in each of several laps, one if the guest stands still at their beginnings. Of much memory they
 /// take longer, and are fewer.
 fn laps(log: &mut dyn DirtyLog) -> Result<Vec<PageSet>, GuestError> {
@@ -151,7 +144,7 @@ fn laps(log: &mut dyn DirtyLog) -> Result<Vec<PageSet>, GuestError> {
 }
 
 /// What is in more than half of these laps, what is in most of them first. A program that walks its memory writes
-/// thousands of pages in a lap; read first, they would come before the few that the guest stalls for.
+/// hundreds of pages in a lap, others in each; read first, they would come before the few that the guest stalls for.
 fn more_often_than_not(laps: &[PageSet]) -> Vec<PageSet> {
     // What is in at least one, in at least two, ...
     let mut often = vec![PageSet::default(); laps.len()];

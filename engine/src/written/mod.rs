@@ -28,6 +28,14 @@ pub struct WriteLog {
     by: By,
 }
 
+/// How writes of a process can be noted.
+#[derive(Debug)]
+pub struct Way {
+    process: PathBuf,
+    /// What its pages are to be protected by; none: soft-dirty bits.
+    tracker: Option<Tracker>,
+}
+
 #[derive(Debug)]
 enum By {
     Protection(Protection),
@@ -43,33 +51,48 @@ impl By {
     }
 }
 
-impl WriteLog {
-    /// Whether writes of process `pid` can be noted.
+impl Way {
+    /// How writes of process `pid` can be noted.
     ///
     /// Errors: they cannot, with the reason; or this process may not look into that one.
-    pub fn check(pid: i32) -> io::Result<()> {
-        tracker(pid).map(drop)
+    pub fn of(pid: i32) -> io::Result<Self> {
+        let process = PathBuf::from(format!("/proc/{pid}"));
+        let without = match Tracker::of(pid) {
+            Ok(Some(tracker)) => return Ok(Self { process, tracker: Some(tracker) }),
+            Ok(None) => "the process has made no userfaultfd to protect its pages by".to_owned(),
+            Err(error) => format!("its userfaultfd cannot be had ({error})"),
+        };
+        if soft_dirty::is_noted()? {
+            return Ok(Self { process, tracker: None });
+        }
+        let text = format!(
+            "which pages the process writes cannot be seen: this kernel has no bits for it (CONFIG_MEM_SOFT_DIRTY is \
+             not set), and {without}"
+        );
+        Err(io::Error::new(io::ErrorKind::Unsupported, text))
     }
 
-    /// Begins to note what process `pid` writes to the `pages` pages from address `base` on, which are one mapping.
+    /// Begins to note what the process writes to the `pages` pages from address `base` on, which are one mapping.
     ///
     /// A write of a device that took the address before is not seen: what is under way must end before anything
     /// relies on this.
     ///
-    /// Errors: as [`WriteLog::check`], or there is no such mapping.
-    pub fn begin(pid: i32, base: u64, pages: u64) -> io::Result<Self> {
-        let process = folder(pid);
-        let by = match tracker(pid)? {
+    /// Errors: there is no such mapping, or the process is gone.
+    pub fn begin(self, base: u64, pages: u64) -> io::Result<WriteLog> {
+        let Self { process, tracker } = self;
+        let by = match tracker {
             Some(tracker) => By::Protection(Protection::begin(tracker, &process, base, pages)?),
             None => {
                 soft_dirty::clear(&process)?;
                 By::SoftDirty
             }
         };
-        tracing::debug!(pid, ?by, "writes of a process are noted");
-        Ok(Self { process, base, pages, by })
+        tracing::debug!(?process, ?by, "writes of a process are noted");
+        Ok(WriteLog { process, base, pages, by })
     }
+}
 
+impl WriteLog {
     /// Whether [`WriteLog::take`] misses nothing that is written while it is at work.
     pub fn is_taken_at_once(&self) -> bool {
         matches!(self.by, By::Protection(_))
@@ -114,25 +137,4 @@ impl WriteLog {
         })?;
         Ok(pages)
     }
-}
-
-fn folder(pid: i32) -> PathBuf {
-    PathBuf::from(format!("/proc/{pid}"))
-}
-
-/// What the process has for its pages to be protected by; nothing where it is done without.
-fn tracker(pid: i32) -> io::Result<Option<Tracker>> {
-    let without = match Tracker::of(pid) {
-        Ok(Some(tracker)) => return Ok(Some(tracker)),
-        Ok(None) => "the process has made no userfaultfd to protect its pages by".to_owned(),
-        Err(error) => format!("its userfaultfd cannot be had ({error})"),
-    };
-    if soft_dirty::is_noted()? {
-        return Ok(None);
-    }
-    let text = format!(
-        "which pages the process writes cannot be seen: this kernel has no bits for it (CONFIG_MEM_SOFT_DIRTY is not \
-         set), and {without}"
-    );
-    Err(io::Error::new(io::ErrorKind::Unsupported, text))
 }

@@ -7,7 +7,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::Path;
 
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
@@ -15,7 +15,7 @@ use userfaultfd::{RegisterMode, Uffd};
 
 use crate::memory::PAGE_SIZE;
 use crate::page_set::PageSet;
-use crate::pager::errno;
+use crate::pager::{errno, owned};
 
 /// UFFD_FEATURE_WP_ASYNC of linux/userfaultfd.h.
 pub(super) const WP_ASYNC: u64 = 1 << 15;
@@ -40,8 +40,7 @@ impl Tracker {
             let (Some(number), Some("anon_inode:[userfaultfd]")) = (number, link.to_str()) else { continue };
             let duplicate = pidfd_getfd(&process, number, PidfdGetfdFlags::empty())?;
             if features(&duplicate)?.is_some_and(|features| features & WP_ASYNC != 0) {
-                // SAFETY: the descriptor is owned and given up here, so the result is its only owner.
-                return Ok(Some(Self(unsafe { Uffd::from_raw_fd(duplicate.into_raw_fd()) })));
+                return owned(duplicate).map(|tracker| Some(Self(tracker)));
             }
         }
         Ok(None)
@@ -90,13 +89,9 @@ impl Protection {
         let mut regions = [Region { start: 0, end: 0, categories: 0 }; REGIONS];
         let (mut at, end) = (self.base, self.base + self.pages * PAGE_SIZE);
         while at < end {
-            let wanted = match which {
-                Which::All => 0,
-                Which::Written => PAGE_IS_WRITTEN,
-            };
-            let (vec, vec_len) = match which {
-                Which::All => (0, 0),
-                Which::Written => (regions.as_mut_ptr() as u64, REGIONS as u64),
+            let (wanted, vec, vec_len) = match which {
+                Which::All => (0, 0, 0),
+                Which::Written => (PAGE_IS_WRITTEN, regions.as_mut_ptr() as u64, REGIONS as u64),
             };
             let mut scan = Scan {
                 size: size_of::<Scan>() as u64,

@@ -60,17 +60,14 @@ fn tells(memory: &HostMemory, mut log: WriteLog) {
 #[test]
 fn soft_dirty_bits_tell_what_was_written() {
     let memory = memory("soft-dirty");
-    let log = || -> io::Result<WriteLog> {
-        let process = folder(me());
-        soft_dirty::clear(&process)?;
-        Ok(WriteLog { process, base: memory.base() as u64, pages: PAGES, by: By::SoftDirty })
-    };
     if soft_dirty::is_noted().unwrap() {
-        tells(&memory, log().unwrap());
+        let way = Way { process: format!("/proc/{}", me()).into(), tracker: None };
+        tells(&memory, way.begin(memory.base() as u64, PAGES).unwrap());
         return;
     }
+    // In a process that has made none; the other test has one here.
     let mut other = Command::new("sleep").arg("60").spawn().unwrap();
-    let error = WriteLog::check(other.id() as i32).unwrap_err().to_string();
+    let error = Way::of(other.id() as i32).unwrap_err().to_string();
     other.kill().and_then(|()| other.wait()).unwrap();
     assert!(error.contains("CONFIG_MEM_SOFT_DIRTY") && error.contains("has made no userfaultfd"), "{error}");
 }
@@ -82,12 +79,12 @@ fn write_protection_tells_what_was_written() {
     builder.close_on_exec(true).require_features(FeatureFlags::from_bits_retain(protection::WP_ASYNC));
     let Ok(_made) = builder.create() else { return };
     let memory = memory("protected");
-    let log = WriteLog::begin(me(), memory.base() as u64, PAGES).unwrap();
+    let log = Way::of(me()).unwrap().begin(memory.base() as u64, PAGES).unwrap();
     assert!(log.is_taken_at_once(), "{log:?}");
     tells(&memory, log);
     // Nothing is left: another may register it.
-    let log = WriteLog::begin(me(), memory.base() as u64, PAGES).unwrap();
+    let log = Way::of(me()).unwrap().begin(memory.base() as u64, PAGES).unwrap();
     drop(log);
-    let elsewhere = WriteLog::begin(me(), 1 << 12, PAGES).unwrap_err();
+    let elsewhere = Way::of(me()).unwrap().begin(1 << 12, PAGES).unwrap_err();
     assert!(elsewhere.raw_os_error().is_some(), "{elsewhere}");
 }

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant, SystemTime};
 use postcopy_engine::memory::GuestMemory;
 use postcopy_engine::page_set::PageSet;
 use postcopy_engine::session::{DestinationGuest, DirtyLog, GuestError, SourceGuest};
-use postcopy_engine::written::WriteLog;
+use postcopy_engine::written::{Way, WriteLog};
 use serde_json::{Value, json};
 
 use super::balloon::{self, Inflated};
@@ -203,8 +203,8 @@ impl QemuGuest {
     fn note_writes(&self) -> Result<WriteLog, QemuError> {
         let mut qmp = self.qmp();
         let pid = qmp.peer()?;
-        WriteLog::check(pid).map_err(|error| QemuError::Unfit(format!("{error}; {NOT_NOTED}")))?;
-        let log = ram::log_dirty(pid, self.facts.ram_bytes)?;
+        let way = Way::of(pid).map_err(|error| QemuError::Unfit(format!("{error}; {NOT_NOTED}")))?;
+        let log = ram::log_dirty(pid, self.facts.ram_bytes, way)?;
         while_stopped(&mut qmp, || Ok(()))?;
         Ok(log)
     }
@@ -286,11 +286,14 @@ impl SourceGuest for QemuGuest {
     /// nothing may be seen: it is a hint.
     fn watch_writes(&self) -> Result<Option<Box<dyn DirtyLog>>, GuestError> {
         let pid = self.qmp().peer()?;
-        if let Err(error) = WriteLog::check(pid) {
-            tracing::debug!(%error, "what the guest writes last is not known");
-            return Ok(None);
-        }
-        let log = ram::log_dirty(pid, self.facts.ram_bytes)?;
+        let way = match Way::of(pid) {
+            Ok(way) => way,
+            Err(error) => {
+                tracing::debug!(%error, "what the guest writes last is not known");
+                return Ok(None);
+            }
+        };
+        let log = ram::log_dirty(pid, self.facts.ram_bytes, way)?;
         Ok(Some(Box::new(QemuDirtyLog { log, earlier: PageSet::default(), stopped_by: None })))
     }
 

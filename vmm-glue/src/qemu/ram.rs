@@ -5,7 +5,7 @@ use std::os::unix::fs::MetadataExt;
 
 use postcopy_engine::memory::PAGE_SIZE;
 use postcopy_engine::proc_pages::is_trapped;
-use postcopy_engine::written::WriteLog;
+use postcopy_engine::written::{Way, WriteLog};
 
 use super::QemuError;
 
@@ -47,12 +47,12 @@ pub(super) fn open(pid: i32, bytes: u64) -> Result<File, QemuError> {
     Err(QemuError::Unfit(format!("process {pid} has closed the file of its RAM ({})", wanted.name)))
 }
 
-/// Begins to note what process `pid` writes to the one mapping that it has of its guest's RAM.
+/// Begins to note, in this way, what process `pid` writes to the one mapping that it has of its guest's RAM.
 ///
-/// Errors: the kernel notes no such thing, or it has no or several mappings of so many bytes.
-pub(super) fn log_dirty(pid: i32, bytes: u64) -> Result<WriteLog, QemuError> {
+/// Errors: it has no or several mappings of so many bytes, or is gone.
+pub(super) fn log_dirty(pid: i32, bytes: u64, way: Way) -> Result<WriteLog, QemuError> {
     let base = only(pid, bytes, &mappings(pid, bytes)?)?.start;
-    WriteLog::begin(pid, base, bytes / PAGE_SIZE).map_err(looking(pid, "what it writes"))
+    way.begin(base, bytes / PAGE_SIZE).map_err(looking(pid, "what it writes"))
 }
 
 fn looking(pid: i32, what: &str) -> impl FnOnce(std::io::Error) -> QemuError + use<> {
