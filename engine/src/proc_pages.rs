@@ -31,11 +31,6 @@ impl Entry {
     pub(crate) fn is_soft_dirty(self) -> bool {
         self.0 >> 55 & 1 == 1
     }
-
-    /// It is write-protected by a userfaultfd.
-    pub(crate) fn is_protected(self) -> bool {
-        self.0 >> 57 & 1 == 1
-    }
 }
 
 /// Shows each of `pages` pages from address `base` on in the process of this folder in /proc.

@@ -42,15 +42,6 @@ enum By {
     SoftDirty,
 }
 
-impl By {
-    fn is_written(&self, entry: Entry) -> bool {
-        match self {
-            Self::Protection(_) => !entry.is_protected(),
-            Self::SoftDirty => entry.is_soft_dirty(),
-        }
-    }
-}
-
 impl Way {
     /// How writes of process `pid` can be noted.
     ///
@@ -118,14 +109,20 @@ impl WriteLog {
     ///
     /// Errors: the process is gone.
     pub fn dirty(&self) -> io::Result<PageSet> {
-        self.those(|entry| !entry.is_present() || self.by.is_written(entry))
+        match &self.by {
+            By::Protection(protection) => protection.dirty(),
+            By::SoftDirty => self.those(|entry| !entry.is_present() || entry.is_soft_dirty()),
+        }
     }
 
     /// The pages that were written since, as far as they are mapped still.
     ///
     /// Errors: the process is gone.
     pub fn written(&self) -> io::Result<PageSet> {
-        self.those(|entry| entry.is_present() && self.by.is_written(entry))
+        match &self.by {
+            By::Protection(protection) => protection.written(),
+            By::SoftDirty => self.those(|entry| entry.is_present() && entry.is_soft_dirty()),
+        }
     }
 
     fn those(&self, wanted: impl Fn(Entry) -> bool) -> io::Result<PageSet> {

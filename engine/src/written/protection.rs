@@ -79,36 +79,33 @@ impl Protection {
 
     /// The pages that were written since they were protected; they are again.
     pub(super) fn take(&self) -> io::Result<PageSet> {
-        let mut written = PageSet::new(self.pages, false);
-        self.scan(Which::Written, |from, end| written.put(from, end, true))?;
-        Ok(written)
+        self.those(Which::Taken)
     }
 
-    /// Protects these pages, and shows which were written: from one and to another.
+    /// As [`WriteLog::dirty`](super::WriteLog::dirty).
+    pub(super) fn dirty(&self) -> io::Result<PageSet> {
+        self.those(Which::Dirty)
+    }
+
+    /// As [`WriteLog::written`](super::WriteLog::written).
+    pub(super) fn written(&self) -> io::Result<PageSet> {
+        self.those(Which::Written)
+    }
+
+    fn those(&self, which: Which) -> io::Result<PageSet> {
+        let mut pages = PageSet::new(self.pages, false);
+        self.scan(which, |from, end| pages.put(from, end, true))?;
+        Ok(pages)
+    }
+
+    /// Shows these pages as the kernel finds them: from one and to another.
     fn scan(&self, which: Which, mut show: impl FnMut(u64, u64)) -> io::Result<()> {
         let mut regions = [Region { start: 0, end: 0, categories: 0 }; REGIONS];
         let (mut at, end) = (self.base, self.base + self.pages * PAGE_SIZE);
         while at < end {
-            let (wanted, vec, vec_len) = match which {
-                Which::All => (0, 0, 0),
-                Which::Written => (PAGE_IS_WRITTEN, regions.as_mut_ptr() as u64, REGIONS as u64),
-            };
-            let mut scan = Scan {
-                size: size_of::<Scan>() as u64,
-                flags: PM_SCAN_WP_MATCHING | PM_SCAN_CHECK_WPASYNC,
-                start: at,
-                end,
-                walk_end: 0,
-                vec,
-                vec_len,
-                max_pages: 0,
-                category_inverted: 0,
-                category_mask: wanted,
-                category_anyof_mask: 0,
-                return_mask: wanted,
-            };
-            // SAFETY: the request reads and writes its argument, and writes at most `vec_len` regions to `vec`; both are
-            // borrowed here alone until it returns.
+            let mut scan = Scan { start: at, end, ..which.asked(&mut regions) };
+            // SAFETY: the request reads and writes its argument, and writes at most `vec_len` regions to `vec`, which are
+            // none or `regions`; both are borrowed here alone until it returns.
             let found = unsafe { libc::ioctl(self.pagemap.as_raw_fd(), PAGEMAP_SCAN, &raw mut scan) };
             if found < 0 {
                 return Err(io::Error::last_os_error());
@@ -138,8 +135,34 @@ impl Drop for Protection {
 /// Pages of a scan.
 #[derive(Clone, Copy)]
 enum Which {
+    /// All, which are protected and not shown.
     All,
+    /// Those that were written, which are protected again.
+    Taken,
+    /// Those that were written and are mapped.
     Written,
+    /// Those that were written or are not mapped.
+    Dirty,
+}
+
+impl Which {
+    /// What the kernel is asked for, but for the addresses. It may show as much as there are `regions`.
+    fn asked(self, regions: &mut [Region]) -> Scan {
+        const EITHER: u64 = PAGE_IS_WRITTEN | PAGE_IS_PRESENT;
+        let size = size_of::<Scan>() as u64;
+        let all = Scan { size, flags: PM_SCAN_WP_MATCHING | PM_SCAN_CHECK_WPASYNC, ..Scan::default() };
+        let (vec, vec_len) = (regions.as_mut_ptr() as u64, regions.len() as u64);
+        let shown = Scan { vec, vec_len, return_mask: PAGE_IS_WRITTEN, ..all };
+        let looked_at = Scan { flags: PM_SCAN_CHECK_WPASYNC, ..shown };
+        match self {
+            Self::All => all,
+            Self::Taken => Scan { category_mask: PAGE_IS_WRITTEN, ..shown },
+            Self::Written => Scan { category_mask: EITHER, ..looked_at },
+            Self::Dirty => {
+                Scan { category_inverted: PAGE_IS_PRESENT, category_anyof_mask: EITHER, ..looked_at }
+            }
+        }
+    }
 }
 
 /// PAGEMAP_SCAN and its argument, of linux/fs.h.
@@ -148,8 +171,10 @@ const PM_SCAN_WP_MATCHING: u64 = 1 << 0;
 /// The mapping must be registered for it.
 const PM_SCAN_CHECK_WPASYNC: u64 = 1 << 1;
 const PAGE_IS_WRITTEN: u64 = 1 << 1;
+const PAGE_IS_PRESENT: u64 = 1 << 3;
 
 #[repr(C)]
+#[derive(Clone, Copy, Default)]
 struct Scan {
     size: u64,
     flags: u64,

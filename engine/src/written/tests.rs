@@ -29,6 +29,12 @@ fn listed(pages: &PageSet) -> Vec<u64> {
 /// What is told of a process that writes and reads; `log` has just begun.
 fn tells(memory: &HostMemory, mut log: WriteLog) {
     assert_eq!(log.written().unwrap().len(), 0, "nothing was written yet");
+    let unmapped = log.dirty().unwrap();
+    assert!(
+        unmapped.len() == PAGES - 64 && unmapped.has(64) && unmapped.has(PAGES - 1),
+        "{}",
+        unmapped.len()
+    );
     assert!(memory.write(7 << 12, &[2]) && memory.write((63 << 12) + 4095, &[2]));
     let mut byte = [0];
     assert!(memory.read(9 << 12, &mut byte));
