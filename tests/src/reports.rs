@@ -9,6 +9,13 @@ pub fn said(console: &str) -> impl Iterator<Item = &str> {
     whole.filter_map(|line| line.trim_end().strip_prefix("pcguest: "))
 }
 
+/// What a console has had since it had so many bytes, whole lines only: a guest that came then may have begun its first
+/// elsewhere, and the one before it may have ended here in the middle.
+pub fn since(console: &str, bytes: usize) -> &str {
+    let new = console.get(bytes..).unwrap_or_default();
+    new.split_once('\n').map_or("", |(_, whole)| whole)
+}
+
 /// Its reports of a walk under way (others tell of the start).
 pub fn walks(console: &str) -> Vec<Value> {
     let all = said(console).filter_map(|line| serde_json::from_str::<Value>(line).ok());

@@ -9,7 +9,7 @@ use std::io::{BufRead, BufReader, Read};
 use std::os::unix::fs::FileExt;
 use std::process::{Child, Command, Stdio};
 
-use postcopy_e2e::reports::{assert_well, verdicts, walks};
+use postcopy_e2e::reports::{assert_well, since, verdicts, walks};
 use postcopy_e2e::{
     Pcvm, Scratch, assert_refused, free_port, free_ports, pcbench, program, run, stderr, variable,
 };
@@ -26,6 +26,8 @@ struct Lab {
     ports: [u16; 2],
     hosts: [Pcvm; 2],
     at: usize,
+    /// Bytes that its console had there when it came.
+    arrived: usize,
     uptime: f64,
 }
 
@@ -49,7 +51,7 @@ impl Lab {
         let source = Pcvm::start(&scratch, "a", &run);
         let destination = Pcvm::start(&scratch, "b", &receive);
         source.wait_until("the guest walks its memory", |source| !walks(&source.console()).is_empty());
-        Self { scratch, address, ports, hosts: [source, destination], at: 0, uptime: 0.0 }
+        Self { scratch, address, ports, hosts: [source, destination], at: 0, arrived: 0, uptime: 0.0 }
     }
 
     fn here(&self) -> &Pcvm {
@@ -64,21 +66,24 @@ impl Lab {
     fn go_by(&mut self, transport: &str, mode: &str) -> Value {
         let (from, to) = (&self.hosts[self.at], &self.hosts[1 - self.at]);
         let target = format!("{}:{}", self.address, self.ports[1 - self.at]);
-        let before = walks(&to.console()).len();
+        let arrived = to.console().len();
         let out = from.try_migrate(&target, &["--json", "--transport", transport, "--mode", mode]);
         let stories = || format!("the source {}\nthe destination {}", from.story(), to.story());
         assert!(out.status.success(), "{}\n{}", stderr(&out), stories());
         let report = serde_json::from_slice(&out.stdout).unwrap();
-        to.wait_until("the guest reports from there", |to| walks(&to.console()).len() >= before + 2);
+        let reported = |to: &Pcvm| !walks(since(&to.console(), arrived)).is_empty();
+        to.wait_until("the guest reports from there", reported);
         from.wait_until("it waits for another guest", |from| from.status()["state"] == "waiting");
-        self.at = 1 - self.at;
+        (self.at, self.arrived) = (1 - self.at, arrived);
         self.check();
         report
     }
 
     /// No bad page so far, clocks that only go forward, and a guest that is alive.
     fn check(&mut self) {
-        let uptime = assert_well(&self.here().console())["uptime_s"].as_f64().unwrap();
+        let console = self.here().console();
+        assert!(!console.contains("BAD"), "{console}");
+        let uptime = assert_well(since(&console, self.arrived))["uptime_s"].as_f64().unwrap();
         assert!(uptime > self.uptime, "uptime went from {} to {uptime}", self.uptime);
         self.uptime = uptime;
     }
