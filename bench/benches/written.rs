@@ -8,15 +8,13 @@ use std::os::unix::fs::FileExt;
 
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
 use postcopy_engine::memory::PAGE_SIZE;
-use postcopy_engine::written::{Way, WriteLog};
+use postcopy_engine::written::{WP_ASYNC, Way, WriteLog};
 use postcopy_transport::HostMemory;
 use userfaultfd::{FeatureFlags, UffdBuilder};
 
 /// Pages of 1 GiB, and every so manieth is written.
 const PAGES: u64 = 262_144;
 const EVERY: usize = 100;
-/// UFFD_FEATURE_WP_ASYNC of linux/userfaultfd.h.
-const WP_ASYNC: u64 = 1 << 15;
 
 fn write(memory: &HostMemory) {
     for page in (0..PAGES).step_by(EVERY) {

@@ -71,7 +71,7 @@ impl Lab {
         let stories = || format!("the source {}\nthe destination {}", from.story(), to.story());
         assert!(out.status.success(), "{}\n{}", stderr(&out), stories());
         let report = serde_json::from_slice(&out.stdout).unwrap();
-        let reported = |to: &Pcvm| !walks(since(&to.console(), arrived)).is_empty();
+        let reported = |to: &Pcvm| walks(since(&to.console(), arrived)).len() >= 2;
         to.wait_until("the guest reports from there", reported);
         from.wait_until("it waits for another guest", |from| from.status()["state"] == "waiting");
         (self.at, self.arrived) = (1 - self.at, arrived);

@@ -15,6 +15,7 @@ mod tests;
 use std::io;
 use std::path::PathBuf;
 
+pub use self::protection::WP_ASYNC;
 use self::protection::{Protection, Tracker};
 use crate::page_set::PageSet;
 use crate::proc_pages::{Entry, each};

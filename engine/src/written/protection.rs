@@ -17,8 +17,9 @@ use crate::memory::PAGE_SIZE;
 use crate::page_set::PageSet;
 use crate::pager::{errno, owned};
 
-/// UFFD_FEATURE_WP_ASYNC of linux/userfaultfd.h.
-pub(super) const WP_ASYNC: u64 = 1 << 15;
+/// The feature of the userfaultfd that a process makes to have its writes noted (UFFD_FEATURE_WP_ASYNC of
+/// linux/userfaultfd.h).
+pub const WP_ASYNC: u64 = 1 << 15;
 /// Regions that are asked for at once.
 const REGIONS: usize = 512;
 

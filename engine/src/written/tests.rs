@@ -82,7 +82,7 @@ fn soft_dirty_bits_tell_what_was_written() {
 #[test]
 fn write_protection_tells_what_was_written() {
     let mut builder = UffdBuilder::new();
-    builder.close_on_exec(true).require_features(FeatureFlags::from_bits_retain(protection::WP_ASYNC));
+    builder.close_on_exec(true).require_features(FeatureFlags::from_bits_retain(WP_ASYNC));
     let Ok(_made) = builder.create() else { return };
     let memory = memory("protected");
     let log = Way::of(me()).unwrap().begin(memory.base() as u64, PAGES).unwrap();
