@@ -1,8 +1,8 @@
 //! The guest program of the test images: process 1 of a virtual machine, or a plain process.
 //!
 //! It walks memory whose every byte it can predict, measures how long each first access takes,
-//! and prints a line of JSON a second. It takes commands, one a line: `report`, `reset`,
-//! `verify`, `poweroff`. Beside that it can keep a disk and a network busy. See `params` for what
+//! and prints a line of JSON a second. It takes commands, one a line: `report`, `reset`, `verify`,
+//! `hold MIB` (of memory more, full of content, instead of what it held before), `poweroff`. Beside that it can keep a disk and a network busy. See `params` for what
 //! it can be told at the start.
 
 use std::io::{self, BufRead};
@@ -22,6 +22,8 @@ use postcopy_guest::stats::{Pauses, Percentiles, Report, round};
 use postcopy_guest::walker::Walker;
 
 const TICK: Duration = Duration::from_millis(100);
+/// What held memory is full of.
+const HELD: u8 = 0xa5;
 
 /// What other threads keep up.
 #[derive(Default)]
@@ -73,6 +75,7 @@ struct Program {
     background: Arc<Background>,
     commands: Receiver<String>,
     disk: Option<Arc<Disk>>,
+    held: Vec<u8>,
     bad_lines: BadLines,
     pauses: Pauses,
     last_turn_ns: u64,
@@ -95,6 +98,7 @@ impl Program {
             background,
             commands: start_commands(),
             disk,
+            held: Vec::new(),
             bad_lines: BadLines::default(),
             pauses: Pauses::new(monotonic_ns()),
             last_turn_ns: monotonic_ns(),
@@ -147,7 +151,12 @@ impl Program {
                 "verify" => self.verify(),
                 "poweroff" => return false,
                 "" => {}
-                other => say(&format!("unknown command {other:?}: report, reset, verify, poweroff")),
+                other => match other.strip_prefix("hold ").and_then(|mib| mib.parse().ok()) {
+                    Some(mib) => self.hold(mib),
+                    None => {
+                        say(&format!("unknown command {other:?}: report, reset, verify, hold MIB, poweroff"))
+                    }
+                },
             },
         }
         self.walker.stalls[1].clear();
@@ -166,8 +175,16 @@ impl Program {
         say("reset");
     }
 
+    fn hold(&mut self, mib: usize) {
+        // The old goes before the new is there.
+        self.held = Vec::new();
+        self.held = vec![HELD; mib << 20];
+        say(&format!("holds {mib}"));
+    }
+
     fn verify(&mut self) {
-        let mut bad = 0;
+        let mut bad =
+            self.held.chunks(4096).filter(|page| page.iter().any(|byte| *byte != HELD)).count() as u64;
         for mismatch in self.walker.verify_all() {
             bad += 1;
             if bad <= MAX_BAD_PRINTED {

@@ -1,19 +1,18 @@
 //! The command line of pcvm, as typed.
 
+mod host;
+
 use std::ffi::OsString;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use postcopy_engine::pager::{HugePages, Landing, PagerConfig, Shards};
-use postcopy_engine::planner::Policy;
-use postcopy_engine::session::{DestinationTls, Mode, ReceiveOptions, SourceTls, TlsError};
-use postcopy_tools::device::DeviceArgs;
-use postcopy_tools::drain::BulkWaitArgs;
+use postcopy_engine::session::{Mode, SourceTls, TlsError};
 use postcopy_tools::size;
-use postcopy_transport::Transport;
 
 use crate::control::PATIENCE;
+
+pub(crate) use host::{HostArgs, SelfService, WireArgs};
 
 /// Runs KVM guests and moves them by post-copy live migration.
 ///
@@ -44,6 +43,13 @@ pub(crate) enum Command {
     Resolve(ResolveArgs),
     /// Reach a destination again that was lost after the handover, and serve it the memory that it has not got.
     Recover(RecoverArgs),
+    /// Keep what a QEMU's guest does not use in its balloon, so that it need not move.
+    ///
+    /// The paper's dynamic self-ballooning, with the guest's own driver: every few seconds most of what the guest calls
+    /// free goes into its balloon, and comes back as the guest uses more; a guest that is pressed for memory gets half of it
+    /// back at once and is left alone for ten turns. Ends when QEMU does, as at the end of a move; or by a signal, and then
+    /// the guest has all of its memory again.
+    Balloon(BalloonArgs),
     /// Compare migrations side by side: a table, and on request JSON and a page with plots.
     Compare(CompareArgs),
     /// Print a completion script for a shell.
@@ -117,121 +123,6 @@ pub(crate) enum Vmm {
     Qemu,
 }
 
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
-pub(crate) enum SelfService {
-    #[default]
-    Auto,
-    On,
-    Off,
-}
-
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
-pub(crate) enum Huge {
-    #[default]
-    Auto,
-    On,
-    Off,
-}
-
-/// What a process that holds a guest needs.
-#[derive(Clone, Debug, Args)]
-pub(crate) struct HostArgs {
-    /// Unix socket to be controlled by.
-    #[arg(long, value_name = "SOCK")]
-    pub(crate) control: PathBuf,
-    /// The guest's serial console: a file to append to, `stdio`, or `none`.
-    #[arg(long, default_value = "stdio", value_name = "FILE|stdio|none")]
-    pub(crate) console: String,
-    /// Where to serve metrics for Prometheus (GET /metrics), to anybody who reaches it; see
-    /// docs/control.md.
-    #[arg(long, value_name = "HOST:PORT")]
-    pub(crate) metrics: Option<String>,
-    /// Whether memory of a guest that has arrived is put together to huge pages of 2 MiB, in the
-    /// background. It costs one copy of the memory, and huge pages that are free. `auto`: if most of it
-    /// was on huge pages at the source.
-    #[arg(long, value_enum, default_value_t = Huge::Auto)]
-    pub(crate) huge_pages: Huge,
-    /// Wait for another guest, instead of exiting, when this one has moved away.
-    #[arg(long)]
-    pub(crate) again: bool,
-    /// Whether the vCPUs of a guest that arrives serve their own faults, each over a lane of its
-    /// own, instead of the pager's thread. `on` needs to learn from KVM which page a vCPU missed
-    /// (root, or CAP_BPF and CAP_PERFMON), and an idle guest then keeps its processors to itself.
-    /// `auto`: on with four cores or more.
-    #[arg(long, value_enum, default_value_t = SelfService::Auto)]
-    pub(crate) self_service: SelfService,
-    /// Which pages of a guest that arrives come next while nobody waits: `adaptive`, `linear`,
-    /// `bubble[:DIRECTION]` or `bubble-multi[:PIVOTS][:DIRECTION]`, with forward, dual or backward.
-    #[arg(long, default_value_t = Policy::Adaptive)]
-    pub(crate) policy: Policy,
-    #[command(flatten)]
-    pub(crate) bulk_wait: BulkWaitArgs,
-    /// Threads that bring the memory of a guest that arrives, 1 to 16: each has a part of it, two
-    /// lanes, and a processor to itself while it is busy. More pay where faults or the wire ask for more
-    /// than one processor.
-    #[arg(long, default_value = "1", value_name = "N")]
-    pub(crate) shards: Shards,
-    /// Where pages of a guest that arrives land: `in-place`, in its memory, which an RDMA device then
-    /// has to know and pin as a whole; or in a `pool` of a few MiB, from which they are copied. Hybrid
-    /// migrations need them in place. `auto`: in place for those and over verbs, else in a pool.
-    #[arg(long, default_value_t, value_name = "auto|in-place|pool")]
-    pub(crate) landing: Landing,
-    /// Take guests in only from sources whose certificate one authority has signed, and speak with them under
-    /// TLS: the folder of its `ca-cert.pem` and of this host's `server-cert.pem` and `server-key.pem`, as for QEMU. Pages
-    /// cross as they are: see docs/tls.md.
-    #[arg(long, value_name = "FOLDER")]
-    pub(crate) tls: Option<PathBuf>,
-}
-
-impl HostArgs {
-    /// How a guest is taken in.
-    ///
-    /// Errors: the certificates cannot be used.
-    pub(crate) fn receive(
-        &self,
-        wire: &WireArgs,
-        memory_limit: Option<u64>,
-    ) -> Result<ReceiveOptions, TlsError> {
-        Ok(ReceiveOptions {
-            transports: wire.transports(),
-            endpoint: wire.device.endpoint(None),
-            pager: self.pager(),
-            shards: self.shards,
-            landing: self.landing,
-            memory_limit,
-            tls: self.tls.as_deref().map(DestinationTls::read).transpose()?,
-        })
-    }
-
-    fn pager(&self) -> PagerConfig {
-        let planner = self.bulk_wait.planner(self.policy);
-        let huge_pages = match self.huge_pages {
-            Huge::Auto => HugePages::Auto,
-            Huge::On => HugePages::On,
-            Huge::Off => HugePages::Off,
-        };
-        PagerConfig { planner, huge_pages, ..PagerConfig::default() }
-    }
-}
-
-/// How memory travels.
-#[derive(Clone, Debug, Args)]
-pub(crate) struct WireArgs {
-    /// Transport: verbs where both sides have it, else tcp.
-    #[arg(long, value_enum, default_value_t = Wire::Auto)]
-    pub(crate) transport: Wire,
-    #[command(flatten)]
-    pub(crate) device: DeviceArgs,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(crate) enum Wire {
-    Auto,
-    Tcp,
-    Verbs,
-    Shm,
-}
-
 /// When memory moves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum When {
@@ -244,18 +135,6 @@ impl From<When> for Mode {
         match when {
             When::Postcopy => Self::Postcopy,
             When::Hybrid => Self::Hybrid,
-        }
-    }
-}
-
-impl WireArgs {
-    /// The transports asked for; empty for all.
-    pub(crate) fn transports(&self) -> Vec<Transport> {
-        match self.transport {
-            Wire::Auto => Vec::new(),
-            Wire::Tcp => vec![Transport::Tcp],
-            Wire::Verbs => vec![Transport::Verbs],
-            Wire::Shm => vec![Transport::Shm],
         }
     }
 }
@@ -349,6 +228,26 @@ pub(crate) struct ToldArgs {
     #[arg(long)]
     pub(crate) json: bool,
     /// No progress on stderr.
+    #[arg(long)]
+    pub(crate) quiet: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct BalloonArgs {
+    /// Monitor (QMP) socket of the QEMU that runs the guest. It is held for a moment in each turn, and others have it in
+    /// between: `pcvm migrate --qmp` among them.
+    #[arg(long, value_name = "SOCK")]
+    pub(crate) qmp: PathBuf,
+    /// How much of what would be free without a balloon goes into it.
+    #[arg(long, default_value_t = 95, value_name = "PERCENT", value_parser = clap::value_parser!(u8).range(1..=99))]
+    pub(crate) percent: u8,
+    /// How long from turn to turn.
+    #[arg(long, default_value_t = 5, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=3600))]
+    pub(crate) interval: u64,
+    /// Print each change as a line of JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Do not tell of changes on stderr.
     #[arg(long)]
     pub(crate) quiet: bool,
 }

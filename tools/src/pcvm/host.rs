@@ -421,7 +421,8 @@ async fn quit(host: &Host) {
     reached(host, |state| matches!(state, State::Quit)).await;
 }
 
-async fn interrupted() {
+/// Somebody wants this process to end.
+pub(crate) async fn interrupted() {
     use tokio::signal::unix::{SignalKind, signal};
     let Ok(mut terminate) = signal(SignalKind::terminate()) else { return std::future::pending().await };
     tokio::select! {

@@ -1,10 +1,12 @@
 //! pcvm: run a KVM guest, and move it by post-copy.
 //!
 //! `run` and `receive` are processes that hold a guest ([`host`]); the other commands speak to
-//! them over their control socket ([`client`]); `compare` only reads their reports.
+//! them over their control socket ([`client`]); `compare` only reads their reports, and [`balloon`] speaks to
+//! QEMU alone.
 
 mod args;
 mod arrival;
+mod balloon;
 mod client;
 mod compare;
 mod control;
@@ -52,6 +54,7 @@ fn dispatch(command: Command) -> anyhow::Result<()> {
         Command::Type(args) => client::type_text(&args),
         Command::Resolve(args) => client::resolve(&args),
         Command::Recover(args) => client::recover(&args),
+        Command::Balloon(args) => balloon::keep(&args),
         Command::Compare(args) => compare::run(&args),
         Command::Completions { shell } => {
             cli::completions(shell, Cli::command());

@@ -83,7 +83,10 @@ async fn inflate(guest: &Arc<QemuGuest>, percent: u8) -> anyhow::Result<Inflated
     let stopped = stop.clone();
     let mut inflating = tokio::task::spawn_blocking(move || growing.inflate(percent, &stopped));
     tokio::select! {
-        inflated = &mut inflating => Ok(inflated??),
+        inflated = &mut inflating => {
+            let inflated = inflated?;
+            inflated.map_err(|error| anyhow::anyhow!("{error}; leave --balloon out otherwise; the guest runs on here"))
+        }
         _ = tokio::signal::ctrl_c() => {
             stop.store(true, Ordering::Relaxed);
             let _ = inflating.await;

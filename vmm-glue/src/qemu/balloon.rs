@@ -1,9 +1,10 @@
-//! Free memory that need not move: a guest's balloon takes it before the move and gives it back after.
+//! A guest's balloon: what it says is free, and having it take that.
 //!
-//! The paper's dynamic self-ballooning (Hines, Deshpande, Gopalan, section 3.4) with a stock guest's own driver:
-//! what the guest calls free goes into the balloon, all but a few per cent; QEMU gives the pages back to the
-//! system, so they are holes in the RAM file, known to be zero, and do not cross. A guest that needs them meanwhile
-//! gets them where its balloon has `deflate-on-oom`.
+//! Before a move it takes what need not move, and gives it back after (`inflate`); all the time, that is
+//! `self_balloon.rs`. Both are the paper's dynamic self-ballooning (Hines, Deshpande, Gopalan, section 3.4) with a
+//! stock guest's own driver: what the guest calls free goes into the balloon, all but a few per cent; QEMU gives the
+//! pages back to the system, so they are holes in the RAM file, known to be zero, and do not cross. A guest that needs
+//! them meanwhile gets them where its balloon has `deflate-on-oom`.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -13,9 +14,9 @@ use serde_json::{Value, json};
 use super::QemuError;
 use super::qmp::Qmp;
 
-/// How long a guest may take to tell what is free: QEMU asks once a second.
+/// How long a guest may take to tell what is free, beyond the time between two questions of QEMU's.
 const STATISTICS_PATIENCE: Duration = Duration::from_secs(10);
-/// How long a balloon may take that still grows, and how long one that does not.
+/// How long a balloon may take before a move that still grows, and how long one may that does not.
 const INFLATION_PATIENCE: Duration = Duration::from_secs(60);
 const STALL_PATIENCE: Duration = Duration::from_secs(2);
 /// Between two looks at it.
@@ -37,6 +38,32 @@ impl Inflated {
     }
 }
 
+/// What a guest says of its memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Statistics {
+    /// When it said so, in seconds of this host's clock.
+    pub(super) at: u64,
+    /// Bytes that nothing is in.
+    pub(super) free: u64,
+    /// Bytes that it has swapped out since it began, if it tells that.
+    pub(super) swapped_out: Option<u64>,
+}
+
+/// Where in QEMU's tree its balloon is, if it has one.
+pub(super) fn find(qmp: &mut Qmp) -> Result<Option<String>, QemuError> {
+    for path in ["/machine/peripheral", "/machine/peripheral-anon"] {
+        let listed = qmp.execute("qom-list", &json!({"path": path}))?;
+        let is_balloon = |part: &&Value| {
+            part["type"].as_str().is_some_and(|kind| kind.starts_with("child<") && kind.contains("balloon"))
+        };
+        let balloon = listed.as_array().into_iter().flatten().find(is_balloon);
+        if let Some(name) = balloon.and_then(|part| part["name"].as_str()) {
+            return Ok(Some(format!("{path}/{name}")));
+        }
+    }
+    Ok(None)
+}
+
 /// Has the balloon at `device` of QEMU's tree take so many per cent of what the guest, which has `before` bytes, calls
 /// free. Returns when it has them, gets no further, or is told to stop.
 ///
@@ -47,12 +74,31 @@ pub(super) fn inflate(
     (before, percent): (u64, u8),
     stop: &AtomicBool,
 ) -> Result<Inflated, QemuError> {
-    let free = free_bytes(qmp, device)?;
-    let target = target(before, free, percent);
+    let asked_before = ask_every(qmp, device, Duration::from_secs(1))?;
+    let told = wait_for_statistics(qmp, device, Duration::from_secs(1));
+    set_property(qmp, device, POLLING, &asked_before)?;
+    let target = before.saturating_sub(share(told?.free.min(before), percent));
+    let left = take(qmp, (before, target), INFLATION_PATIENCE, stop)?;
+    Ok(Inflated { before, left })
+}
+
+/// So many per cent of `bytes`. A guest may say anything: not so large as to overflow.
+pub(super) fn share(bytes: u64, percent: u8) -> u64 {
+    bytes / 100 * u64::from(percent.min(100))
+}
+
+/// Has the balloon leave the guest, which has `has` bytes, `target`; gives what is left when it has that, gets no
+/// further, or is told to stop. A guest that gave no more does not begin again afterwards.
+pub(super) fn take(
+    qmp: &mut Qmp,
+    (has, target): (u64, u64),
+    patience: Duration,
+    stop: &AtomicBool,
+) -> Result<u64, QemuError> {
     set(qmp, target)?;
-    let (begun, mut left, mut progress) = (Instant::now(), before, Instant::now());
+    let (begun, mut left, mut progress) = (Instant::now(), has, Instant::now());
     let given_up = |progress: Instant| {
-        let over = begun.elapsed() > INFLATION_PATIENCE || progress.elapsed() > STALL_PATIENCE;
+        let over = begun.elapsed() > patience || progress.elapsed() > STALL_PATIENCE;
         over || stop.load(Ordering::Relaxed)
     };
     while left > target && !given_up(progress) {
@@ -63,20 +109,15 @@ pub(super) fn inflate(
         }
         left = now;
     }
-    // A guest that gave no more shall not begin again while it moves.
-    set(qmp, left.max(target))?;
-    Ok(Inflated { before, left })
+    if left > target {
+        set(qmp, left)?;
+    }
+    Ok(left)
 }
 
 /// Lets the guest have so many bytes.
 pub(super) fn set(qmp: &mut Qmp, bytes: u64) -> Result<(), QemuError> {
     qmp.execute("balloon", &json!({ "value": bytes })).map(drop)
-}
-
-/// What the guest is to have.
-fn target(actual: u64, free: u64, percent: u8) -> u64 {
-    // Not so large as to overflow: a guest may say anything.
-    actual.saturating_sub(free.min(actual) / 100 * u64::from(percent.min(100)))
 }
 
 /// Bytes that the guest has.
@@ -86,41 +127,60 @@ pub(super) fn actual(qmp: &mut Qmp) -> Result<u64, QemuError> {
     bytes.ok_or_else(|| QemuError::Answer { command: "query-balloon".into(), answer: answer.to_string() })
 }
 
-/// What the guest says is free now.
-fn free_bytes(qmp: &mut Qmp, device: &str) -> Result<u64, QemuError> {
-    let property = |name: &str| json!({"path": device, "property": name});
-    let interval = "guest-stats-polling-interval";
-    let asked_before = qmp.execute("qom-get", &property(interval))?;
-    let told_before = statistics(qmp, device)?["last-update"].clone();
-    set_property(qmp, device, interval, &json!(1))?;
-    let begun = Instant::now();
-    let free = loop {
+/// How often QEMU asks a guest for its statistics, in seconds; 0 for never.
+pub(super) const POLLING: &str = "guest-stats-polling-interval";
+
+/// Has QEMU ask the guest for its statistics so often; gives how often it did.
+pub(super) fn ask_every(qmp: &mut Qmp, device: &str, interval: Duration) -> Result<Value, QemuError> {
+    let before = property(qmp, device, POLLING)?;
+    set_property(qmp, device, POLLING, &json!(interval.as_secs().max(1)))?;
+    Ok(before)
+}
+
+/// Waits for statistics newer than those that are there; QEMU asks for them every `interval`.
+///
+/// Errors: there are none.
+pub(super) fn wait_for_statistics(
+    qmp: &mut Qmp,
+    device: &str,
+    interval: Duration,
+) -> Result<Statistics, QemuError> {
+    let (begun, before) = (Instant::now(), statistics(qmp, device)?);
+    loop {
         std::thread::sleep(LOOK);
-        let told = statistics(qmp, device)?;
-        // Not known is -1, as an unsigned number.
-        let free = told["stats"]["stat-free-memory"].as_u64().filter(|free| *free != u64::MAX);
-        match free.filter(|_| told["last-update"].as_u64() > Some(0) && told["last-update"] != told_before) {
-            Some(free) => break Ok(free),
-            None if begun.elapsed() > STATISTICS_PATIENCE => break Err(silent()),
-            None => {}
+        match statistics(qmp, device)? {
+            Some(told) if before.is_none_or(|before| before.at != told.at) => return Ok(told),
+            _ if begun.elapsed() > STATISTICS_PATIENCE + interval => return Err(silent()),
+            _ => {}
         }
-    };
-    set_property(qmp, device, interval, &asked_before)?;
-    free
+    }
 }
 
-fn statistics(qmp: &mut Qmp, device: &str) -> Result<Value, QemuError> {
-    qmp.execute("qom-get", &json!({"path": device, "property": "guest-stats"}))
+/// What the guest said last, if it has said anything.
+pub(super) fn statistics(qmp: &mut Qmp, device: &str) -> Result<Option<Statistics>, QemuError> {
+    let told = property(qmp, device, "guest-stats")?;
+    // Not known is -1, as an unsigned number.
+    let known = |name: &str| told["stats"][name].as_u64().filter(|bytes| *bytes != u64::MAX);
+    let at = told["last-update"].as_u64().filter(|at| *at > 0);
+    let (swapped_out, free) = (known("stat-swap-out"), known("stat-free-memory"));
+    Ok(at.zip(free).map(|(at, free)| Statistics { at, free, swapped_out }))
 }
 
-fn set_property(qmp: &mut Qmp, device: &str, name: &str, value: &Value) -> Result<(), QemuError> {
+pub(super) fn property(qmp: &mut Qmp, device: &str, name: &str) -> Result<Value, QemuError> {
+    qmp.execute("qom-get", &json!({"path": device, "property": name}))
+}
+
+pub(super) fn set_property(qmp: &mut Qmp, device: &str, name: &str, value: &Value) -> Result<(), QemuError> {
     qmp.execute("qom-set", &json!({"path": device, "property": name, "value": value})).map(drop)
 }
 
+pub(super) fn none() -> QemuError {
+    QemuError::Balloon("it has no balloon (-device virtio-balloon-pci,deflate-on-oom=on)".into())
+}
+
 fn silent() -> QemuError {
-    QemuError::Unfit(
-        "its balloon does not say how much memory is free: does the guest have the driver (virtio_balloon)? Leave \
-         --balloon out otherwise"
+    QemuError::Balloon(
+        "its balloon does not say how much memory is free: does the guest have the driver (virtio_balloon)?"
             .into(),
     )
 }
@@ -131,9 +191,9 @@ mod tests {
 
     #[test]
     fn a_share_of_what_is_free_is_taken_and_never_more_than_there_is() {
-        assert_eq!(target(1000, 400, 95), 620);
-        assert_eq!(target(1000, 400, 0), 1000);
-        assert_eq!(target(1000, u64::MAX, 255), 0);
+        assert_eq!(share(400, 95), 380);
+        assert_eq!(share(400, 0), 0);
+        assert_eq!(share(u64::MAX, 255), u64::MAX / 100 * 100);
         assert_eq!(Inflated { before: 10, left: 7 }.bytes(), 3);
         assert_eq!(Inflated { before: 7, left: 10 }.bytes(), 0);
     }

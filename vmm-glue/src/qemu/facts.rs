@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::qmp::Qmp;
-use super::{QemuError, foreign};
+use super::{QemuError, balloon, foreign};
 
 /// Which QEMU it is and what machine it has.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -39,7 +39,8 @@ impl Facts {
         let machine = text(qmp, "/machine", "type")?.trim_end_matches("-machine").to_owned();
         let cpus = qmp.execute("query-cpus-fast", &json!({}))?.as_array().map_or(0, Vec::len) as u32;
         let ram_bytes = ram(qmp, version)?;
-        let balloon = foreign::look(qmp)?;
+        foreign::look(qmp)?;
+        let balloon = balloon::find(qmp)?;
         refuse_what_is_blocked(qmp)?;
         Ok(Self { version, machine, cpus, ram_bytes, balloon })
     }

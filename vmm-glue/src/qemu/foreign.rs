@@ -76,19 +76,14 @@ impl Part {
     }
 }
 
-/// Refuses a machine with a part that reaches its memory past QEMU, and says where in its tree its balloon is, if it has
-/// one.
-pub(super) fn look(qmp: &mut Qmp) -> Result<Option<String>, QemuError> {
-    let mut balloon = None;
+/// Refuses a machine with a part that reaches its memory past QEMU.
+pub(super) fn look(qmp: &mut Qmp) -> Result<(), QemuError> {
     let devices = ["/machine/peripheral", "/machine/peripheral-anon", "/machine/unattached"];
     for (what, path) in
         devices.map(|path| (What::Device, path)).into_iter().chain([(What::Object, "/objects")])
     {
         for part in children(what, &qmp.execute("qom-list", &json!({"path": path}))?) {
             part.check()?;
-            if part.kind.contains("balloon") {
-                balloon = Some(format!("{path}/{}", part.name));
-            }
         }
     }
     // QMP itself does not tell what a netdev is.
@@ -99,7 +94,7 @@ pub(super) fn look(qmp: &mut Qmp) -> Result<Option<String>, QemuError> {
         let text = |name: &str| node[name].as_str().unwrap_or_default();
         Part::new(What::Disk, text("node-name"), text("drv")).check()?;
     }
-    Ok(balloon)
+    Ok(())
 }
 
 /// What is listed at a place of QEMU's tree that is a thing of its own.

@@ -104,9 +104,7 @@ impl QemuGuest {
     ///
     /// Errors: it has no balloon, or one that tells nothing.
     pub fn inflate(&self, percent: u8, stop: &AtomicBool) -> Result<Inflated, QemuError> {
-        let none =
-            || QemuError::Unfit("it has no balloon (-device virtio-balloon-pci); leave --balloon out".into());
-        let device = self.facts.balloon.as_deref().ok_or_else(none)?;
+        let device = self.facts.balloon.as_deref().ok_or_else(balloon::none)?;
         let mut qmp = self.qmp();
         let before = balloon::actual(&mut qmp)?;
         *locked(&self.deflate_to) = Some(before);

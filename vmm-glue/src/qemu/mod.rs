@@ -15,7 +15,7 @@
 //!
 //! `facts.rs` says what a QEMU is, and refuses before anything stops what could not be moved;
 //! `foreign.rs`, who else would reach its memory. `settings.rs` has what QEMU is set to meanwhile. `balloon.rs`
-//! takes what is free out of the guest before.
+//! takes what is free out of the guest before, `self_balloon.rs` all the time.
 
 mod balloon;
 mod facts;
@@ -26,12 +26,14 @@ mod host;
 mod process;
 mod qmp;
 mod ram;
+mod self_balloon;
 mod settings;
 
 pub use balloon::Inflated;
 pub use facts::Facts;
 pub use guest::QemuGuest;
 pub use host::{QemuCommand, QemuHost};
+pub use self_balloon::{SelfBalloon, Share, Turn};
 
 /// What can go wrong between us and a QEMU. The text says what to do.
 #[derive(Debug, thiserror::Error)]
@@ -81,6 +83,9 @@ pub enum QemuError {
     /// Such a guest cannot be moved.
     #[error("this guest cannot be moved: {0}")]
     Unfit(String),
+    /// What is free cannot be taken out of the guest.
+    #[error("the guest's free memory cannot be taken: {0}")]
+    Balloon(String),
     /// The two sides do not fit.
     #[error("the guest does not fit this side: {0}")]
     Unlike(String),

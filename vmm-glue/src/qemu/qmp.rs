@@ -36,8 +36,10 @@ impl Qmp {
         // A monitor that has a client lets others connect and says nothing.
         stream.set_read_timeout(Some(Duration::from_secs(5))).map_err(refused)?;
         let mut qmp = Self { path: path.to_owned(), stream: BufReader::new(stream), events: Vec::new() };
-        let greeting = qmp.line().map_err(refused)?;
-        if greeting.as_ref().is_none_or(|greeting| greeting.get("QMP").is_none()) {
+        let Some(greeting) = qmp.line().map_err(refused)? else {
+            return Err(QemuError::Ended { said: String::new() });
+        };
+        if greeting.get("QMP").is_none() {
             return Err(refused(std::io::Error::other("what answers is no QEMU monitor")));
         }
         qmp.stream.get_ref().set_read_timeout(Some(PATIENCE)).map_err(refused)?;
