@@ -118,9 +118,11 @@ fn moves_by_pcvm(transport: &str, mode: &str, vhost: bool) {
         assert_eq!(report["pager"]["shards"], shards, "{report}");
         let recent = &report["pager"]["pages"]["recent_pages"];
         assert!(mode == "hybrid" || recent.as_u64() > Some(0), "what it wrote last is told: {report}");
+        let touched = &report["touched_pages"];
+        assert!(touched.as_u64() > Some(0), "QEMU says how many pages it has touched: {report}");
         println!(
-            "{transport} {mode} move {at} ({landing}): set up {} µs, downtime {} µs, resident {} µs, {} network faults, {} pages kept, \
-             {} given back",
+            "{transport} {mode} move {at} ({landing}): set up {} µs, downtime {} µs, resident {} µs, {} network faults, \
+             {touched} pages touched, {} kept, {} given back",
             report["setup_us"],
             report["downtime_us"],
             report["resident_us"],

@@ -41,6 +41,7 @@ mod platform;
 pub mod qemu;
 mod self_service;
 mod state;
+mod touches;
 mod vcpu;
 mod vm;
 

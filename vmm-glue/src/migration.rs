@@ -157,6 +157,10 @@ impl DestinationGuest for MovableVm {
         }
     }
 
+    fn touched_pages(&self) -> Option<u64> {
+        self.vm().as_ref().and_then(Vm::touched_pages)
+    }
+
     fn vcpu_threads(&self) -> Vec<i32> {
         self.vm().as_ref().map(Vm::vcpu_threads).unwrap_or_default()
     }

@@ -12,6 +12,7 @@ use crate::exit::ExitReason;
 use crate::kick::Kick;
 use crate::machine::Machine;
 use crate::self_service::VcpuFaults;
+use crate::touches::Touches;
 
 /// What a vCPU's thread does before it enters the guest after a stop.
 #[derive(Default)]
@@ -34,6 +35,8 @@ pub(crate) struct Vcpu {
     service_ended: AtomicBool,
     /// Its thread, as gettid(2) gives it, once that runs.
     thread: OnceLock<i32>,
+    /// How many pages it has touched, where KVM tells that.
+    touches: Option<Touches>,
 }
 
 impl Vcpu {
@@ -41,6 +44,8 @@ impl Vcpu {
     pub(crate) fn new(mut fd: VcpuFd, cpuid: Vec<kvm_cpuid_entry2>, deferred: Vec<kvm_msr_entry>) -> Self {
         let kick = Kick::new(&mut fd);
         let resume = Resume { msrs: deferred, stopped: false };
+        let touches =
+            Touches::of(&fd).inspect_err(|error| tracing::debug!(%error, "KVM tells no touched pages"));
         Self {
             kick,
             cpuid,
@@ -49,7 +54,13 @@ impl Vcpu {
             faults: Mutex::new(None),
             service_ended: AtomicBool::new(false),
             thread: OnceLock::new(),
+            touches: touches.ok(),
         }
+    }
+
+    /// How many pages it has touched since it was made, where KVM tells that.
+    pub(crate) fn touched_pages(&self) -> Option<u64> {
+        self.touches.as_ref()?.count().ok()
     }
 
     /// Its thread, as gettid(2) gives it, once that runs.

@@ -161,6 +161,7 @@ impl Course {
             ..QueryMigrate::from(&*self.progress.borrow())
         };
         self.report.vcpu_blocktime_us.clone_from(&arrival.vcpu_blocktime_us);
+        self.report.touched_pages = arrival.touched_pages;
         tracing::info!(phase = "Released", elapsed_us = micros(self.begun.elapsed()), "migration");
         self.report
     }

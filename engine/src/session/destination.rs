@@ -86,6 +86,12 @@ pub trait DestinationGuest: Send + Sync + 'static {
     /// All of its memory is here: nothing faults any more, and servers of faults can go.
     fn memory_arrived(&self) {}
 
+    /// How many of its pages it has touched since it runs here, whether they had come or not. `None`, if not said
+    /// otherwise: the engine sees only touches of pages that were missing.
+    fn touched_pages(&self) -> Option<u64> {
+        None
+    }
+
     /// The threads of its vCPUs in their order, as gettid(2) gives them, so that it can be told how long
     /// each waited. None, if not said otherwise.
     fn vcpu_threads(&self) -> Vec<i32> {

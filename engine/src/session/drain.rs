@@ -93,7 +93,9 @@ impl Drain {
             |thread| waited.iter().find(|waited| waited.thread == thread).map(|waited| waited.total);
         let each = self.guest.vcpu_threads().into_iter().map(blocked);
         let vcpu_blocktime_us = each.map(|blocked| blocked.map_or(0, micros)).collect();
-        let arrival = ArrivalReport { resident_us, pager, vcpu_blocktime_us };
+        let guest = self.guest.clone();
+        let touched_pages = blocking(move || guest.touched_pages()).await;
+        let arrival = ArrivalReport { resident_us, pager, vcpu_blocktime_us, touched_pages };
         passed("Resident", self.begun);
         let released = released(&mut self.channel, &arrival).await;
         locked(&self.pager).collapse();

@@ -15,6 +15,8 @@ pub struct ArrivalReport {
     pub pager: PagerReport,
     /// How long each vCPU waited for pages, by number. Empty where the guest's threads are not known.
     pub vcpu_blocktime_us: Vec<u64>,
+    /// Pages that the guest had touched by then.
+    pub touched_pages: Option<u64>,
 }
 
 /// The whole migration, as the source reports it. Times in microseconds.
@@ -60,6 +62,11 @@ pub struct MigrationReport {
     /// where the vCPUs' threads are not known.
     #[serde(default)]
     pub vcpu_blocktime_us: Vec<u64>,
+    /// Pages that the guest had touched at the destination when all were there: the paper's network faults and minor faults
+    /// together. Those that are not in the pager's counts of faults were there in time. `None` where the virtual machine
+    /// monitor does not tell.
+    #[serde(default)]
+    pub touched_pages: Option<u64>,
     /// What of it QEMU has too, by QEMU's names.
     #[serde(default)]
     pub query_migrate: QueryMigrate,

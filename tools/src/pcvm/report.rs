@@ -97,6 +97,10 @@ pub(crate) fn table(report: &MigrationReport) -> String {
             pages.network_faults, pages.minor_faults, pages.zero_faults
         ),
     );
+    if let Some(touched) = report.touched_pages {
+        let share = 100.0 * pages.network_faults as f64 / touched.max(1) as f64;
+        row("touched until then", format!("{touched} pages, {share:.1} % of them by network faults"));
+    }
     stages(&mut out, &pager.stages);
     out
 }

@@ -6,6 +6,7 @@ use serde_json::{Value, json};
 
 use super::qmp::Qmp;
 use super::{QemuError, balloon, foreign};
+use crate::touches;
 
 /// Which QEMU it is and what machine it has.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -28,6 +29,15 @@ pub(super) fn vcpu_threads(qmp: &mut Qmp) -> Result<Vec<i32>, QemuError> {
     let mut all: Vec<&Value> = all.as_array().into_iter().flatten().collect();
     all.sort_by_key(|cpu| cpu["cpu-index"].as_u64());
     Ok(all.into_iter().filter_map(|cpu| cpu["thread-id"].as_i64()).map(|thread| thread as i32).collect())
+}
+
+/// How many pages the vCPUs of a QEMU have touched since it began (see `touches.rs`). `None` if it does not tell, as when
+/// they are emulated.
+pub(super) fn touched_pages(qmp: &mut Qmp) -> Option<u64> {
+    let wanted = json!({"target": "vcpu", "providers": [{"provider": "kvm", "names": [touches::NAME]}]});
+    let told = qmp.execute("query-stats", &wanted).ok()?;
+    let vcpus = told.as_array().filter(|vcpus| !vcpus.is_empty())?;
+    touches::sum(vcpus.iter().map(|vcpu| vcpu["stats"][0]["value"].as_u64()))
 }
 
 impl Facts {

@@ -21,7 +21,7 @@ use super::host::{Described, VMM, layout};
 use super::process::Process;
 use super::qmp::Qmp;
 use super::settings::{Settings, Side};
-use super::{Facts, QemuError, ram};
+use super::{Facts, QemuError, facts, ram};
 
 /// How long QEMU may take to save or load its devices.
 const STATE_PATIENCE: Duration = Duration::from_secs(60);
@@ -364,6 +364,11 @@ impl DestinationGuest for QemuGuest {
         let Some(bytes) = locked(&self.deflate_to).take() else { return };
         let failed = "the guest's balloon keeps what it took for the move";
         self.later("balloon", failed, move |qmp| balloon::set(qmp, bytes));
+    }
+
+    /// By QEMU's own account of its KVM (since QEMU 7.1).
+    fn touched_pages(&self) -> Option<u64> {
+        facts::touched_pages(&mut self.qmp())
     }
 
     fn vcpu_threads(&self) -> Vec<i32> {
