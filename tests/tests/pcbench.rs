@@ -238,9 +238,12 @@ fn faults_under_every_policy_bring_each_page_once() {
         let pages = |what: &str| case["pager"]["pages"][what].as_u64().unwrap();
         let brought = [pages("fault_pages"), pages("prepage_pages"), pages("drain_pages")];
         assert_eq!(brought.iter().sum::<u64>(), PAGES, "{case}");
+        let told = ["touched_pages", "hit_pages", "wasted_pages"].map(|what| case[what].as_u64().unwrap());
         if case["drain"] == false {
-            assert_eq!(brought[0], PAGES, "{case}");
+            assert_eq!((brought[0], told), (PAGES, [PAGES, 0, 0]), "{case}");
         }
+        let [touched, hits, waste] = told;
+        assert!(touched <= PAGES && hits <= touched && hits + waste == brought[1] + brought[2], "{case}");
         if case["policy"] == "linear" {
             assert_eq!(brought[1], 0, "{case}");
         }
@@ -272,7 +275,9 @@ fn memory_of_another_process_is_faulted_in_and_every_page_comes_once() {
     }
     wait_until("nothing is left of it at the server", || served.threads() == 1);
     let text = stdout(&pcbench(&["fault", served.address(), "--memory", "1M", "--rounds", "1"]));
-    for word in ["memory at 127.0.0.1", "tcp of 1 MiB", "prepaged", "hits", "stages of a fault", "install"] {
+    for word in
+        ["memory at 127.0.0.1", "tcp of 1 MiB", "prepaged", "hits", "waste", "stages of a fault", "install"]
+    {
         assert!(text.contains(word), "`{word}` is not in:\n{text}");
     }
 }

@@ -324,7 +324,7 @@ fn a_guest_that_does_not_run_and_a_monitor_that_is_taken() {
 fn a_balloon_that_is_not_there_or_says_nothing() {
     let scratch = Scratch::new("stock-balloon");
     for (at, (more, said)) in [
-        (vec![], "has no balloon (-device virtio-balloon-pci)"),
+        (vec![], "has no balloon (-device virtio-balloon-pci,deflate-on-oom=on)"),
         (vec!["-device", "virtio-balloon-pci"], "does the guest have the driver"),
     ]
     .into_iter()

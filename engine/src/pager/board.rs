@@ -3,6 +3,7 @@
 //! A shard comes here ten times a second and at its end, never on the way of a fault.
 
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
 use tokio::sync::watch;
 
@@ -23,6 +24,8 @@ struct Told {
     reports: Vec<PagerReport>,
     /// Of those shards that have ended.
     ended: usize,
+    /// When the last of them had its last page.
+    last_page: Option<Instant>,
     stopped: bool,
     failed: Option<Arc<PagerError>>,
     stages: Stages,
@@ -67,7 +70,8 @@ impl Board {
         let Past { report: before, stages, waits } = past;
         let (status, watched) = watch::channel(PagerStatus { report: before, ..Default::default() });
         let reports = vec![PagerReport::default(); shards];
-        let told = Told { before, reports, ended: 0, stopped: false, failed: None, stages, waits };
+        let told =
+            Told { before, reports, ended: 0, last_page: None, stopped: false, failed: None, stages, waits };
         (Self { told: Mutex::new(told), status }, watched)
     }
 
@@ -103,11 +107,13 @@ impl Board {
             PagerState::Stopped => told.stopped = true,
             PagerState::Resident | PagerState::Running => {}
         }
+        told.last_page = told.last_page.max(end.timing.last_page);
         told.stages.add(&end.timing.stages);
         told.waits.add_all(&end.timing.waits);
         let (state, mut report) = (told.state(), told.report());
         report.stages = StageReport::from(&told.stages);
-        self.status.send_replace(PagerStatus { state, report, waited: told.waits.sums() });
+        let last_page = told.last_page.filter(|_| matches!(state, PagerState::Resident));
+        self.status.send_replace(PagerStatus { state, report, last_page, waited: told.waits.sums() });
     }
 
     /// So much was put together to huge pages, after the end.

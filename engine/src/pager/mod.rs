@@ -26,7 +26,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 pub use error::PagerError;
 use error::failed;
@@ -74,6 +74,8 @@ pub struct PagerStatus {
     pub state: PagerState,
     /// What it has done, up to a tenth of a second ago. Stage percentiles are filled in at the end.
     pub report: PagerReport,
+    /// When the last page was published, once it was.
+    pub last_page: Option<Instant>,
     /// Who waited for pages and how long, at the end. A wait that ends with the last page may be missing.
     pub waited: Vec<Waited>,
 }

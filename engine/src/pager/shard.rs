@@ -171,6 +171,7 @@ impl Shard {
             busy |= self.poll_bulk()?;
             busy |= self.drain(now)?;
             if self.done {
+                self.timing.last_page = Some(Instant::now());
                 // Nobody may be reading a page when the guest is let at all of them.
                 self.shared.claims.close();
                 self.shared.trap.release()?;

@@ -23,6 +23,8 @@ pub(super) struct Timing {
     pub(super) stages: Stages,
     pub(super) latencies: Latencies,
     pub(super) waits: Waits,
+    /// When the last page was published, once it was.
+    pub(super) last_page: Option<Instant>,
 }
 
 impl Timing {

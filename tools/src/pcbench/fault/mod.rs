@@ -193,6 +193,12 @@ struct Outcome {
     /// Touches that stalled, of all.
     stalled: u64,
     touched: u64,
+    /// Touches until every page was here.
+    touched_pages: u64,
+    /// Those of them that needed no read of their own: the page had been brought unasked, or was on its way.
+    hit_pages: u64,
+    /// Pages that were brought unasked and had not been touched by then.
+    wasted_pages: u64,
     /// How long they stalled.
     stall: Percentiles,
     /// The median stall as a multiple of the raw read's median.

@@ -7,7 +7,7 @@ use postcopy_engine::pager::{FaultServer, FaultsTo, Pager, PagerStatus, Round, T
 use postcopy_engine::stats::Percentiles;
 
 use super::source::{Hold, Opened, Source};
-use super::touch::{Watch, touch_all};
+use super::touch::{Watch, histogram, touch_all};
 use super::{Case, FaultArgs, Outcome, guest_memory};
 use crate::pattern;
 
@@ -43,10 +43,16 @@ pub(super) fn run(
     let (status, _trap) = ended(pager, case, timed.resident);
     pattern::check_all(memory.guest())?;
     let (stall, resident) = (timed.stall, timed.took.as_secs_f64());
+    let pages = &status.report.pages;
+    let unasked = pages.prepage_pages + pages.drain_pages;
+    let hits = timed.touched.saturating_sub(pages.network_faults);
     Ok(Outcome {
         case,
         stalled: stall.count,
         touched: args.bytes() / PAGE_SIZE,
+        touched_pages: timed.touched,
+        hit_pages: hits,
+        wasted_pages: unasked.saturating_sub(hits),
         stall,
         times_raw: stall.p50_us / raw_p50_us,
         resident_ms: resident * 1e3,
@@ -60,6 +66,8 @@ struct Timed {
     stall: Percentiles,
     /// Until every page was here; without a drain, until every page was touched.
     took: Duration,
+    /// Pages that had been touched by then.
+    touched: u64,
     /// The pager's end, if there was a drain.
     resident: Option<PagerStatus>,
 }
@@ -77,11 +85,14 @@ fn time(
         // Without a page map nothing is drained: only what is touched is read.
         hold.describe_pages()?;
     }
-    let stalls = touch_all(args, memory.guest(), servers, &mut watch)?;
-    let touched = begun.elapsed();
+    let threads = touch_all(args, memory.guest(), servers, &mut watch)?;
+    let all_touched = Instant::now();
+    let mut stalls = histogram()?;
+    threads.iter().try_for_each(|thread| stalls.add(&thread.stalls))?;
     let resident = case.drain.then(|| watch.resident()).transpose()?;
-    let took = if case.drain { begun.elapsed() } else { touched };
-    Ok(Timed { stall: Percentiles::from(&stalls), took, resident })
+    let over = resident.as_ref().and_then(|status| status.last_page).unwrap_or(all_touched);
+    let touched = threads.iter().map(|thread| thread.at.partition_point(|at| *at <= over) as u64).sum();
+    Ok(Timed { stall: Percentiles::from(&stalls), took: over.duration_since(begun), touched, resident })
 }
 
 /// The pager's last status, which has all counts, and what keeps memory trapped that is not drained.

@@ -43,7 +43,7 @@ fn head(case: &Case) -> String {
 fn stalls(out: &mut String, report: &FaultReport) {
     let _ = writeln!(
         out,
-        "{:<9} {:<22} {:>8} {:>8} {:>6} {:>8} {:>8} {:>8} {:>9} {:>9} {:>8} {:>8} {:>8} {:>8}",
+        "{:<9} {:<22} {:>8} {:>8} {:>6} {:>8} {:>8} {:>8} {:>9} {:>9} {:>8} {:>8} {:>8} {:>8} {:>8} {:>8}",
         "faults by",
         "drain",
         "stalls",
@@ -55,15 +55,17 @@ fn stalls(out: &mut String, report: &FaultReport) {
         "max",
         "resident",
         "MB/s",
+        "touched",
         "fetched",
         "prepaged",
         "hits",
+        "waste",
     );
     for case in &report.cases {
         let (stall, pages) = (&case.stall, &case.pager.pages);
         let _ = writeln!(
             out,
-            "{} {:>8} {:>8.1} {:>6.2} {:>8.1} {:>8.1} {:>8.1} {:>9.1} {:>6.0} ms {:>8.0} {:>8} {:>8} {:>8}",
+            "{} {:>8} {:>8.1} {:>6.2} {:>8.1} {:>8.1} {:>8.1} {:>9.1} {:>6.0} ms {:>8.0} {:>8} {:>8} {:>8} {:>8} {:>8}",
             head(&case.case),
             case.stalled,
             stall.p50_us,
@@ -74,9 +76,11 @@ fn stalls(out: &mut String, report: &FaultReport) {
             stall.max_us,
             case.resident_ms,
             case.drain_mb_s,
+            case.touched_pages,
             pages.fault_pages,
             pages.prepage_pages,
-            pages.prepage_hits,
+            case.hit_pages,
+            case.wasted_pages,
         );
     }
 }

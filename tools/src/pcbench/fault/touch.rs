@@ -89,7 +89,14 @@ impl Watch {
     }
 }
 
-/// Touches every page once, by a thread for each of `servers`; the stalls of all.
+/// What a thread that touches has seen.
+pub(super) struct Touched {
+    pub(super) stalls: Histogram<u64>,
+    /// When each of its touches was over.
+    pub(super) at: Vec<Instant>,
+}
+
+/// Touches every page once, by a thread for each of `servers`.
 ///
 /// Errors: as [`Watch::look`]; threads may be waiting for pages then.
 pub(super) fn touch_all(
@@ -97,7 +104,7 @@ pub(super) fn touch_all(
     guest: &HostMemory,
     servers: Vec<Option<FaultServer>>,
     watch: &mut Watch,
-) -> anyhow::Result<Histogram<u64>> {
+) -> anyhow::Result<Vec<Touched>> {
     let threads = servers.len();
     let start = Arc::new(Barrier::new(threads));
     let (ended, heard) = channel();
@@ -105,24 +112,20 @@ pub(super) fn touch_all(
         let part = Part { args: args.clone(), guest: guest.clone(), thread, threads };
         let (start, ended) = (start.clone(), ended.clone());
         let touching = move || {
-            let stalls = part.touch(server, &start);
-            drop(ended.send(stalls));
+            drop(ended.send(part.touch(server, &start)));
         };
         std::thread::Builder::new().name("touch".into()).spawn(touching)?;
     }
     drop(ended);
-    let (mut stalls, mut left) = (histogram()?, threads);
-    while left > 0 {
+    let mut all = Vec::with_capacity(threads);
+    while all.len() < threads {
         match heard.recv_timeout(LOOK) {
-            Ok(one) => {
-                stalls.add(one?)?;
-                left -= 1;
-            }
+            Ok(one) => all.push(one?),
             Err(RecvTimeoutError::Timeout) => watch.look()?,
             Err(RecvTimeoutError::Disconnected) => bail!("a touching thread panicked"),
         }
     }
-    Ok(stalls)
+    Ok(all)
 }
 
 /// What one thread touches: every so many-th step.
@@ -134,21 +137,24 @@ struct Part {
 }
 
 impl Part {
-    fn touch(&self, server: Option<FaultServer>, start: &Barrier) -> anyhow::Result<Histogram<u64>> {
+    fn touch(&self, server: Option<FaultServer>, start: &Barrier) -> anyhow::Result<Touched> {
         let pages = self.args.bytes() / PAGE_SIZE;
         let _service = server.map(SelfService::of_this_thread);
-        let mut stalls = histogram()?;
+        let (mut stalls, mut at) =
+            (histogram()?, Vec::with_capacity((pages as usize).div_ceil(self.threads)));
         start.wait();
         for step in (self.thread as u64..pages).step_by(self.threads) {
-            let at = order(self.args.pattern, step, pages) * PAGE_SIZE;
+            let offset = order(self.args.pattern, step, pages) * PAGE_SIZE;
             let begun = Instant::now();
-            touch(&self.guest, at, self.args.access);
-            let took = begun.elapsed();
+            touch(&self.guest, offset, self.args.access);
+            let over = Instant::now();
+            let took = over.duration_since(begun);
             if took >= STALL {
                 stalls.saturating_record(took.as_nanos() as u64);
             }
+            at.push(over);
         }
-        Ok(stalls)
+        Ok(Touched { stalls, at })
     }
 }
 
