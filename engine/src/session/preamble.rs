@@ -136,7 +136,7 @@ mod tests {
     fn golden_bytes() {
         let mut golden = [7u8; 32];
         golden[..8].copy_from_slice(b"PCOPYMIG");
-        golden[8..16].copy_from_slice(&[11, 0, 1, 0, 5, 0, 0, 0]);
+        golden[8..16].copy_from_slice(&[12, 0, 1, 0, 5, 0, 0, 0]);
         assert_eq!(example(Purpose::Lane(5)).encode(), golden);
         assert_eq!(Preamble::decode(&golden).unwrap(), example(Purpose::Lane(5)));
         golden[10..16].copy_from_slice(&[2, 0, 0, 0, 0, 0]);
@@ -155,9 +155,9 @@ mod tests {
         http[..8].copy_from_slice(b"GET / HT");
         assert!(matches!(Preamble::decode(&http), Err(SessionError::NotOurs)));
         let mut newer = good;
-        newer[8] = 12;
+        newer[8] = 13;
         let said = Preamble::decode(&newer).unwrap_err().to_string();
-        assert!(said.contains("12") && said.contains("11"), "{said}");
+        assert!(said.contains("13") && said.contains("12"), "{said}");
         for (at, kind) in [(10, [3, 0]), (10, [3, 0x80]), (10, [1, 0x80]), (12, [1, 0])] {
             let mut bad = good;
             bad[at..at + 2].copy_from_slice(&kind);
