@@ -80,7 +80,12 @@ impl Stream {
         // Of a stride in use, pages may have been there before they were touched.
         let kept = self.stride.is_some() && step.signum() == self.step.signum() && step % self.step == 0;
         if !kept {
-            self.stride = (jumped && step == self.step).then(|| page.checked_add_signed(step)).flatten();
+            let strides = jumped && step == self.step;
+            match step {
+                // That is the edges' way, which read many at once.
+                -1 | 1 if strides => (self.stride, self.lean) = (None, LEAN * step as i8),
+                _ => self.stride = strides.then(|| page.checked_add_signed(step)).flatten(),
+            }
             self.step = step;
         }
         if jumped {
@@ -102,7 +107,8 @@ impl Stream {
     fn next_of_stride(&mut self, pages: &Pages, known: u64) -> Option<Run> {
         // Past what is there already, and no further than a stream reaches.
         for _ in 0..REACH {
-            let page = self.stride?;
+            // Not past what is known yet: it would not come back.
+            let page = self.stride.filter(|page| *page < known)?;
             self.stride = page.checked_add_signed(self.step).filter(|next| *next < pages.total());
             if pages.missing_up(page, known.min(page + 1)).is_some() {
                 return Some(Run::one(PageIndex(page)));

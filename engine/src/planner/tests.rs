@@ -211,6 +211,24 @@ fn a_stream_leans_where_its_faults_go_and_finds_a_stride() {
 }
 
 #[test]
+fn a_stream_does_not_run_away_while_the_map_is_not_known() {
+    let config = PlannerConfig { policy: "adaptive".parse().unwrap(), ..PlannerConfig::default() };
+    let know =
+        |planner: &mut Planner, known| planner.map_extended(News { known, ..News::default() }, &mut vec![]);
+    for (touches, known, then) in [(vec![0, 1, 2, 3, 4], 0, [5, 6]), (vec![100, 130, 160], 101, [190, 220])] {
+        let (mut planner, mut clock) = (Planner::new(1000, config), 0);
+        know(&mut planner, known);
+        // The drain is asked for work after each.
+        for at in touches {
+            fault(&mut planner, &mut clock, at);
+            let _ = order(&mut planner, &mut clock, 200);
+        }
+        know(&mut planner, 1000);
+        assert_eq!(order(&mut planner, &mut clock, 2), then);
+    }
+}
+
+#[test]
 fn the_window_is_the_rate_times_the_round_trip_and_the_time_that_a_fault_may_wait() {
     let mut planner = planner(100_000, "linear");
     let (mut now, mut flying) = (0, std::collections::VecDeque::new());
