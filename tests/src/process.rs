@@ -18,9 +18,7 @@ impl Process {
     /// Starts it with its standard error in `log`, and waits until it has made the file `ready`. Its
     /// guest prints to `console`, as the command says.
     pub fn start(command: &mut Command, console: PathBuf, log: PathBuf, ready: &Path) -> Self {
-        let stderr = std::fs::File::create(&log).unwrap();
-        let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(stderr).spawn().unwrap();
-        let started = Self { child: Mutex::new(child), console, log };
+        let started = Self::spawn(command.stdout(Stdio::null()), console, log);
         let name = started.name();
         let begin = Instant::now();
         while !ready.exists() {
@@ -30,6 +28,18 @@ impl Process {
             std::thread::sleep(Duration::from_millis(10));
         }
         started
+    }
+
+    /// Starts one that holds no guest: its console is what itself prints.
+    pub fn start_printing(command: &mut Command, console: PathBuf, log: PathBuf) -> Self {
+        let stdout = std::fs::File::create(&console).unwrap();
+        Self::spawn(command.stdout(stdout), console, log)
+    }
+
+    fn spawn(command: &mut Command, console: PathBuf, log: PathBuf) -> Self {
+        let stderr = std::fs::File::create(&log).unwrap();
+        let child = command.stdin(Stdio::null()).stderr(stderr).spawn().unwrap();
+        Self { child: Mutex::new(child), console, log }
     }
 
     fn name(&self) -> String {

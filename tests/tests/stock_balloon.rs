@@ -4,14 +4,12 @@
 //! `scripts/guest-image --modules` printed.
 #![allow(clippy::unwrap_used)] // helpers of tests, where a panic is the report
 
-use std::fs::File;
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
-use std::process::{Child, Command, ExitStatus, Stdio};
-use std::time::{Duration, Instant};
+use std::process::Command;
 
+use postcopy_e2e::process::Process;
 use postcopy_e2e::qemu::{LOOPBACK, MEMORY_BYTES, Plain, QemuGuest};
-use postcopy_e2e::{PATIENCE, Scratch, assert_refused, pcvm, program, wait_until};
+use postcopy_e2e::{Scratch, assert_refused, pcvm, program};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
@@ -21,56 +19,27 @@ fn with(machine: Plain, more: &[&str]) -> Plain {
     Plain { more: more.iter().map(|more| (*more).to_owned()).collect(), ..machine }
 }
 
-/// A `pcvm balloon` that has a turn each second. Ended when dropped.
-struct Keeper {
-    process: Child,
-    told: PathBuf,
-    said: PathBuf,
+/// A `pcvm balloon` that has a turn each second.
+fn keep(scratch: &Scratch, name: &str, guest: &QemuGuest) -> Process {
+    let [told, said] = ["told", "said"].map(|kind| scratch.file(&format!("{name}.{kind}")));
+    let mut command = Command::new(program("pcvm"));
+    command.args(["balloon", "--interval", "1", "--json", "--qmp"]).arg(&guest.place().qmp);
+    Process::start_printing(&mut command, told, said)
 }
 
-impl Keeper {
-    fn start(scratch: &Scratch, name: &str, guest: &QemuGuest) -> Self {
-        let [told, said] = ["told", "said"].map(|kind| scratch.file(&format!("{name}.{kind}")));
-        let process = Command::new(program("pcvm"))
-            .args(["balloon", "--interval", "1", "--json", "--qmp"])
-            .arg(&guest.place().qmp)
-            .stdout(File::create(&told).unwrap())
-            .stderr(File::create(&said).unwrap())
-            .stdin(Stdio::null())
-            .spawn()
-            .unwrap();
-        Self { process, told, said }
-    }
-
-    /// What it has changed.
-    fn changes(&self) -> Vec<Value> {
-        let told = std::fs::read_to_string(&self.told).unwrap();
-        // A line that is being written has no end yet.
-        let whole = told.rsplit_once('\n').map_or("", |(whole, _)| whole);
-        whole.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
-    }
-
-    fn said(&self) -> String {
-        std::fs::read_to_string(&self.said).unwrap()
-    }
-
-    fn end(&mut self) -> ExitStatus {
-        let begin = Instant::now();
-        loop {
-            if let Some(ended) = self.process.try_wait().unwrap() {
-                return ended;
-            }
-            assert!(begin.elapsed() < PATIENCE, "it does not end: {}", self.said());
-            std::thread::sleep(Duration::from_millis(10));
-        }
-    }
+/// What it has changed.
+fn changes(keeper: &Process) -> Vec<Value> {
+    let told = keeper.console();
+    // A line that is being written has no end yet.
+    let whole = told.rsplit_once('\n').map_or("", |(whole, _)| whole);
+    whole.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
 }
 
-impl Drop for Keeper {
-    fn drop(&mut self) {
-        let _ = self.process.kill();
-        let _ = self.process.wait();
-    }
+/// Waits until it has ended, well; gives what it said.
+fn wait_for_end(keeper: &Process) -> String {
+    let (ended_well, said) = keeper.wait_for_end();
+    assert!(ended_well, "{said}");
+    said
 }
 
 /// Bytes that the guest has.
@@ -79,9 +48,9 @@ fn has(guest: &QemuGuest) -> u64 {
 }
 
 /// Waits until much of what the guest does not use is in its balloon.
-fn wait_until_taken(guest: &QemuGuest, keeper: &Keeper) {
+fn wait_until_taken(guest: &QemuGuest, keeper: &Process) {
     guest.wait_until("its balloon has what it does not use", || has(guest) < MEMORY_BYTES / 8 * 5);
-    assert!(!keeper.changes().is_empty(), "it tells of that: {}", keeper.said());
+    assert!(!changes(keeper).is_empty(), "it tells of that: {}", keeper.log());
 }
 
 #[test]
@@ -91,7 +60,7 @@ fn what_a_guest_does_not_use_is_in_its_balloon_and_comes_back_when_it_does() {
     let machine = with(Plain::linux("pcguest.mb=32 pcguest.access=write pcguest.pace_us=1000"), &BALLOON);
     let guest = machine.start(&scratch, "q0");
     guest.wait_for_reports(1);
-    let mut keeper = Keeper::start(&scratch, "b0", &guest);
+    let keeper = keep(&scratch, "b0", &guest);
     wait_until_taken(&guest, &keeper);
     let little = has(&guest);
 
@@ -99,8 +68,8 @@ fn what_a_guest_does_not_use_is_in_its_balloon_and_comes_back_when_it_does() {
     guest.type_line("hold 100");
     guest.wait_until("the guest has what it needs", || guest.console().contains("holds 100"));
     guest.verify();
-    guest.wait_until("it was seen", || keeper.changes().iter().any(|change| change["pressed"] == true));
-    assert!(has(&guest) > little + (64 << 20), "{}", keeper.said());
+    guest.wait_until("it was seen", || changes(&keeper).iter().any(|change| change["pressed"] == true));
+    assert!(has(&guest) > little + (64 << 20), "{}", keeper.log());
     guest.type_line("hold 0");
     wait_until_taken(&guest, &keeper);
     assert!(!guest.console().contains("Out of memory"), "{}", guest.console());
@@ -108,24 +77,24 @@ fn what_a_guest_does_not_use_is_in_its_balloon_and_comes_back_when_it_does() {
     // The same monitor, in turn.
     let (next, to) = machine.receive(&scratch, "q1", LOOPBACK, &[]);
     guest.migrate(&next, to, "tcp");
-    assert!(keeper.end().success() && keeper.said().contains("QEMU has ended"), "{}", keeper.said());
+    let said = wait_for_end(&keeper);
+    assert!(said.contains("QEMU has ended"), "{said}");
     assert!(has(&next) < MEMORY_BYTES / 8 * 5, "the balloon moves with the guest");
     next.wait_for_reports(1);
     next.verify();
-    println!("{}", keeper.said());
+    println!("{said}");
 
-    let mut keeper = Keeper::start(&scratch, "b1", &next);
+    let keeper = keep(&scratch, "b1", &next);
     next.type_line("hold 100");
     next.wait_until("the guest has what it needs", || next.console().contains("holds 100"));
     // Somebody else has the monitor for a while.
     let other = UnixStream::connect(&next.place().qmp).unwrap();
-    wait_until("it is said that another client is there", || keeper.said().contains("has another client"));
+    keeper.wait_until("it says that another client is there", || keeper.log().contains("has another client"));
     drop(other);
     next.type_line("hold 0");
     wait_until_taken(&next, &keeper);
-    let process = Pid::from_raw(keeper.process.id() as i32).unwrap();
-    kill_process(process, Signal::TERM).unwrap();
-    assert!(keeper.end().success(), "{}", keeper.said());
+    kill_process(Pid::from_raw(keeper.pid() as i32).unwrap(), Signal::TERM).unwrap();
+    wait_for_end(&keeper);
     next.wait_until("the guest has all of its memory", || has(&next) == MEMORY_BYTES);
     next.verify();
 }

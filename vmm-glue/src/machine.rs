@@ -26,6 +26,7 @@ use crate::memory::{log_writes, register_slots, written};
 use crate::platform::{self, PlatformState};
 use crate::self_service::VcpuFaults;
 use crate::state::VmState;
+use crate::touches::Touches;
 use crate::vcpu::Vcpu;
 
 /// What a vCPU does with its processor while the guest idles.
@@ -109,6 +110,8 @@ fn check_memory(config: &VmConfig, memory: &GuestMemory) -> Result<(), VmError> 
 /// periods when memory is given to a VM, and that is no time to lose while a guest stands still.
 pub(crate) struct Prepared {
     fds: Vec<VcpuFd>,
+    /// How many pages each will have touched, where KVM tells that.
+    touches: Vec<Option<Touches>>,
     chassis: Chassis,
     supported: CpuId,
     config: VmConfig,
@@ -128,12 +131,14 @@ impl Prepared {
         let chassis = Chassis::new(&memory, idle)?;
         let supported = cpuid::supported(&chassis.kvm)?;
         let fds = (0..usize::from(config.cpus)).map(|index| chassis.create_vcpu(index));
-        Ok(Self { fds: fds.collect::<Result<_, _>>()?, chassis, supported, config, memory, output })
+        let fds = fds.collect::<Result<Vec<_>, _>>()?;
+        let touches = fds.iter().map(Touches::of_if_told).collect();
+        Ok(Self { fds, touches, chassis, supported, config, memory, output })
     }
 
     /// The guest as saved. Guest memory is not touched.
     pub(crate) fn restore(self, state: VmState) -> Result<Machine, VmError> {
-        let Self { fds, chassis, supported, config, memory, output } = self;
+        let Self { fds, touches, chassis, supported, config, memory, output } = self;
         state.check_shape(&config, memory.layout())?;
         for (vcpu, fd) in state.vcpus.iter().zip(&fds) {
             cpuid::check(&vcpu.cpuid, supported.as_slice())?;
@@ -150,7 +155,7 @@ impl Prepared {
             gate: Gate::new(u32::from(config.cpus)),
             exit: ExitEvent::new().system("eventfd")?,
             devices: Devices::new(serial, state.devices.i8042),
-            vcpus: assemble(state.vcpus, fds),
+            vcpus: assemble(state.vcpus, fds.into_iter().zip(touches)),
             chassis,
             config,
             memory,
@@ -184,7 +189,9 @@ impl Machine {
         fds.first().map_or(Ok(()), |boot| entry.apply(boot))?;
         let vcpus = fds.into_iter().zip(shown);
         Ok(Self {
-            vcpus: vcpus.map(|(fd, cpuid)| Vcpu::new(fd, cpuid.as_slice().to_vec(), Vec::new())).collect(),
+            vcpus: vcpus
+                .map(|(fd, cpuid)| Vcpu::new(fd, cpuid.as_slice().to_vec(), Vec::new(), None))
+                .collect(),
             gate: Gate::new(u32::from(config.cpus)),
             exit: ExitEvent::new().system("eventfd")?,
             devices: Devices::new(SerialDevice::new(chassis.serial_line()?, output), I8042::default()),
@@ -274,12 +281,12 @@ fn restore_vcpus(states: &[VcpuState], fds: &[VcpuFd], context: VcpuContext<'_>)
     Ok(())
 }
 
-fn assemble(states: Vec<VcpuState>, fds: Vec<VcpuFd>) -> Vec<Vcpu> {
-    let make = |(state, fd): (VcpuState, VcpuFd)| {
+fn assemble(states: Vec<VcpuState>, made: impl Iterator<Item = (VcpuFd, Option<Touches>)>) -> Vec<Vcpu> {
+    let make = |(state, (fd, touches)): (VcpuState, (VcpuFd, Option<Touches>))| {
         let deferred = state.deferred_msrs();
-        Vcpu::new(fd, state.cpuid, deferred)
+        Vcpu::new(fd, state.cpuid, deferred, touches)
     };
-    states.into_iter().zip(fds).map(make).collect()
+    states.into_iter().zip(made).map(make).collect()
 }
 
 fn early_pages(states: &[VcpuState]) -> Vec<Gpa> {

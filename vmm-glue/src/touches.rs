@@ -29,8 +29,12 @@ pub(crate) struct Touches {
 }
 
 impl Touches {
-    /// Errors: this KVM has no such statistics.
-    pub(crate) fn of(vcpu: &VcpuFd) -> io::Result<Self> {
+    /// `None` where this KVM has no such statistics.
+    pub(crate) fn of_if_told(vcpu: &VcpuFd) -> Option<Self> {
+        Self::of(vcpu).inspect_err(|error| tracing::debug!(%error, "KVM tells no touched pages")).ok()
+    }
+
+    fn of(vcpu: &VcpuFd) -> io::Result<Self> {
         // SAFETY: the ioctl takes no argument, and changes nothing that exists.
         let fd = unsafe { ioctl(vcpu, KVM_GET_STATS_FD()) };
         if fd < 0 {

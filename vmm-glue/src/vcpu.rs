@@ -35,17 +35,20 @@ pub(crate) struct Vcpu {
     service_ended: AtomicBool,
     /// Its thread, as gettid(2) gives it, once that runs.
     thread: OnceLock<i32>,
-    /// How many pages it has touched, where KVM tells that.
+    /// How many pages it has touched, where that was asked for and KVM tells it.
     touches: Option<Touches>,
 }
 
 impl Vcpu {
     /// `deferred` are registers to be set before the first entry.
-    pub(crate) fn new(mut fd: VcpuFd, cpuid: Vec<kvm_cpuid_entry2>, deferred: Vec<kvm_msr_entry>) -> Self {
+    pub(crate) fn new(
+        mut fd: VcpuFd,
+        cpuid: Vec<kvm_cpuid_entry2>,
+        deferred: Vec<kvm_msr_entry>,
+        touches: Option<Touches>,
+    ) -> Self {
         let kick = Kick::new(&mut fd);
         let resume = Resume { msrs: deferred, stopped: false };
-        let touches =
-            Touches::of(&fd).inspect_err(|error| tracing::debug!(%error, "KVM tells no touched pages"));
         Self {
             kick,
             cpuid,
@@ -54,11 +57,11 @@ impl Vcpu {
             faults: Mutex::new(None),
             service_ended: AtomicBool::new(false),
             thread: OnceLock::new(),
-            touches: touches.ok(),
+            touches,
         }
     }
 
-    /// How many pages it has touched since it was made, where KVM tells that.
+    /// How many pages it has touched since it was made, where that is told.
     pub(crate) fn touched_pages(&self) -> Option<u64> {
         self.touches.as_ref()?.count().ok()
     }

@@ -276,7 +276,7 @@ impl Vm {
         self.machine.vcpus.iter().filter_map(|vcpu| vcpu.thread()).collect()
     }
 
-    /// How many pages the guest's vCPUs have touched since it was made or restored, where KVM tells that (Linux 5.14).
+    /// How many pages the vCPUs of a restored guest have touched since then, where KVM tells that (Linux 5.14).
     pub fn touched_pages(&self) -> Option<u64> {
         touches::sum(self.machine.vcpus.iter().map(|vcpu| vcpu.touched_pages()))
     }

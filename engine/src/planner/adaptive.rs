@@ -8,8 +8,8 @@
 //! - **direction**: a stream grows both ways, as the paper's dual bubble, until its faults lean clearly to one.
 //! - **window**: streams take turns, each until it is [`WINDOW`] pages ahead of its last fault. A page
 //!   that nobody comes back to (the waste) costs no more than that.
-//! - **stride**: two equal steps over pages that were not read ahead make a stride, and the pages
-//!   between are left out.
+//! - **stride**: two equal steps of more than a page, over pages that were not read ahead, make a stride, and
+//!   the pages between are left out.
 //!
 //! When every stream has used up its window, the newest goes on beyond it, as the paper's bubble
 //! does: around the last fault is a better guess than the start of memory. What no stream reaches is
@@ -110,7 +110,7 @@ impl Stream {
             // Not past what is known yet: it would not come back.
             let page = self.stride.filter(|page| *page < known)?;
             self.stride = page.checked_add_signed(self.step).filter(|next| *next < pages.total());
-            if pages.missing_up(page, known.min(page + 1)).is_some() {
+            if pages.missing_up(page, page + 1).is_some() {
                 return Some(Run::one(PageIndex(page)));
             }
         }

@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use super::QemuError;
 use super::qmp::Qmp;
 
-/// How long a guest may take to tell what is free, beyond the time between two questions of QEMU's.
+/// How long a guest may take to tell what is free: QEMU asks once a second.
 const STATISTICS_PATIENCE: Duration = Duration::from_secs(10);
 /// How long a balloon may take before a move that still grows, and how long one may that does not.
 const INFLATION_PATIENCE: Duration = Duration::from_secs(60);
@@ -49,21 +49,6 @@ pub(super) struct Statistics {
     pub(super) swapped_out: Option<u64>,
 }
 
-/// Where in QEMU's tree its balloon is, if it has one.
-pub(super) fn find(qmp: &mut Qmp) -> Result<Option<String>, QemuError> {
-    for path in ["/machine/peripheral", "/machine/peripheral-anon"] {
-        let listed = qmp.execute("qom-list", &json!({"path": path}))?;
-        let is_balloon = |part: &&Value| {
-            part["type"].as_str().is_some_and(|kind| kind.starts_with("child<") && kind.contains("balloon"))
-        };
-        let balloon = listed.as_array().into_iter().flatten().find(is_balloon);
-        if let Some(name) = balloon.and_then(|part| part["name"].as_str()) {
-            return Ok(Some(format!("{path}/{name}")));
-        }
-    }
-    Ok(None)
-}
-
 /// Has the balloon at `device` of QEMU's tree take so many per cent of what the guest, which has `before` bytes, calls
 /// free. Returns when it has them, gets no further, or is told to stop.
 ///
@@ -74,10 +59,8 @@ pub(super) fn inflate(
     (before, percent): (u64, u8),
     stop: &AtomicBool,
 ) -> Result<Inflated, QemuError> {
-    let asked_before = ask_every(qmp, device, Duration::from_secs(1))?;
-    let told = wait_for_statistics(qmp, device, Duration::from_secs(1));
-    set_property(qmp, device, POLLING, &asked_before)?;
-    let target = before.saturating_sub(share(told?.free.min(before), percent));
+    let free = ask(qmp, device)?.free;
+    let target = before.saturating_sub(share(free.min(before), percent));
     let left = take(qmp, (before, target), INFLATION_PATIENCE, stop)?;
     Ok(Inflated { before, left })
 }
@@ -128,7 +111,12 @@ pub(super) fn actual(qmp: &mut Qmp) -> Result<u64, QemuError> {
 }
 
 /// How often QEMU asks a guest for its statistics, in seconds; 0 for never.
-pub(super) const POLLING: &str = "guest-stats-polling-interval";
+const POLLING: &str = "guest-stats-polling-interval";
+
+/// Has QEMU ask the guest for its statistics as often as it did before [`ask_every`].
+pub(super) fn ask_as_before(qmp: &mut Qmp, device: &str, before: &Value) -> Result<(), QemuError> {
+    set_property(qmp, device, POLLING, before)
+}
 
 /// Has QEMU ask the guest for its statistics so often; gives how often it did.
 pub(super) fn ask_every(qmp: &mut Qmp, device: &str, interval: Duration) -> Result<Value, QemuError> {
@@ -137,23 +125,22 @@ pub(super) fn ask_every(qmp: &mut Qmp, device: &str, interval: Duration) -> Resu
     Ok(before)
 }
 
-/// Waits for statistics newer than those that are there; QEMU asks for them every `interval`.
+/// Has the guest say how its memory is, and waits for that.
 ///
-/// Errors: there are none.
-pub(super) fn wait_for_statistics(
-    qmp: &mut Qmp,
-    device: &str,
-    interval: Duration,
-) -> Result<Statistics, QemuError> {
-    let (begun, before) = (Instant::now(), statistics(qmp, device)?);
-    loop {
+/// Errors: it says nothing.
+pub(super) fn ask(qmp: &mut Qmp, device: &str) -> Result<Statistics, QemuError> {
+    let (before, begun) = (statistics(qmp, device)?, Instant::now());
+    let asked_before = ask_every(qmp, device, Duration::from_secs(1))?;
+    let told = loop {
         std::thread::sleep(LOOK);
         match statistics(qmp, device)? {
-            Some(told) if before.is_none_or(|before| before.at != told.at) => return Ok(told),
-            _ if begun.elapsed() > STATISTICS_PATIENCE + interval => return Err(silent()),
+            Some(told) if before.is_none_or(|before| before.at != told.at) => break Ok(told),
+            _ if begun.elapsed() > STATISTICS_PATIENCE => break Err(silent()),
             _ => {}
         }
-    }
+    };
+    ask_as_before(qmp, device, &asked_before)?;
+    told
 }
 
 /// What the guest said last, if it has said anything.
@@ -170,7 +157,7 @@ pub(super) fn property(qmp: &mut Qmp, device: &str, name: &str) -> Result<Value,
     qmp.execute("qom-get", &json!({"path": device, "property": name}))
 }
 
-pub(super) fn set_property(qmp: &mut Qmp, device: &str, name: &str, value: &Value) -> Result<(), QemuError> {
+fn set_property(qmp: &mut Qmp, device: &str, name: &str, value: &Value) -> Result<(), QemuError> {
     qmp.execute("qom-set", &json!({"path": device, "property": name, "value": value})).map(drop)
 }
 

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::qmp::Qmp;
-use super::{QemuError, balloon, foreign};
+use super::{QemuError, foreign};
 use crate::touches;
 
 /// Which QEMU it is and what machine it has.
@@ -49,9 +49,10 @@ impl Facts {
         let machine = text(qmp, "/machine", "type")?.trim_end_matches("-machine").to_owned();
         let cpus = qmp.execute("query-cpus-fast", &json!({}))?.as_array().map_or(0, Vec::len) as u32;
         let ram_bytes = ram(qmp, version)?;
-        foreign::look(qmp)?;
-        let balloon = balloon::find(qmp)?;
+        let parts = foreign::Parts::of(qmp)?;
+        foreign::look(qmp, &parts)?;
         refuse_what_is_blocked(qmp)?;
+        let balloon = parts.balloon();
         Ok(Self { version, machine, cpus, ram_bytes, balloon })
     }
 

@@ -76,16 +76,31 @@ impl Part {
     }
 }
 
-/// Refuses a machine with a part that reaches its memory past QEMU.
-pub(super) fn look(qmp: &mut Qmp) -> Result<(), QemuError> {
-    let devices = ["/machine/peripheral", "/machine/peripheral-anon", "/machine/unattached"];
-    for (what, path) in
-        devices.map(|path| (What::Device, path)).into_iter().chain([(What::Object, "/objects")])
-    {
-        for part in children(what, &qmp.execute("qom-list", &json!({"path": path}))?) {
-            part.check()?;
+/// What QEMU's tree has of devices and objects, each with the place where it is listed.
+pub(super) struct Parts(Vec<(&'static str, Part)>);
+
+impl Parts {
+    pub(super) fn of(qmp: &mut Qmp) -> Result<Self, QemuError> {
+        let devices = ["/machine/peripheral", "/machine/peripheral-anon", "/machine/unattached"];
+        let places = devices.map(|path| (What::Device, path)).into_iter().chain([(What::Object, "/objects")]);
+        let mut all = Vec::new();
+        for (what, path) in places {
+            let listed = qmp.execute("qom-list", &json!({"path": path}))?;
+            all.extend(children(what, &listed).into_iter().map(|part| (path, part)));
         }
+        Ok(Self(all))
     }
+
+    /// Where its balloon is, if it has one.
+    pub(super) fn balloon(&self) -> Option<String> {
+        let balloon = self.0.iter().find(|(_, part)| part.kind.contains("balloon"));
+        balloon.map(|(path, part)| format!("{path}/{}", part.name))
+    }
+}
+
+/// Refuses a machine with a part, of these or others, that reaches its memory past QEMU.
+pub(super) fn look(qmp: &mut Qmp, parts: &Parts) -> Result<(), QemuError> {
+    parts.0.iter().try_for_each(|(_, part)| part.check())?;
     // QMP itself does not tell what a netdev is.
     let network = qmp.execute("human-monitor-command", &json!({"command-line": "info network"}))?;
     netdevs(network.as_str().unwrap_or_default()).iter().try_for_each(Part::check)?;

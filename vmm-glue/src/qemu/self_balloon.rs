@@ -14,9 +14,10 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde_json::{Value, json};
 
-use super::balloon::{self, share};
+use super::QemuError;
+use super::balloon::{self, Statistics, share};
+use super::foreign::Parts;
 use super::qmp::Qmp;
-use super::{QemuError, balloon::Statistics};
 
 /// Turns in which a balloon does not grow after its guest was pressed for memory: the paper's ten intervals.
 const REST: u32 = 10;
@@ -62,6 +63,11 @@ impl Rule {
     fn is_pressed(&self, seen: &Seen) -> bool {
         let Some((left, swapped_out)) = self.before else { return false };
         seen.has > left || swapped_out.zip(seen.told.swapped_out).is_some_and(|(before, now)| now > before)
+    }
+
+    /// Whether the guest was pressed in the last turn.
+    fn begins_to_rest(&self) -> bool {
+        self.rest == REST
     }
 
     /// Bytes that the guest is to have, if that is to change.
@@ -132,7 +138,7 @@ impl SelfBalloon {
     /// Errors: the monitor does not answer, there is no balloon, one that would not give way, or one that tells nothing.
     pub fn attach(monitor: &Path, percent: u8, interval: Duration) -> Result<Self, QemuError> {
         let mut qmp = Qmp::connect(monitor)?;
-        let device = balloon::find(&mut qmp)?.ok_or_else(balloon::none)?;
+        let device = Parts::of(&mut qmp)?.balloon().ok_or_else(balloon::none)?;
         if balloon::property(&mut qmp, &device, "deflate-on-oom")? != true {
             return Err(QemuError::Balloon(
                 "its balloon does not give way to a guest that runs out of memory, which then ends programs: start QEMU \
@@ -140,15 +146,10 @@ impl SelfBalloon {
                     .into(),
             ));
         }
-        let often = (interval / 2).min(ASKED_EVERY);
-        let asked_before = balloon::ask_every(&mut qmp, &device, often)?;
+        balloon::ask(&mut qmp, &device)?;
+        let asked_before = balloon::ask_every(&mut qmp, &device, (interval / 2).min(ASKED_EVERY))?;
         let rule = Rule { percent, rest: 0, before: None };
-        let balloon = Self { monitor: monitor.into(), device, rule, changed: 0, asked_before };
-        if let Err(silent) = balloon::wait_for_statistics(&mut qmp, &balloon.device, often) {
-            balloon::set_property(&mut qmp, &balloon.device, balloon::POLLING, &balloon.asked_before)?;
-            return Err(silent);
-        }
-        Ok(balloon)
+        Ok(Self { monitor: monitor.into(), device, rule, changed: 0, asked_before })
     }
 
     /// Looks at the guest once, and has its balloon take or give. To be called from a blocking thread; ends early when
@@ -171,7 +172,6 @@ impl SelfBalloon {
         let told = balloon::statistics(qmp, &self.device)?.filter(|told| told.at > self.changed);
         let Some(told) = told else { return Ok(Turn::Same) };
         let seen = Seen { whole: whole(qmp)?, has: balloon::actual(qmp)?, told };
-        let pressed = self.rule.is_pressed(&seen);
         let Some(wanted) = self.rule.next(&seen) else {
             self.rule.left(seen.has, told);
             return Ok(Turn::Same);
@@ -181,6 +181,7 @@ impl SelfBalloon {
         self.rule.left(left, told);
         self.changed = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_secs());
         let (whole_bytes, has_bytes, free_bytes) = (seen.whole, left, told.free);
+        let pressed = self.rule.begins_to_rest();
         Ok(Turn::Changed(Share { whole_bytes, has_bytes, free_bytes, pressed }))
     }
 
@@ -191,7 +192,7 @@ impl SelfBalloon {
         let mut qmp = Qmp::connect(&self.monitor)?;
         let whole = whole(&mut qmp)?;
         balloon::set(&mut qmp, whole)?;
-        balloon::set_property(&mut qmp, &self.device, balloon::POLLING, &self.asked_before)
+        balloon::ask_as_before(&mut qmp, &self.device, &self.asked_before)
     }
 }
 
