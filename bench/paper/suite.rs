@@ -1,6 +1,6 @@
 //! What is run: the paper's table, the paper's figure, and every policy on every trace.
 
-use postcopy_bench::paper::{Outcome, Trace, Wire, quicksort, run, sequential, suite_traces};
+use postcopy_bench::paper::{Outcome, Trace, Wire, quicksort, run, run_in_order, sequential, suite_traces};
 use postcopy_engine::planner::{PlannerConfig, Policy};
 use serde::Serialize;
 
@@ -98,24 +98,23 @@ fn figure(seeds: std::ops::Range<u64>, mib: u64) -> Vec<SortRow> {
         FIGURE.iter().map(|(name, ..)| SortRow { name: (*name).into(), faults: Vec::new() }).collect();
     let backward = ("backward", "bubble:backward", false);
     let adaptive = ("adaptive", "adaptive", false);
+    let adaptive_lru = ("adaptive, LRU", "adaptive", true);
     let orders: Vec<_> = FIGURE
         .iter()
         .map(|(name, policy, lru, _)| (*name, *policy, *lru))
-        .chain([backward, adaptive])
+        .chain([backward, adaptive, adaptive_lru])
         .collect();
-    rows.extend([backward, adaptive].map(|(name, ..)| SortRow { name: name.into(), faults: Vec::new() }));
+    rows.extend(
+        [backward, adaptive, adaptive_lru]
+            .map(|(name, ..)| SortRow { name: name.into(), faults: Vec::new() }),
+    );
     for processes in PROCESSES {
-        let traces: Vec<[Trace; 2]> = seeds
-            .clone()
-            .map(|seed| {
-                let trace = quicksort(processes, mib, mib, 0.2, seed);
-                [trace.by_recency(), trace]
-            })
-            .collect();
+        let traces: Vec<Trace> =
+            seeds.clone().map(|seed| quicksort(processes, mib, mib, 0.2, seed)).collect();
         for (row, (_, policy, lru)) in rows.iter_mut().zip(&orders) {
-            let of = |[by_recency, by_address]: &[Trace; 2]| {
-                let trace = if *lru { by_recency } else { by_address };
-                run(trace, Wire::GIGABIT.options(1), config(policy)).network_faults as f64
+            let of = |trace: &Trace| {
+                let order = if *lru { trace.by_recency() } else { Vec::new() };
+                run_in_order(trace, &order, Wire::GIGABIT.options(1), config(policy)).network_faults as f64
             };
             row.faults.push(traces.iter().map(of).sum::<f64>() / runs);
         }

@@ -89,6 +89,25 @@ fn memory_that_lands_in_a_pool() {
 }
 
 #[test]
+fn memory_in_the_order_in_which_the_guest_has_used_it() {
+    for (mode, shards) in [("postcopy", "1"), ("hybrid", "1"), ("postcopy", "3")] {
+        let scratch = Scratch::new(&format!("moves-order-{mode}-{shards}"));
+        let port = free_port();
+        let source = Pcvm::run_tiny(&scratch, "a");
+        let more = ["--order", "recency", "--shards", shards, "--policy", "bubble:dual"];
+        let destination = Pcvm::receive(&scratch, "b", port, &more);
+        let report = source.migrate(&format!("127.0.0.1:{port}"), &["--mode", mode]);
+        assert_whole(&report, 2048);
+        // It goes round a part of its memory all the time.
+        let ordered = number(&report, "/ordered_pages");
+        assert!((16..2048).contains(&ordered), "{report}");
+        assert!(number(&report, "/setup_us") > 1_500_000, "it was watched: {report}");
+        destination.wait_for_progress();
+        assert!(!destination.console().contains("BAD"));
+    }
+}
+
+#[test]
 fn back_and_forth_between_two_processes() {
     let scratch = Scratch::new("back-and-forth");
     let ([a, b], [port_a, port_b]) = Pcvm::pair(&scratch);

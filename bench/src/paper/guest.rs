@@ -46,9 +46,14 @@ impl Outcome {
     }
 }
 
-/// Runs a guest to the end of its trace and its memory to the last page.
+/// Runs a guest to the end of its trace and its memory to the last page. Pages lie by address.
 pub fn run(trace: &Trace, link: SimOptions, config: PlannerConfig) -> Outcome {
-    let mut machine = Machine::new(trace.pages, link, config);
+    run_in_order(trace, &[], link, config)
+}
+
+/// As [`run`], with pages in this order as the source tells it, the others behind them by address.
+pub fn run_in_order(trace: &Trace, order: &[Run], link: SimOptions, config: PlannerConfig) -> Outcome {
+    let mut machine = Machine::new(trace.pages, order, link, config);
     let mut ready = 0;
     for touch in &trace.touches {
         ready = machine.touch(PageIndex(touch.page), ready + touch.think_ns);
@@ -72,7 +77,7 @@ struct Machine {
 }
 
 impl Machine {
-    fn new(pages: u64, options: SimOptions, config: PlannerConfig) -> Self {
+    fn new(pages: u64, order: &[Run], options: SimOptions, config: PlannerConfig) -> Self {
         let link = SimLink::new(options);
         let mut machine = Self {
             planner: Planner::new(pages, config),
@@ -87,6 +92,7 @@ impl Machine {
             done: false,
             outcome: Outcome::default(),
         };
+        assert!(machine.planner.order(order), "the trace's order stays inside memory");
         machine.planner.map_extended(News { known: pages, ..News::default() }, &mut machine.actions);
         machine.settle();
         machine

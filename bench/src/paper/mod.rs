@@ -11,7 +11,7 @@ mod recorded;
 mod trace;
 mod traces;
 
-pub use guest::{Outcome, run};
+pub use guest::{Outcome, run, run_in_order};
 use postcopy_transport::sim::SimOptions;
 pub use quicksort::quicksort;
 pub use recorded::recorded;

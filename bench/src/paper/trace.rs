@@ -6,6 +6,8 @@
 //! each 7 bits a byte, lowest first, the top bit set in all but the last (LEB128)
 //! ```
 
+use postcopy_engine::memory::PageIndex;
+use postcopy_engine::planner::Run;
 use serde::{Deserialize, Serialize};
 
 /// Version of the file format.
@@ -31,7 +33,7 @@ pub struct Trace {
     pub pages: u64,
     /// Its touches, each page at most once.
     pub touches: Vec<Touch>,
-    /// Pages that were used before the move, the last one first. Not kept in files.
+    /// Pages that were used before the move, the one used longest ago first. Not kept in files.
     pub recency: Vec<u64>,
 }
 
@@ -60,24 +62,16 @@ struct Header {
 }
 
 impl Trace {
-    /// The trace as the source would number its pages if it published them by recency: the page
-    /// used last first, those not used before the move last.
-    pub fn by_recency(&self) -> Trace {
-        let mut rank = vec![u64::MAX; self.pages as usize];
-        let mut next = 0;
-        for page in self.recency.iter().copied().chain(0..self.pages) {
-            if rank[page as usize] == u64::MAX {
-                rank[page as usize] = next;
-                next += 1;
+    /// The order by recency of the pages that were used before the move, the one used longest ago first.
+    pub fn by_recency(&self) -> Vec<Run> {
+        let mut runs: Vec<Run> = Vec::new();
+        for page in self.recency.iter().copied() {
+            match runs.last_mut().filter(|run| run.end() == page) {
+                Some(run) => run.count += 1,
+                None => runs.push(Run::one(PageIndex(page))),
             }
         }
-        let touches = self.touches.iter().map(|touch| Touch { page: rank[touch.page as usize], ..*touch });
-        Trace {
-            name: format!("{}, LRU", self.name),
-            pages: self.pages,
-            touches: touches.collect(),
-            recency: Vec::new(),
-        }
+        runs
     }
 
     /// The file.
@@ -179,9 +173,9 @@ mod tests {
     }
 
     #[test]
-    fn by_recency_the_page_used_last_is_the_first() {
-        let used =
-            Trace { pages: 5, touches: vec![Touch { page: 4, think_ns: 1 }], recency: vec![2, 4], ..trace() };
-        assert_eq!(used.by_recency().touches, [Touch { page: 1, think_ns: 1 }]);
+    fn pages_that_were_used_one_after_the_other_are_one_run_of_the_order() {
+        let used = Trace { recency: vec![2, 4, 5, 6, 3], ..trace() };
+        let run = |first, count| Run { first: PageIndex(first), count };
+        assert_eq!(used.by_recency(), [run(2, 1), run(4, 3), run(3, 1)]);
     }
 }

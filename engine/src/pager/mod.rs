@@ -370,10 +370,23 @@ impl Pager {
     /// the guest.
     pub fn source_stands_still(&self, recent: &[Run]) {
         self.trap.let_go();
+        self.tell(recent, Note::Prefer);
+    }
+
+    /// Pages lie in this order from now on, for the policy and the sweep: those of these runs one after the other, then
+    /// the others by address. They must be pages of the guest. Each shard goes through its own.
+    ///
+    /// A pager that [goes on](Pager::go_on) has forgotten it.
+    pub fn order(&self, runs: &[Run]) {
+        self.tell(runs, Note::Order);
+    }
+
+    /// Tells each shard of its own part of these runs.
+    fn tell(&self, runs: &[Run], note: impl Fn(Vec<Run>) -> Note) {
         for shared in &*self.shards {
-            let here = recent.iter().filter_map(|run| shared.part.local_run(*run)).collect();
+            let here = runs.iter().filter_map(|run| shared.part.local_run(*run)).collect();
             // A shard that has ended reads nothing any more.
-            drop(shared.notes.send(Note::Prefer(here)));
+            drop(shared.notes.send(note(here)));
             shared.stop.rouse();
         }
     }

@@ -43,6 +43,8 @@ pub(super) enum Note {
     Waited(i32, Duration),
     /// The source says that the guest touched these pages last.
     Prefer(Vec<Run>),
+    /// The source says in which order pages lie.
+    Order(Vec<Run>),
     /// Its lane died, or the kernel refused.
     Failed(PagerError),
 }

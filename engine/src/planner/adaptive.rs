@@ -20,8 +20,8 @@
 //! `docs/adr/0006-policies-and-windows.md` has what longer ones cost.
 
 use super::bubble::{Edge, Turn};
-use super::pages::{Pages, Run};
-use crate::memory::PageIndex;
+use super::pages::Run;
+use super::ranks::{Ground, Passes};
 
 /// Streams that are followed; the one that has waited longest for a fault is forgotten first.
 const STREAMS: usize = 16;
@@ -33,7 +33,7 @@ const WINDOW: u32 = 4;
 /// forgotten. One fault leans by chance.
 const LEAN: i8 = 3;
 
-/// Faults that seem to be of one walk.
+/// Faults that seem to be of one walk. Places are ranks.
 #[derive(Debug)]
 struct Stream {
     up: Edge,
@@ -48,35 +48,35 @@ struct Stream {
     /// When it last faulted.
     used: u64,
     step: i64,
-    /// The next page of a stride, where there is one; the stride is `step`.
+    /// The next place of a stride, where there is one; the stride is `step`.
     stride: Option<u64>,
 }
 
 impl Stream {
-    fn new(page: u64) -> Self {
+    fn new(at: u64) -> Self {
         Self {
-            up: Edge::up(page + 1, true),
-            down: Edge::down(page, true),
+            up: Edge::up(at + 1, Passes::Sent),
+            down: Edge::down(at, Passes::Sent),
             lean: 0,
             up_next: true,
             ahead: 0,
-            last: page,
+            last: at,
             used: 0,
             step: 0,
             stride: None,
         }
     }
 
-    fn expects(&self, page: u64) -> bool {
+    fn expects(&self, at: u64) -> bool {
         let (from, end) = (self.down.at().saturating_sub(REACH), self.up.at() + REACH);
-        (from..end).contains(&page) || self.stride.is_some_and(|next| next.abs_diff(page) <= REACH)
+        (from..end).contains(&at) || self.stride.is_some_and(|next| next.abs_diff(at) <= REACH)
     }
 
     /// The guest waits for a page that this stream expected.
-    fn confirm(&mut self, page: u64) {
-        let step = page as i64 - self.last as i64;
+    fn confirm(&mut self, at: u64) {
+        let step = at as i64 - self.last as i64;
         self.lean = (self.lean + step.signum() as i8).clamp(-LEAN, LEAN);
-        let jumped = page > self.up.at() || page + 1 < self.down.at();
+        let jumped = at > self.up.at() || at + 1 < self.down.at();
         // Of a stride in use, pages may have been there before they were touched.
         let kept = self.stride.is_some() && step.signum() == self.step.signum() && step % self.step == 0;
         if !kept {
@@ -84,34 +84,36 @@ impl Stream {
             match step {
                 // That is the edges' way, which read many at once.
                 -1 | 1 if strides => (self.stride, self.lean) = (None, LEAN * step as i8),
-                _ => self.stride = strides.then(|| page.checked_add_signed(step)).flatten(),
+                _ => self.stride = strides.then(|| at.checked_add_signed(step)).flatten(),
             }
             self.step = step;
         }
         if jumped {
-            (self.up, self.down) = (Edge::up(page + 1, true), Edge::down(page, true));
+            (self.up, self.down) = (Edge::up(at + 1, Passes::Sent), Edge::down(at, Passes::Sent));
         }
-        (self.last, self.ahead) = (page, 0);
+        (self.last, self.ahead) = (at, 0);
     }
 
-    fn next(&mut self, pages: &Pages, limit: u32, known: u64) -> Option<Run> {
-        if let Some(run) = self.next_of_stride(pages, known) {
+    fn next(&mut self, ground: Ground, limit: u32) -> Option<Run> {
+        if let Some(run) = self.next_of_stride(ground) {
             return Some(run);
         }
         let up_first = if self.lean.abs() < LEAN { self.up_next } else { self.lean > 0 };
         self.up_next = !up_first;
         let edges = if up_first { [&mut self.up, &mut self.down] } else { [&mut self.down, &mut self.up] };
-        edges.into_iter().find_map(|edge| edge.next(pages, limit, known))
+        edges.into_iter().find_map(|edge| edge.next(ground, limit))
     }
 
-    fn next_of_stride(&mut self, pages: &Pages, known: u64) -> Option<Run> {
+    fn next_of_stride(&mut self, ground: Ground) -> Option<Run> {
         // Past what is there already, and no further than a stream reaches.
         for _ in 0..REACH {
+            let at = self.stride?;
             // Not past what is known yet: it would not come back.
-            let page = self.stride.filter(|page| *page < known)?;
-            self.stride = page.checked_add_signed(self.step).filter(|next| *next < pages.total());
-            if pages.missing_up(page, page + 1).is_some() {
-                return Some(Run::one(PageIndex(page)));
+            let spot = ground.spot(at)?;
+            self.stride = at.checked_add_signed(self.step).filter(|next| *next < ground.pages.total());
+            let run = ground.run_up(spot, 1);
+            if run.count == 1 {
+                return Some(run);
             }
         }
         None
@@ -128,18 +130,18 @@ pub(super) struct Streams {
 }
 
 impl Streams {
-    /// A fault went to the network: its stream has the next turn.
-    pub(super) fn fault(&mut self, PageIndex(page): PageIndex) {
-        self.turn = match self.confirm(page) {
+    /// A fault went to the network, on the page of this rank: its stream has the next turn.
+    pub(super) fn fault(&mut self, place: u64) {
+        self.turn = match self.confirm(place) {
             Some(at) => at,
             None if self.streams.len() < STREAMS => {
-                self.streams.push(Stream::new(page));
+                self.streams.push(Stream::new(place));
                 self.streams.len() - 1
             }
             None => {
                 let oldest = self.streams.iter().enumerate().min_by_key(|(_, stream)| stream.used);
                 let at = oldest.map_or(0, |(at, _)| at);
-                self.streams[at] = Stream::new(page);
+                self.streams[at] = Stream::new(place);
                 at
             }
         };
@@ -147,35 +149,35 @@ impl Streams {
     }
 
     /// The guest waits for a page in flight.
-    pub(super) fn hit(&mut self, PageIndex(page): PageIndex) {
-        self.confirm(page);
+    pub(super) fn hit(&mut self, place: u64) {
+        self.confirm(place);
     }
 
     /// Tells the stream that expected this page, if one did. The newest is asked first.
-    fn confirm(&mut self, page: u64) -> Option<usize> {
+    fn confirm(&mut self, place: u64) -> Option<usize> {
         self.faults += 1;
-        let all = self.streams.iter().enumerate().filter(|(_, stream)| stream.expects(page));
+        let all = self.streams.iter().enumerate().filter(|(_, stream)| stream.expects(place));
         let (at, _) = all.max_by_key(|(_, stream)| stream.used)?;
-        self.streams[at].confirm(page);
+        self.streams[at].confirm(place);
         self.streams[at].used = self.faults;
         Some(at)
     }
 
     /// What comes next.
-    pub(super) fn next(&mut self, pages: &Pages, limit: u32, known: u64) -> Turn {
+    pub(super) fn next(&mut self, ground: Ground, limit: u32) -> Turn {
         let count = self.streams.len();
         for _ in 0..count {
             let stream = &mut self.streams[self.turn];
             self.turn = (self.turn + 1) % count;
             let left = WINDOW.saturating_sub(stream.ahead);
-            let run = (left > 0).then(|| stream.next(pages, limit.min(left), known)).flatten();
+            let run = (left > 0).then(|| stream.next(ground, limit.min(left))).flatten();
             if let Some(run) = run {
                 stream.ahead += run.count;
                 return Turn::Bubble(run);
             }
         }
         let newest = self.streams.iter_mut().max_by_key(|stream| stream.used);
-        match newest.and_then(|stream| stream.next(pages, limit, known)) {
+        match newest.and_then(|stream| stream.next(ground, limit)) {
             Some(run) => Turn::Bubble(run),
             None => Turn::Sweep,
         }

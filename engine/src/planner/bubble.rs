@@ -12,29 +12,31 @@
 //!   is the planner's sweep, which every policy falls back on when its edges have stopped.
 //!
 //! A page known to be zero is not sent, so an edge passes over it in every case.
+//!
+//! Where pages lie, and which is next, is by their ranks (`ranks.rs`): by address, if nothing else is said.
 
-use super::pages::{Pages, Run};
+use super::pages::Run;
 use super::policy::Direction;
-use crate::memory::PageIndex;
+use super::ranks::{Ground, Passes, Up};
 
 /// One side of a bubble.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Edge {
     up: bool,
-    /// Up: the next page to look at. Down: the page above it.
+    /// Up: the next rank to look at. Down: the rank above it.
     at: u64,
-    /// Skip pages already sent, instead of stopping at them.
-    skips: bool,
+    /// Pages already sent are passed, or it stops at them.
+    passes: Passes,
     stopped: bool,
 }
 
 impl Edge {
-    pub(super) fn up(at: u64, skips: bool) -> Self {
-        Self { up: true, at, skips, stopped: false }
+    pub(super) fn up(at: u64, passes: Passes) -> Self {
+        Self { up: true, at, passes, stopped: false }
     }
 
-    pub(super) fn down(at: u64, skips: bool) -> Self {
-        Self { up: false, at, skips, stopped: false }
+    pub(super) fn down(at: u64, passes: Passes) -> Self {
+        Self { up: false, at, passes, stopped: false }
     }
 
     /// Where it has got to.
@@ -42,48 +44,44 @@ impl Edge {
         self.at
     }
 
-    /// The next run of at most `limit` pages below `known`; the edge moves past it.
-    pub(super) fn next(&mut self, pages: &Pages, limit: u32, known: u64) -> Option<Run> {
+    /// The next run of at most `limit` pages that may be read; the edge moves past it.
+    pub(super) fn next(&mut self, ground: Ground, limit: u32) -> Option<Run> {
         if self.stopped {
             return None;
         }
-        let run =
-            if self.up { self.next_up(pages, limit, known) } else { self.next_down(pages, limit, known) };
-        if let Some(run) = run {
-            self.at = if self.up { run.end() } else { run.first.0 };
-        }
-        run
+        if self.up { self.next_up(ground, limit) } else { self.next_down(ground, limit) }
     }
 
-    fn next_up(&mut self, pages: &Pages, limit: u32, known: u64) -> Option<Run> {
-        let found = match self.skips {
-            true => pages.missing_up(self.at, known),
-            false => pages.content_up(self.at, known),
+    fn next_up(&mut self, ground: Ground, limit: u32) -> Option<Run> {
+        let first = match ground.up(self.at, self.passes) {
+            Up::At(first) => first,
+            // The map may grow, the memory does not.
+            Up::Unknown(at) => {
+                self.at = at;
+                return None;
+            }
+            Up::End => {
+                self.stopped = true;
+                return None;
+            }
         };
-        // Nothing up to what is known: the map may grow, the memory does not.
-        let Some(first) = found else {
-            self.stopped = known == pages.total();
-            self.at = self.at.max(known);
-            return None;
-        };
-        self.at = first;
-        let run = pages.run_up(first, limit, known);
+        let run = ground.run_up(first, limit);
         self.stopped = run.count == 0;
+        self.at = first.rank + u64::from(run.count);
         (!self.stopped).then_some(run)
     }
 
-    fn next_down(&mut self, pages: &Pages, limit: u32, known: u64) -> Option<Run> {
+    fn next_down(&mut self, ground: Ground, limit: u32) -> Option<Run> {
         // Below a pivot that the map has not reached: wait.
-        if self.at > known {
+        if self.at > 0 && ground.spot(self.at - 1).is_none() {
             return None;
         }
-        let found = match self.skips {
-            true => pages.missing_down(self.at),
-            false => pages.content_down(self.at),
-        };
-        let run = found.map(|last| pages.run_down(last, limit)).filter(|run| run.count > 0);
+        let last = ground.down(self.at, self.passes);
+        let run = last.map(|last| (last, ground.run_down(last, limit))).filter(|(_, run)| run.count > 0);
         self.stopped = run.is_none();
-        run
+        let (last, run) = run?;
+        self.at = last.rank + 1 - u64::from(run.count);
+        Some(run)
     }
 }
 
@@ -120,30 +118,31 @@ impl Bubbles {
         self.pivots > 1 && self.direction != Direction::Dual
     }
 
-    /// A fault went to the network: its page is the newest pivot, and has the next turn.
-    pub(super) fn fault(&mut self, PageIndex(pivot): PageIndex) {
-        let (each, skips) = (self.edges_per_pivot(), self.pivots == 1);
+    /// A fault went to the network: its page's rank is the newest pivot, and has the next turn.
+    pub(super) fn fault(&mut self, pivot: u64) {
+        let each = self.edges_per_pivot();
+        let passes = if self.pivots == 1 { Passes::Sent } else { Passes::Zero };
         let replaceable = self.pivots - usize::from(self.sticky());
         if self.edges.len() == replaceable * each {
             self.edges.drain(..each);
         }
         self.turn = self.edges.len();
         if self.direction != Direction::Backward {
-            self.edges.push(Edge::up(pivot + 1, skips));
+            self.edges.push(Edge::up(pivot + 1, passes));
         }
         if self.direction != Direction::Forward {
-            self.edges.push(Edge::down(pivot, skips));
+            self.edges.push(Edge::down(pivot, passes));
         }
     }
 
     /// What comes next.
-    pub(super) fn next(&mut self, pages: &Pages, limit: u32, known: u64) -> Turn {
+    pub(super) fn next(&mut self, ground: Ground, limit: u32) -> Turn {
         let turns = self.edges.len() + usize::from(self.sticky());
         for _ in 0..turns {
             let turn = self.turn % turns;
             self.turn = turn + 1;
             let Some(edge) = self.edges.get_mut(turn) else { return Turn::Sweep };
-            if let Some(run) = edge.next(pages, limit, known) {
+            if let Some(run) = edge.next(ground, limit) {
                 return Turn::Bubble(run);
             }
         }

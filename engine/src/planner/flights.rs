@@ -27,7 +27,7 @@ impl Planner {
         flight.awaited = true;
         self.counts.prepage_hits += u64::from(flight.why == Why::Prepage);
         if let Order::Streams(streams) = &mut self.order {
-            streams.hit(page);
+            streams.hit(self.ranks.rank(page));
         }
     }
 

@@ -19,8 +19,9 @@
 //!
 //! [`Planner::drain`] fills the bulk lane up to its window (`link.rs`): first with what the source says
 //! was touched last, where it can tell, then in the order of the [`Policy`]: bubbles around faults
-//! (`bubble.rs`), streams found in them (`adaptive.rs`), and when those have nothing, a sweep by
-//! address, which alone is the policy `linear`.
+//! (`bubble.rs`), streams found in them (`adaptive.rs`), and when those have nothing, a sweep, which alone is
+//! the policy `linear`. Near, and next, is by address, or [as the source has listed](Planner::order) the pages
+//! (`ranks.rs`).
 //!
 //! Invariants: a page is in flight at most once; a resident page is never read again (the guest
 //! owns it, a late write would corrupt it); a fault is never refused for want of bulk budget; bulk
@@ -41,6 +42,7 @@ mod flights;
 mod link;
 mod pages;
 mod policy;
+mod ranks;
 
 use std::collections::VecDeque;
 
@@ -52,6 +54,7 @@ use link::Link;
 pub use link::{MAX_READ_PAGES, Nanos};
 pub use pages::{PageState, Pages, Run};
 pub use policy::{Direction, MAX_PIVOTS, PIVOTS, Policy};
+use ranks::{Ground, Passes, Ranks, Up};
 use serde::{Deserialize, Serialize};
 
 use crate::memory::PageIndex;
@@ -95,7 +98,7 @@ pub enum Why {
     Prepage,
     /// The guest touched it just before it was frozen.
     Recent,
-    /// It is next by address.
+    /// It is next in the order of the pages.
     Drain,
 }
 
@@ -167,16 +170,19 @@ pub struct Planner {
     pages: Pages,
     counts: PageCounts,
     link: Link,
+    policy: Policy,
     order: Order,
+    /// In which order pages lie.
+    ranks: Ranks,
     /// Pages below this one are covered by the source's page map.
     known: u64,
-    /// No page below this one is missing: where the sweep goes on.
+    /// No page below this rank is missing: where the sweep goes on.
     swept: u64,
     /// What the guest touched just before it was frozen, as the source says.
     recent: VecDeque<Run>,
     /// Of that, what is here since the round of pre-copy is shown first.
     recent_kept: VecDeque<Run>,
-    /// Kept pages below this one were shown.
+    /// Kept pages below this rank were shown.
     shown: u64,
     /// Reads under way, oldest first. Bounded by the window and by the faults that can wait.
     flights: Vec<Flight>,
@@ -193,10 +199,12 @@ impl Planner {
     /// A planner for pages of which some are here: another has been at work, until its lanes were lost.
     pub fn going_on(pages: Pages, config: PlannerConfig) -> Self {
         Self {
-            pages,
             counts: PageCounts::default(),
             link: Link::new(config.bulk_wait_ns),
+            policy: config.policy,
             order: Order::new(config.policy),
+            ranks: Ranks::by_address(pages.total()),
+            pages,
             known: 0,
             swept: 0,
             recent: VecDeque::new(),
@@ -244,10 +252,11 @@ impl Planner {
                 self.counts.network_faults += 1;
                 self.read(Why::Fault, Run::one(page), now, actions);
                 self.link.faulted();
+                let rank = self.ranks.rank(page);
                 match &mut self.order {
                     Order::Linear => {}
-                    Order::Bubbles(bubbles) => bubbles.fault(page),
-                    Order::Streams(streams) => streams.fault(page),
+                    Order::Bubbles(bubbles) => bubbles.fault(rank),
+                    Order::Streams(streams) => streams.fault(rank),
                 }
             }
             PageState::InFlight => {
@@ -294,12 +303,35 @@ impl Planner {
     /// Returns false, and does nothing, if there are no such pages.
     #[must_use]
     pub fn prefer(&mut self, runs: &[Run]) -> bool {
-        let inside = runs.iter().all(|run| run.count > 0 && run.end() <= self.pages.total());
+        let inside = self.inside(runs);
         if inside {
             self.recent.extend(runs);
             self.recent_kept.extend(runs);
         }
         inside
+    }
+
+    /// The order in which pages lie: those of these runs one after the other, the others behind them by address. What
+    /// faults have shown so far is forgotten. Pages of the runs are read whether the map covers them or not.
+    ///
+    /// Returns false, and does nothing, if there are no such pages.
+    #[must_use]
+    pub fn order(&mut self, runs: &[Run]) -> bool {
+        let inside = self.inside(runs);
+        if inside {
+            self.ranks = Ranks::listed(self.pages.total(), runs);
+            self.order = Order::new(self.policy);
+            (self.swept, self.shown) = (0, 0);
+        }
+        inside
+    }
+
+    fn inside(&self, runs: &[Run]) -> bool {
+        runs.iter().all(|run| run.count > 0 && run.end() <= self.pages.total())
+    }
+
+    fn ground(&self) -> Ground<'_> {
+        Ground { pages: &self.pages, ranks: &self.ranks, known: self.known }
     }
 
     /// Shows the guest some more of what is here since the round of pre-copy.
@@ -313,7 +345,7 @@ impl Planner {
         }
     }
 
-    /// What was touched last, as far as the map covers it, then in ascending order.
+    /// What was touched last, as far as the map covers it, then in the order of the pages.
     fn next_kept(&mut self, limit: u64) -> Option<Run> {
         if limit == 0 {
             return None;
@@ -325,8 +357,8 @@ impl Planner {
             }
             self.recent_kept.pop_front();
         }
-        let run = self.pages.kept_up(self.shown, self.known, limit);
-        self.shown = run.map_or(self.known, Run::end);
+        let (run, shown) = self.ground().kept_up(self.shown, limit);
+        self.shown = shown;
         run
     }
 
@@ -365,17 +397,22 @@ impl Planner {
             }
             self.recent.pop_front();
         }
+        let ground = Ground { pages: &self.pages, ranks: &self.ranks, known: self.known };
         let turn = match &mut self.order {
             Order::Linear => Turn::Sweep,
-            Order::Bubbles(bubbles) => bubbles.next(&self.pages, limit, self.known),
-            Order::Streams(streams) => streams.next(&self.pages, limit, self.known),
+            Order::Bubbles(bubbles) => bubbles.next(ground, limit),
+            Order::Streams(streams) => streams.next(ground, limit),
         };
         if let Turn::Bubble(run) = turn {
             return Some((Why::Prepage, run));
         }
-        let first = self.pages.missing_up(self.swept, self.known);
-        self.swept = first.unwrap_or(self.known);
-        first.map(|first| (Why::Drain, self.pages.run_up(first, limit, self.known)))
+        let (first, found) = match ground.up(self.swept, Passes::Sent) {
+            Up::At(spot) => (spot.rank, Some((Why::Drain, ground.run_up(spot, limit)))),
+            Up::Unknown(rank) => (rank, None),
+            Up::End => (self.pages.total(), None),
+        };
+        self.swept = first;
+        found
     }
 
     fn read(&mut self, why: Why, run: Run, now: Nanos, actions: &mut Vec<Action>) {

@@ -185,9 +185,9 @@ impl Pages {
         self.missing.first(from, end.min(self.total), true)
     }
 
-    /// The last missing page below `end`.
-    pub fn missing_down(&self, end: u64) -> Option<u64> {
-        self.missing.last(0, end.min(self.total), true)
+    /// The last missing page of `from..end`.
+    pub fn missing_down(&self, from: u64, end: u64) -> Option<u64> {
+        self.missing.last(from, end.min(self.total), true)
     }
 
     /// The first page of `from..end` that is not zero.
@@ -195,8 +195,8 @@ impl Pages {
         self.zero.first(from, end.min(self.total), false)
     }
 
-    /// The last page below `end` that is not zero.
-    pub fn content_down(&self, end: u64) -> Option<u64> {
-        self.zero.last(0, end.min(self.total), false)
+    /// The last page of `from..end` that is not zero.
+    pub fn content_down(&self, from: u64, end: u64) -> Option<u64> {
+        self.zero.last(from, end.min(self.total), false)
     }
 }

@@ -9,7 +9,7 @@ use tokio::net::TcpStream;
 use tokio::sync::watch;
 
 use super::channel::{Channel, unexpected};
-use super::message::Message;
+use super::message::{Message, PageOrder};
 use super::preamble::{self, Preamble, Purpose, SessionId};
 use super::query_migrate::QueryMigrate;
 use super::report::{ArrivalReport, MigrationReport, Phase, Progress};
@@ -28,6 +28,14 @@ pub(super) struct Course {
     /// Since when the guest stands still, once it does.
     pub(super) frozen: Instant,
     pub(super) report: MigrationReport,
+}
+
+/// What a destination has chosen.
+pub(super) struct Accepted {
+    pub(super) transport: Transport,
+    /// Its lane requests.
+    pub(super) lanes: Vec<Vec<u8>>,
+    pub(super) order: PageOrder,
 }
 
 impl Course {
@@ -94,17 +102,17 @@ impl Course {
     }
 
     /// What the destination accepted, checked.
-    pub(super) fn accepted(&mut self, message: Message) -> Result<(Transport, Vec<Vec<u8>>), SessionError> {
+    pub(super) fn accepted(&mut self, message: Message) -> Result<Accepted, SessionError> {
         match message {
             Message::Accept { lanes, .. } if !(LANES..=MAX_LANES).contains(&lanes.len()) => {
                 Err(SessionError::Protocol("it asked for an impossible number of lanes"))
             }
-            Message::Accept { transport, lanes } => {
+            Message::Accept { transport, lanes, order } => {
                 let known =
                     transport.parse().map_err(|_| SessionError::Protocol("it accepted an unknown transport"));
                 let known: Transport = known?;
                 self.report.transport = known.name().into();
-                Ok((known, lanes))
+                Ok(Accepted { transport: known, lanes, order })
             }
             other => Err(unexpected(&other, "Accept")),
         }

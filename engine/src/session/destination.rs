@@ -13,12 +13,12 @@ use super::course::micros;
 use super::dock::Dock;
 use super::door::{Caller, await_call};
 use super::drain::Drain;
-use super::message::{GuestDescription, MAX_STATE, Message, Mode};
+use super::message::{GuestDescription, MAX_STATE, Message, Mode, PageOrder};
 use super::preamble::{Preamble, Purpose};
 use super::round::{Connected, pre_copy};
 use super::state::{Came, incoming};
 use super::tls::DestinationTls;
-use super::unpack::{offered, recent};
+use super::unpack::{Listed, offered, runs_of};
 use super::{GuestError, STEP_PATIENCE, SessionError, WORK_PATIENCE, blocking};
 use crate::export::MAX_SERVERS;
 use crate::import::Lanes;
@@ -110,6 +110,8 @@ pub struct ReceiveOptions {
     pub pager: PagerConfig,
     /// How many threads it has. A stock QEMU's are as many as it was started for.
     pub shards: Shards,
+    /// In which order pages come that nobody has asked for, and which are near a fault.
+    pub order: PageOrder,
     /// Where pages land. A hybrid migration needs it in place.
     pub landing: Landing,
     /// The most guest memory to accept, in bytes. `None`: no limit of our own.
@@ -282,7 +284,7 @@ impl<H: DestinationHost> Destination<'_, H> {
         pieces: &UnboundedSender<Came>,
         pager: &Pager,
     ) -> Result<Instant, SessionError> {
-        let (mut length, mut frozen) = (0, None);
+        let (mut length, mut frozen, mut listed) = (0, None, Listed::default());
         loop {
             match channel.receive("the guest's state", WORK_PATIENCE).await? {
                 Message::State(piece) if length + piece.len() <= MAX_STATE => {
@@ -292,8 +294,14 @@ impl<H: DestinationHost> Destination<'_, H> {
                 Message::State(_) => {
                     return Err(SessionError::Protocol("its device state is longer than 256 MiB"));
                 }
+                Message::Order { runs, more } if length == 0 => {
+                    if let Some(order) = listed.take(&runs, more, pager.pages())? {
+                        pager.order(&order);
+                        passed("Ordered", self.begun);
+                    }
+                }
                 Message::Recent(runs) if frozen.is_none() => {
-                    pager.source_stands_still(&recent(&runs, pager.pages())?);
+                    pager.source_stands_still(&runs_of(&runs, pager.pages())?);
                     frozen = Some(Instant::now());
                     passed("Frozen", self.begun);
                 }

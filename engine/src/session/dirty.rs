@@ -4,7 +4,9 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::message::PageOrder;
 use super::source::SourceGuest;
+use super::unpack::MOST_LISTED;
 use super::{GuestError, SessionError, blocking};
 use crate::page_set::PageSet;
 use crate::pagemap::Dirty;
@@ -16,10 +18,18 @@ use crate::touched::Touched;
 pub(super) const WATCH: Duration = Duration::from_millis(50);
 /// A part of that time in which it is seen what a guest writes again and again: some ticks of its timer.
 const LAP: Duration = Duration::from_millis(12);
+/// Before that time, where the order is asked for in which the guest uses its pages: the longer ago, the longer the laps, as
+/// the less it says of what comes next. Each costs a guest whose mapping is ours a minor fault for each page that it touches.
+pub const RECENCY_LAPS: [Duration; 4] = [
+    Duration::from_millis(800),
+    Duration::from_millis(400),
+    Duration::from_millis(200),
+    Duration::from_millis(100),
+];
 /// Most pages that are fetched before others, 32 MiB.
 const MOST_RECENT: u64 = 8192;
-/// Most runs of them; a message with as many fits a frame.
-const MOST_RUNS: usize = 8192;
+/// Most runs of pages in a message, which fits a frame then.
+pub(super) const MOST_RUNS: usize = 8192;
 
 /// Notes which pages of a guest are written, until it is dropped.
 pub trait DirtyLog: Send + Sync {
@@ -56,6 +66,8 @@ pub(super) struct Watched {
     hint: Option<Box<dyn DirtyLog>>,
     /// What it touched last, the likeliest to be touched again first.
     recent: Vec<Run>,
+    /// What it used, what it used last first, if that was asked for.
+    order: Vec<Run>,
 }
 
 impl Watched {
@@ -67,12 +79,12 @@ impl Watched {
         Ok(Self { log: Some(log), ..Self::default() })
     }
 
-    /// Lets the guest run a little longer, to learn what it touches: that is fetched first. Does without
-    /// where it cannot be seen.
-    pub(super) async fn watch(mut self, guest: Arc<dyn SourceGuest>) -> Self {
+    /// Lets the guest run a little longer, to learn what it touches: that is fetched first. And longer than that, if
+    /// it is asked for the order in which it does. Does without where it cannot be seen.
+    pub(super) async fn watch(mut self, guest: Arc<dyn SourceGuest>, order: PageOrder) -> Self {
         blocking(move || {
-            match self.lately(&guest) {
-                Ok(sets) => self.recent = likeliest(&sets),
+            match self.watch_now(&guest, order) {
+                Ok(()) => {}
                 // What a log had told and could not hand over is lost: it is not believed any more, and without
                 // one all of the memory moves again.
                 Err(error) => {
@@ -85,17 +97,63 @@ impl Watched {
         .await
     }
 
-    /// What the guest touches from now on for a while, the likeliest to be touched again first: of one whose mapping is
-    /// ours what it touches; of one that has a log what it writes; of one that has both what it touches all the time,
-    /// and what it writes.
-    fn lately(&mut self, guest: &Arc<dyn SourceGuest>) -> Result<Vec<PageSet>, GuestError> {
+    fn watch_now(&mut self, guest: &Arc<dyn SourceGuest>, order: PageOrder) -> Result<(), GuestError> {
         if self.log.is_none() && !guest.runs_on_our_mapping() {
             self.hint = guest.watch_writes()?;
         }
+        let mut used = if order == PageOrder::Recency { self.earlier(guest)? } else { Vec::new() };
+        let sets = self.lately(guest, &mut used)?;
+        self.recent = likeliest(&sets);
+        if order == PageOrder::Recency {
+            self.order = last_first(&used);
+        }
+        Ok(())
+    }
+
+    /// What the guest uses in each of [`RECENCY_LAPS`], about: of one whose mapping is ours what it touches, of others what
+    /// they write.
+    fn earlier(&mut self, guest: &Arc<dyn SourceGuest>) -> Result<Vec<PageSet>, GuestError> {
+        if guest.runs_on_our_mapping() {
+            let memory = guest.memory();
+            // A log is not to be given up for that.
+            let watched = Touched::begin(memory.guest()).and_then(|watch| {
+                let lap = |lap| {
+                    std::thread::sleep(lap);
+                    watch.again()
+                };
+                RECENCY_LAPS.into_iter().map(lap).collect()
+            });
+            return Ok(watched.unwrap_or_else(|error| {
+                tracing::warn!(%error, "in which order the guest uses its pages cannot be seen");
+                Vec::new()
+            }));
+        }
+        let Some(log) = self.log.as_mut().or(self.hint.as_mut()) else { return Ok(Vec::new()) };
+        let stopped = [RECENCY_LAPS.iter().sum()];
+        let laps = if log.mark_stops_guest() { &stopped[..] } else { &RECENCY_LAPS };
+        laps.iter().map(|lap| lap_of(log.as_mut(), *lap)).collect()
+    }
+
+    /// What the guest touches from now on for a while, the likeliest to be touched again first: of one whose mapping is
+    /// ours what it touches; of one that has a log what it writes; of one that has both what it touches all the time,
+    /// and what it writes. All of it is added to what is `used`.
+    fn lately(
+        &mut self,
+        guest: &Arc<dyn SourceGuest>,
+        used: &mut Vec<PageSet>,
+    ) -> Result<Vec<PageSet>, GuestError> {
         let log = match (guest.runs_on_our_mapping(), self.log.as_mut().or(self.hint.as_mut())) {
             (true, Some(log)) => log,
-            (true, None) => return touched(guest).map(Vec::from),
-            (false, Some(log)) => return Ok(more_often_than_not(&laps(log.as_mut())?)),
+            (true, None) => {
+                let sets = touched(guest).map(Vec::from)?;
+                used.push(union(&sets));
+                return Ok(sets);
+            }
+            (false, Some(log)) => {
+                let laps = laps(log.as_mut())?;
+                used.push(union(&laps));
+                return Ok(more_often_than_not(&laps));
+            }
             (false, None) => return Ok(Vec::new()),
         };
         log.mark()?;
@@ -108,7 +166,14 @@ impl Watched {
             |[always, ..]| always,
         );
         let written = log.since_mark()?.without(&always);
-        Ok(vec![always, written])
+        let sets = vec![always, written];
+        used.push(union(&sets));
+        Ok(sets)
+    }
+
+    /// Runs of the pages that it used, what it used last first. None, if that was not asked for or cannot be seen.
+    pub(super) fn order(&self) -> &[Run] {
+        &self.order
     }
 
     /// Runs of pages to fetch first.
@@ -136,11 +201,34 @@ fn laps(log: &mut dyn DirtyLog) -> Result<Vec<PageSet>, GuestError> {
     let (lap, begun) = (if log.mark_stops_guest() { 2 * WATCH } else { LAP }, Instant::now());
     let mut laps = Vec::new();
     while begun.elapsed() < 2 * WATCH {
-        log.mark()?;
-        std::thread::sleep(lap);
-        laps.push(log.since_mark()?);
+        laps.push(lap_of(log, lap)?);
     }
     Ok(laps)
+}
+
+/// What is written from now on for so long.
+fn lap_of(log: &mut dyn DirtyLog, lap: Duration) -> Result<PageSet, GuestError> {
+    log.mark()?;
+    std::thread::sleep(lap);
+    log.since_mark()
+}
+
+fn union(sets: &[PageSet]) -> PageSet {
+    sets.iter().fold(PageSet::default(), |mut all, set| {
+        all.add(set);
+        all
+    })
+}
+
+/// The pages that were used in laps one after the other: each page once, those of the last lap first, in each by address.
+/// As many runs as are told.
+fn last_first(laps: &[PageSet]) -> Vec<Run> {
+    let (mut runs, mut later) = (Vec::new(), PageSet::default());
+    for lap in laps.iter().rev() {
+        runs.extend(lap.without(&later).runs(u32::MAX).take(MOST_LISTED - runs.len()));
+        later.add(lap);
+    }
+    runs
 }
 
 /// What is in more than half of these laps, what is in most of them first. A program that walks its memory writes
@@ -249,10 +337,23 @@ mod tests {
         assert_eq!(first(0), []);
     }
 
+    #[test]
+    fn pages_are_ordered_by_the_last_lap_that_used_them_and_then_by_address() {
+        let lap = |pages: &[u64]| {
+            let mut set = PageSet::new(64, false);
+            pages.iter().for_each(|page| set.put(*page, page + 1, true));
+            set
+        };
+        let runs = last_first(&[lap(&[1, 2, 3, 40]), lap(&[2, 9]), lap(&[]), lap(&[3, 50, 51])]);
+        let runs: Vec<_> = runs.iter().map(|run| (run.first.0, run.count)).collect();
+        assert_eq!(runs, [(3, 1), (50, 2), (2, 1), (9, 1), (1, 1), (40, 1)]);
+        assert_eq!(last_first(&[]), []);
+    }
+
     #[tokio::test]
     async fn a_log_that_failed_once_is_not_believed_any_more() {
         let guest = Arc::new(Failing);
-        let mut watched = Watched::begin(guest.clone()).await.unwrap().watch(guest).await;
+        let mut watched = Watched::begin(guest.clone()).await.unwrap().watch(guest, PageOrder::Address).await;
         assert!(watched.recent().is_empty());
         assert!(watched.dirty(false).is_none(), "all pages move again");
     }

@@ -73,7 +73,8 @@ impl<'a> Dock<'a> {
         (shards, threads): (usize, usize),
     ) -> Result<Connected, SessionError> {
         let (requests, lanes) = import.request(shards, threads)?;
-        channel.send(&Message::Accept { transport: transport.name().into(), lanes }).await?;
+        let order = self.options.order;
+        channel.send(&Message::Accept { transport: transport.name().into(), lanes, order }).await?;
         let (grants, regions) = granted(channel.receive("Granted", WORK_PATIENCE).await?)?;
         let needed: Vec<usize> = requests.iter().map(LaneRequest::streams).collect();
         let streams = self.accept_lanes(&needed).await?;

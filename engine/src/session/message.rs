@@ -53,13 +53,24 @@ pub enum Mode {
     Hybrid,
 }
 
+/// In which order pages lie, for policies that look around a fault, and for the sweep.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum PageOrder {
+    /// By address.
+    #[default]
+    Address,
+    /// As the source notes that the guest uses them, what it used last first: the paper's LRU order.
+    Recency,
+}
+
 /// Everything that is said on a control connection. S: by the source, D: by the destination.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(super) enum Message {
     /// S: this guest would come, over one of these transports, best first.
     Offer { guest: GuestDescription, transports: Vec<String>, mode: Mode },
-    /// D: it may come, over this one; here are the lane requests.
-    Accept { transport: String, lanes: Vec<Vec<u8>> },
+    /// D: it may come, over this one; here are the lane requests. Its pages will lie in this order.
+    Accept { transport: String, lanes: Vec<Vec<u8>>, order: PageOrder },
     /// S: the lanes are granted, and this is the memory to read.
     Granted { lanes: Vec<Vec<u8>>, regions: [[u8; 24]; 2] },
     /// D: lanes are connected and tested, the pager waits.
@@ -88,6 +99,9 @@ pub(super) enum Message {
     /// S, first on a connection of that kind: this side still has the memory of the session's guest, and would
     /// offer it again over one of these transports, best first.
     Rejoin { transports: Vec<String> },
+    /// S, before State, where it was asked for: pages that the guest has used, the last used first, by runs. There is more,
+    /// or that was all.
+    Order { runs: Vec<(u64, u32)>, more: bool },
 }
 
 impl Message {
@@ -109,6 +123,7 @@ impl Message {
             Self::Refuse(_) => "Refuse",
             Self::Recent(_) => "Recent",
             Self::Rejoin { .. } => "Rejoin",
+            Self::Order { .. } => "Order",
         }
     }
 }
@@ -198,6 +213,12 @@ mod tests {
         let commit = framed(&Message::Commit);
         assert_eq!(commit[8..], [7], "the order of messages is part of the protocol");
         assert_eq!(framed(&Message::Refuse(String::new()))[8..], [12, 0]);
+        let order = PageOrder::Recency;
+        assert_eq!(
+            framed(&Message::Accept { transport: "".into(), lanes: vec![], order })[8..],
+            [1, 0, 0, 1]
+        );
+        assert_eq!(framed(&Message::Order { runs: vec![(9, 2)], more: true })[8..], [15, 1, 9, 2, 1]);
     }
 
     #[test]

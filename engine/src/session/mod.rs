@@ -7,6 +7,7 @@
 //!  exports    ── Granted (grants, keys) ────────────▶ connects lanes, starts the pager
 //!             ◀─ Progress … ────────────────────────  hybrid: reads all of it once
 //!             ◀─ LanesReady ────────────────────────
+//!             ── Order … ───────────────────────────▶ where it asked for one: lays out the pages
 //!  saves      ── State … ───────────────────────────▶ loads it                        Prepared
 //!  Frozen     ── Recent, StateEnd ──────────────────▶ may read memory, and has loaded
 //!             ◀─ StateLoaded ───────────────────────
@@ -43,11 +44,11 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 pub use destination::{Arrived, DestinationGuest, DestinationHost, ReceiveOptions, receive};
-pub use dirty::DirtyLog;
+pub use dirty::{DirtyLog, RECENCY_LAPS};
 pub use drain::{Drain, Parted, Rejoined};
 #[cfg(feature = "fuzz")]
 pub(crate) use message::fuzz_frame;
-pub use message::{GuestDescription, Mode};
+pub use message::{GuestDescription, Mode, PageOrder};
 pub use owed::{Owed, RecoverOptions, recover};
 pub use preamble::PROTOCOL_VERSION;
 #[cfg(feature = "fuzz")]

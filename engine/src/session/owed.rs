@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use postcopy_transport::{EndpointOptions, Transport};
 
 use super::channel::{Channel, unexpected};
-use super::course::{Course, micros};
+use super::course::{Accepted, Course, micros};
 use super::message::Message;
 use super::preamble::Purpose;
 use super::report::{ArrivalReport, MigrationReport, Phase};
@@ -154,12 +154,13 @@ impl Owed {
             self.is_there();
             return Ok(Some(arrival));
         }
-        let (transport, requests) = self.course.accepted(answer)?;
+        // The guest stands still: what it uses was noted before, or never will be.
+        let Accepted { transport, lanes, .. } = self.course.accepted(answer)?;
         self.is_there();
         let endpoint = self.course.options.endpoint.clone();
         let connected = async {
             self.renew(transport, endpoint).await?;
-            self.course.connect(&mut self.export, &requests, channel).await
+            self.course.connect(&mut self.export, &lanes, channel).await
         };
         if let Err(error) = connected.await {
             let _ = channel.send(&Message::Refuse(error.to_string())).await;

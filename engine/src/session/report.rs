@@ -38,6 +38,10 @@ pub struct MigrationReport {
     /// Of the setup: the round of pre-copy of a hybrid migration.
     #[serde(default)]
     pub precopy_us: u64,
+    /// Pages whose place in an order by recency was told, where the destination asked for it. The others follow by
+    /// address.
+    #[serde(default)]
+    pub ordered_pages: u64,
     /// From the freeze to the news that the guest runs at the destination. The guest's own
     /// downtime is shorter by the way of that message.
     pub downtime_us: u64,

@@ -9,9 +9,9 @@ use postcopy_transport::{EndpointOptions, Transport};
 use tokio::sync::watch;
 
 use super::channel::{Channel, unexpected};
-use super::course::{Course, micros};
-use super::dirty::{DirtyLog, WATCH, Watched};
-use super::message::{GuestDescription, Message, Mode};
+use super::course::{Accepted, Course, micros};
+use super::dirty::{DirtyLog, MOST_RUNS, WATCH, Watched};
+use super::message::{GuestDescription, Message, Mode, PageOrder};
 use super::owed::{Owed, RecoverOptions, recover};
 use super::preamble::{Purpose, SessionId};
 use super::report::{MigrationReport, Phase, Progress, REPORT_VERSION};
@@ -21,6 +21,7 @@ use super::{GuestError, STEP_PATIENCE, SessionError, WORK_PATIENCE, blocking};
 use crate::export::Export;
 use crate::memory::GuestMemory;
 use crate::pager::is_huge;
+use crate::planner::Run;
 use crate::proc_pages::is_trapped;
 
 /// A running guest that can be moved away. Called from a blocking thread.
@@ -198,8 +199,8 @@ impl Source {
         let offer = self.offer(huge_pages)?;
         let mut channel = self.course.call(Purpose::Control).await?;
         channel.send(&offer).await?;
-        let (transport, requests) = self.course.accepted(channel.receive("Accept", WORK_PATIENCE).await?)?;
-        match self.export(transport, &requests, &mut channel).await {
+        let accepted = self.course.accepted(channel.receive("Accept", WORK_PATIENCE).await?)?;
+        match self.export(&accepted, &mut channel).await {
             Ok(export) => Ok((channel, export)),
             Err(error) => {
                 let _ = channel.send(&Message::Refuse(error.to_string())).await;
@@ -231,26 +232,23 @@ impl Source {
         Ok(Message::Offer { guest, transports, mode: self.course.options.mode })
     }
 
-    async fn export(
-        &mut self,
-        transport: Transport,
-        requests: &[Vec<u8>],
-        channel: &mut Channel,
-    ) -> Result<Export, SessionError> {
+    async fn export(&mut self, accepted: &Accepted, channel: &mut Channel) -> Result<Export, SessionError> {
+        let transport = accepted.transport;
         let (memory, endpoint) = (self.guest.memory(), self.course.options.endpoint.clone());
         let mut export = blocking(move || Export::new(transport, &memory, &endpoint)).await?;
         if self.course.options.mode == Mode::Hybrid {
             self.watched = Watched::begin(self.guest.clone()).await?;
         }
         export.describe_running()?;
-        self.course.connect(&mut export, requests, channel).await?;
-        self.lanes_ready(channel, &export).await?;
+        self.course.connect(&mut export, &accepted.lanes, channel).await?;
+        self.lanes_ready(channel).await?;
+        self.watch(channel, &export, accepted.order).await?;
         Ok(export)
     }
 
     /// Waits until the destination can take the guest: where there is a round of pre-copy, until that
     /// is over.
-    async fn lanes_ready(&mut self, channel: &mut Channel, export: &Export) -> Result<(), SessionError> {
+    async fn lanes_ready(&mut self, channel: &mut Channel) -> Result<(), SessionError> {
         let begun = Instant::now();
         let hybrid = self.course.options.mode == Mode::Hybrid;
         if hybrid {
@@ -266,8 +264,27 @@ impl Source {
         if hybrid {
             self.course.report.precopy_us = micros(begun.elapsed());
         }
-        let watched = std::mem::take(&mut self.watched).watch(self.guest.clone());
+        Ok(())
+    }
+
+    /// Lets the guest run a little longer, to learn what it uses, and tells in which order it has, if that was asked for.
+    async fn watch(
+        &mut self,
+        channel: &mut Channel,
+        export: &Export,
+        order: PageOrder,
+    ) -> Result<(), SessionError> {
+        let watched = std::mem::take(&mut self.watched).watch(self.guest.clone(), order);
         (self.watched, ()) = tokio::join!(watched, looked_through(export));
+        if order == PageOrder::Recency {
+            let runs = self.watched.order();
+            self.course.report.ordered_pages = runs.iter().map(|run| u64::from(run.count)).sum();
+            let mut pieces = runs.chunks(MOST_RUNS).peekable();
+            while let Some(piece) = pieces.next() {
+                let (runs, more) = (pairs(piece), pieces.peek().is_some());
+                channel.send(&Message::Order { runs, more }).await?;
+            }
+        }
         Ok(())
     }
 
@@ -285,7 +302,7 @@ impl Source {
             export.check_pages()?;
         }
         let discards = self.guest.may_discard();
-        let recent = self.watched.recent().iter().map(|run| (run.first.0, run.count)).collect();
+        let recent = pairs(self.watched.recent());
         export.describe_pages(self.watched.dirty(discards))?;
         channel.send(&Message::Recent(recent)).await?;
         channel.send(&Message::StateEnd { length: self.course.report.state_bytes }).await?;
@@ -352,6 +369,11 @@ async fn looked_through(export: &Export) {
     while !export.is_described() && Instant::now() < end {
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
+}
+
+/// Runs as messages have them.
+fn pairs(runs: &[Run]) -> Vec<(u64, u32)> {
+    runs.iter().map(|run| (run.first.0, run.count)).collect()
 }
 
 fn random_id() -> Result<SessionId, SessionError> {

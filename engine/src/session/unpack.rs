@@ -37,8 +37,31 @@ pub(super) fn granted(message: Message) -> Result<Granted, SessionError> {
     }
 }
 
-/// The runs of pages to read first, all of them among the guest's `pages`.
-pub(super) fn recent(runs: &[(u64, u32)], pages: u64) -> Result<Vec<Run>, SessionError> {
+/// Most runs of an order. They are kept until all have come, 4 MiB.
+pub(super) const MOST_LISTED: usize = 1 << 18;
+
+/// An order of pages that comes in pieces.
+#[derive(Default)]
+pub(super) struct Listed(Vec<Run>);
+
+impl Listed {
+    /// Takes the next piece; all of it, once there is no more.
+    pub(super) fn take(
+        &mut self,
+        runs: &[(u64, u32)],
+        more: bool,
+        pages: u64,
+    ) -> Result<Option<Vec<Run>>, SessionError> {
+        if self.0.len() + runs.len() > MOST_LISTED {
+            return Err(SessionError::Protocol("its order of pages is longer than 262144 runs"));
+        }
+        self.0.extend(runs_of(runs, pages)?);
+        Ok((!more).then(|| std::mem::take(&mut self.0)))
+    }
+}
+
+/// Runs of pages, all of them among the guest's `pages`.
+pub(super) fn runs_of(runs: &[(u64, u32)], pages: u64) -> Result<Vec<Run>, SessionError> {
     let inside = |(first, count): &(u64, u32)| {
         *count > 0 && first.checked_add(u64::from(*count)).is_some_and(|end| end <= pages)
     };
@@ -54,11 +77,22 @@ mod tests {
 
     #[test]
     fn pages_that_a_guest_has_not_are_refused() {
-        let said = |runs: &[(u64, u32)]| recent(runs, 100);
+        let said = |runs: &[(u64, u32)]| runs_of(runs, 100);
         let run = |first, count| Run { first: PageIndex(first), count };
         assert_eq!(said(&[(99, 1), (0, 100)]).unwrap(), [run(99, 1), run(0, 100)]);
         for wrong in [(100, 1), (99, 2), (5, 0), (u64::MAX, 1), (u64::MAX - 3, u32::MAX)] {
             assert!(said(&[(0, 1), wrong]).is_err(), "{wrong:?}");
         }
+    }
+    #[test]
+    fn an_order_comes_in_pieces_and_has_an_end() {
+        let mut listed = Listed::default();
+        assert_eq!(listed.take(&[(7, 2)], true, 100).unwrap(), None);
+        let run = |first, count| Run { first: PageIndex(first), count };
+        assert_eq!(listed.take(&[(1, 1)], false, 100).unwrap(), Some(vec![run(7, 2), run(1, 1)]));
+        assert_eq!(listed.take(&[], false, 100).unwrap(), Some(vec![]), "none is left of it");
+        assert!(listed.take(&[(100, 1)], true, 100).is_err());
+        assert!(listed.take(&vec![(3, 1); MOST_LISTED], true, 100).is_ok());
+        assert!(listed.take(&[(3, 1)], false, 100).is_err());
     }
 }

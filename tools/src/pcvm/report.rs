@@ -74,11 +74,9 @@ pub(crate) fn table(report: &MigrationReport) -> String {
         let each = report.vcpu_blocktime_us.iter().map(|us| format!("{:.1}", milliseconds(*us)));
         row("vCPUs waited", format!("{} ms", each.collect::<Vec<_>>().join(", ")));
     }
-    row("by fault", line(pages.fault_pages, pager.fault_bytes));
-    row("by recency", line(pages.recent_pages, pages.recent_pages * PAGE_SIZE));
-    row("by prepaging", line(pages.prepage_pages, pages.prepage_pages * PAGE_SIZE));
-    row("by drain", line(pages.drain_pages, pager.bulk_bytes));
-    row("zero, never sent", line(pages.zero_pages, 0));
+    for (what, count, bytes) in arrived(report) {
+        row(what, line(count, bytes));
+    }
     if report.mode == Mode::Hybrid {
         row(
             "pre-copy",
@@ -103,6 +101,22 @@ pub(crate) fn table(report: &MigrationReport) -> String {
     }
     stages(&mut out, &pager.stages);
     out
+}
+
+/// Why pages came: pages and bytes.
+fn arrived(report: &MigrationReport) -> Vec<(&'static str, u64, u64)> {
+    let (pager, pages) = (&report.pager, &report.pager.pages);
+    let mut rows = vec![
+        ("by fault", pages.fault_pages, pager.fault_bytes),
+        ("by recency", pages.recent_pages, pages.recent_pages * PAGE_SIZE),
+        ("by prepaging", pages.prepage_pages, pages.prepage_pages * PAGE_SIZE),
+        ("by drain", pages.drain_pages, pager.bulk_bytes),
+        ("zero, never sent", pages.zero_pages, 0),
+    ];
+    if report.ordered_pages > 0 {
+        rows.push(("told in order", report.ordered_pages, report.ordered_pages * PAGE_SIZE));
+    }
+    rows
 }
 
 fn stages(out: &mut String, stages: &StageReport) {

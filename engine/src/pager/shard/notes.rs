@@ -38,7 +38,10 @@ impl Shard {
                 }
             }
             Note::Prefer(runs) if self.planner.prefer(&runs) => {}
-            Note::Prefer(_) => return Err(PagerError::Peer("it prefers pages that are not there")),
+            Note::Order(runs) if self.planner.order(&runs) => {}
+            Note::Prefer(_) | Note::Order(_) => {
+                return Err(PagerError::Peer("it names pages that are not there"));
+            }
             Note::Waited(thread, time) => self.timing.waits.add(thread, time),
             Note::Failed(error) => return Err(error),
         }
