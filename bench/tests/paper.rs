@@ -2,14 +2,16 @@
 //! machine. `cargo run --release -p postcopy-bench --bin paper` runs the whole of it.
 #![allow(clippy::unwrap_used)] // helpers of tests, where a panic is the report
 
-use postcopy_bench::paper::{Outcome, Trace, Wire, quicksort, run_in_order, sequential, suite_traces};
-use postcopy_engine::planner::{PlannerConfig, Policy, Run};
+use postcopy_bench::paper::{
+    Outcome, PageOrder, Trace, Wire, quicksort, run_in_order, sequential, suite_traces,
+};
+use postcopy_engine::planner::{PlannerConfig, Policy};
 
 fn under(policy: &str, trace: &Trace, wire: Wire) -> Outcome {
-    under_in_order(policy, trace, &[], wire)
+    under_in_order(policy, trace, PageOrder::Address, wire)
 }
 
-fn under_in_order(policy: &str, trace: &Trace, order: &[Run], wire: Wire) -> Outcome {
+fn under_in_order(policy: &str, trace: &Trace, order: PageOrder, wire: Wire) -> Outcome {
     let policy = policy.parse().unwrap();
     run_in_order(trace, order, wire.options(1), PlannerConfig { policy, ..PlannerConfig::default() })
 }
@@ -38,9 +40,8 @@ fn quicksort_orders_the_policies_as_the_paper_does() {
             traces.iter().map(of).sum::<u64>()
         };
         let faults_by_recency = |policy| {
-            let of = |trace: &Trace| {
-                under_in_order(policy, trace, &trace.by_recency(), Wire::GIGABIT).network_faults
-            };
+            let of =
+                |trace: &Trace| under_in_order(policy, trace, PageOrder::Lru, Wire::GIGABIT).network_faults;
             traces.iter().map(of).sum::<u64>()
         };
         let push = faults("linear", &traces);

@@ -9,10 +9,11 @@ use std::time::Duration;
 use common::{Setup, available_setups, check, content, empty, end_of, filled};
 use postcopy_engine::export::Export;
 use postcopy_engine::import::Import;
-use postcopy_engine::memory::{GuestMemory, PAGE_SIZE};
+use postcopy_engine::memory::{GuestMemory, PAGE_SIZE, PageIndex};
 use postcopy_engine::pager::{
     FaultsTo, Landing, Pager, PagerConfig, PagerError, PagerState, PagerStatus, Round, Shards, Trap,
 };
+use postcopy_engine::planner::Run;
 use postcopy_transport::{EndpointOptions, Transport};
 
 /// 16 MiB.
@@ -110,10 +111,36 @@ fn what_is_touched_while_the_sources_guest_runs_comes_when_it_stands_still() {
             assert!(!toucher.is_finished(), "{transport}: a page came before its guest stood still");
             assert!(source.guest().write(touched[0] * PAGE_SIZE, &content(touched[0])));
             export.describe_pages(None).unwrap();
-            pager.source_stands_still(&[]);
+            pager.source_stands_still(&[], None);
         });
         let end = end_of(&pager);
         assert!(matches!(end.state, PagerState::Resident), "{transport}: {:?}", end.state);
+    }
+}
+
+#[test]
+fn memory_in_another_order_is_read_when_the_sources_guest_stands_still_and_not_before() {
+    for (transport, setup) in available_setups() {
+        let (mut export, source) = source(transport);
+        let (memory, pager) = destination_whose(Trap::hold, transport, &mut export, setup);
+        // Every other piece of 7 pages, the last first; all of them have still to be written.
+        let run = |first| Run { first: PageIndex(first), count: 7 };
+        let runs: Vec<Run> = (0..PAGES / 14).rev().map(|piece| run(14 * piece)).collect();
+        for page in 0..PAGES {
+            assert!(source.guest().write(page * PAGE_SIZE, &[0xee; PAGE_SIZE as usize]));
+        }
+        let order = pager.lay_out(&runs).unwrap();
+        assert!(pager.lay_out(&[Run { first: PageIndex(PAGES - 1), count: 2 }]).is_err());
+        std::thread::sleep(Duration::from_millis(50));
+        for page in 0..PAGES {
+            assert!(source.guest().write(page * PAGE_SIZE, &content(page)));
+        }
+        export.describe_pages(None).unwrap();
+        pager.source_stands_still(&[], Some(order));
+        let end = end_of(&pager);
+        assert!(matches!(end.state, PagerState::Resident), "{transport}: {:?}", end.state);
+        drop(pager.stop());
+        (0..PAGES).for_each(|page| check(memory.guest(), page));
     }
 }
 

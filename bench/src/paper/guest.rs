@@ -1,12 +1,14 @@
 //! A guest that replays its trace, and the planner that brings its memory over a simulated link.
 
 use postcopy_engine::memory::{PAGE_SIZE, PageIndex};
-use postcopy_engine::planner::{Action, LaneId, Nanos, News, PageCounts, Planner, PlannerConfig, Run, Why};
+use postcopy_engine::planner::{
+    Action, LaneId, Nanos, News, PageCounts, Planner, PlannerConfig, Ranks, Run, Why,
+};
 use postcopy_transport::sim::{SimLane, SimLink, SimOptions};
 use postcopy_transport::{Completion, Lane, LocalRegion, Read, RemoteRegion, Token};
 use serde::Serialize;
 
-use super::trace::Trace;
+use super::trace::{PageOrder, Trace};
 
 /// What a guest met on its way through its trace.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
@@ -48,12 +50,12 @@ impl Outcome {
 
 /// Runs a guest to the end of its trace and its memory to the last page. Pages lie by address.
 pub fn run(trace: &Trace, link: SimOptions, config: PlannerConfig) -> Outcome {
-    run_in_order(trace, &[], link, config)
+    run_in_order(trace, PageOrder::Address, link, config)
 }
 
-/// As [`run`], with pages in this order as the source tells it, the others behind them by address.
-pub fn run_in_order(trace: &Trace, order: &[Run], link: SimOptions, config: PlannerConfig) -> Outcome {
-    let mut machine = Machine::new(trace.pages, order, link, config);
+/// As [`run`], with pages in another order.
+pub fn run_in_order(trace: &Trace, order: PageOrder, link: SimOptions, config: PlannerConfig) -> Outcome {
+    let mut machine = Machine::new(trace.pages, &trace.order(order), link, config);
     let mut ready = 0;
     for touch in &trace.touches {
         ready = machine.touch(PageIndex(touch.page), ready + touch.think_ns);
@@ -61,8 +63,15 @@ pub fn run_in_order(trace: &Trace, order: &[Run], link: SimOptions, config: Plan
     machine.drain_out()
 }
 
+/// Pages of which one read of the source's page map tells, as the engine reads it.
+const MAP_STRETCH: u64 = 2048;
+
 struct Machine {
     planner: Planner,
+    pages: u64,
+    /// When the next stretch of the page map is here; a read of it takes a round trip. `None`: it is known.
+    map_due: Option<u64>,
+    round_trip: u64,
     link: SimLink,
     lanes: [SimLane; 2],
     waiting: [Vec<Read>; 2],
@@ -81,6 +90,9 @@ impl Machine {
         let link = SimLink::new(options);
         let mut machine = Self {
             planner: Planner::new(pages, config),
+            pages,
+            map_due: Some(2 * options.one_way_ns),
+            round_trip: 2 * options.one_way_ns,
             lanes: [link.lane(), link.lane()],
             link,
             waiting: [Vec::new(), Vec::new()],
@@ -92,8 +104,8 @@ impl Machine {
             done: false,
             outcome: Outcome::default(),
         };
-        assert!(machine.planner.order(order), "the trace's order stays inside memory");
-        machine.planner.map_extended(News { known: pages, ..News::default() }, &mut machine.actions);
+        let ranks = Ranks::listed(pages, order).expect("the trace's order stays inside memory");
+        assert!(machine.planner.order(ranks));
         machine.settle();
         machine
     }
@@ -121,16 +133,25 @@ impl Machine {
 
     /// Lets time pass, and reads land.
     fn pass_until(&mut self, at: u64) {
-        while self.link.next_completion().is_some_and(|next| next <= at) {
+        while self.next_event().is_some_and(|next| next <= at) {
             self.step();
         }
         self.link.advance_to(at);
     }
 
-    /// The next completion.
+    fn next_event(&self) -> Option<u64> {
+        self.link.next_completion().into_iter().chain(self.map_due).min()
+    }
+
+    /// The next completion, or stretch of the page map.
     fn step(&mut self) {
-        let next = self.link.next_completion().expect("something is in flight until all is here");
+        let next = self.next_event().expect("something is in flight until all is here");
         self.link.advance_to(next);
+        if self.map_due == Some(next) {
+            let known = self.pages.min(self.planner.known() + MAP_STRETCH);
+            self.planner.map_extended(News { known, ..News::default() }, &mut self.actions);
+            self.map_due = (known < self.pages).then_some(next + self.round_trip);
+        }
         for lane in [LaneId::Urgent, LaneId::Bulk] {
             let polled = self.lanes[lane as usize].poll(&mut self.completions);
             polled.expect("this link does not break");

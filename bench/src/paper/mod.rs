@@ -15,7 +15,7 @@ pub use guest::{Outcome, run, run_in_order};
 use postcopy_transport::sim::SimOptions;
 pub use quicksort::quicksort;
 pub use recorded::recorded;
-pub use trace::{Touch, Trace, TraceError};
+pub use trace::{PageOrder, Touch, Trace, TraceError, Used};
 pub use traces::{descending, random, sequential, streams, strided, suite_traces, zipf};
 
 /// A link to simulate.

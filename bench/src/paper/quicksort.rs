@@ -6,7 +6,7 @@
 
 use postcopy_transport::sim::Random;
 
-use super::trace::Trace;
+use super::trace::{Trace, Used};
 use super::traces::{Generated, shuffled};
 
 /// Records of a page.
@@ -112,9 +112,11 @@ pub fn quicksort(processes: u64, mib: u64, idle_mib: u64, moved_at: f64, seed: u
             true
         });
     }
-    let mut recency: Vec<u64> = (0..used.len() as u64).filter(|page| used[*page as usize] > 0).collect();
-    recency.sort_by_key(|page| used[*page as usize]);
-    guest.named(format!("quicksort P={processes}"), recency)
+    let pages = (0..).zip(&used).filter(|(_, step)| **step > 0);
+    let mut used: Vec<Used> =
+        pages.map(|(page, step)| Used { page, ago_ns: (moved_at - step) * STEP_NS }).collect();
+    used.sort_by_key(|used| std::cmp::Reverse(used.ago_ns));
+    guest.named(format!("quicksort P={processes}"), used)
 }
 
 #[cfg(test)]
@@ -136,7 +138,7 @@ mod tests {
     fn a_move_in_the_middle_leaves_a_past_and_a_future() {
         let trace = quicksort(2, 1, 1, 0.2, 1);
         assert_eq!(trace.pages, 512);
-        assert!(!trace.recency.is_empty() && !trace.touches.is_empty());
+        assert!(!trace.used.is_empty() && !trace.touches.is_empty());
         assert!(trace.touches.iter().all(|touch| touch.page >= 256), "nobody touches idle memory");
         assert_eq!(trace, quicksort(2, 1, 1, 0.2, 1));
     }

@@ -50,7 +50,7 @@ fn of_program(name: &str, lackey: impl BufRead) -> std::io::Result<Trace> {
         *place = number as u64;
     }
     touches.iter_mut().for_each(|touch| touch.page = seen[&touch.page]);
-    Ok(Trace { name: name.into(), pages: touches.len() as u64, touches, recency: Vec::new() })
+    Ok(Trace { name: name.into(), pages: touches.len() as u64, touches, used: Vec::new() })
 }
 
 /// What a line says: the kind of access, and its page.
@@ -79,7 +79,7 @@ fn of_guest(name: &str, pages: u64, faults: impl BufRead) -> std::io::Result<Tra
         let think_ns = now - before.replace(now).unwrap_or(now).min(now);
         touches.push(Touch { page, think_ns });
     }
-    Ok(Trace { name: name.into(), pages, touches, recency: Vec::new() })
+    Ok(Trace { name: name.into(), pages, touches, used: Vec::new() })
 }
 
 /// What a line of the tracer's says: when, in nanoseconds, and the page.

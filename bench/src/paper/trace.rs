@@ -8,6 +8,7 @@
 
 use postcopy_engine::memory::PageIndex;
 use postcopy_engine::planner::Run;
+use postcopy_engine::session::RECENCY_LAPS;
 use serde::{Deserialize, Serialize};
 
 /// Version of the file format.
@@ -33,8 +34,29 @@ pub struct Trace {
     pub pages: u64,
     /// Its touches, each page at most once.
     pub touches: Vec<Touch>,
-    /// Pages that were used before the move, the one used longest ago first. Not kept in files.
-    pub recency: Vec<u64>,
+    /// When pages were used last before the move, the one used longest ago first. Not kept in files.
+    pub used: Vec<Used>,
+}
+
+/// A page that a guest used before it was moved.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Used {
+    /// The page.
+    pub page: u64,
+    /// How long before the move it was used last.
+    pub ago_ns: u64,
+}
+
+/// In which order pages lie for the planner.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PageOrder {
+    /// By address.
+    Address,
+    /// By their last use before the move, the one used longest ago first: the paper's LRU order.
+    Lru,
+    /// As the engine's source tells it: by the lap of its watching in which they were last used, the last lap first, in each
+    /// by address.
+    Laps,
 }
 
 /// Why a trace file was refused.
@@ -62,10 +84,24 @@ struct Header {
 }
 
 impl Trace {
-    /// The order by recency of the pages that were used before the move, the one used longest ago first.
-    pub fn by_recency(&self) -> Vec<Run> {
+    /// The order of the pages that were used before the move; the others follow by address.
+    pub fn order(&self, order: PageOrder) -> Vec<Run> {
+        let lap = |ago_ns: u64| {
+            let mut ends = RECENCY_LAPS.iter().rev().scan(0, |end, lap| {
+                *end += lap.as_nanos() as u64;
+                Some(*end)
+            });
+            ends.position(|end| ago_ns < end).map(|lap| lap as u64)
+        };
+        let place = |used: &Used| match order {
+            PageOrder::Address => None,
+            PageOrder::Lru => Some((u64::MAX - used.ago_ns, used.page)),
+            PageOrder::Laps => lap(used.ago_ns).map(|lap| (lap, used.page)),
+        };
+        let mut places: Vec<(u64, u64)> = self.used.iter().filter_map(place).collect();
+        places.sort_unstable();
         let mut runs: Vec<Run> = Vec::new();
-        for page in self.recency.iter().copied() {
+        for (_, page) in places {
             match runs.last_mut().filter(|run| run.end() == page) {
                 Some(run) => run.count += 1,
                 None => runs.push(Run::one(PageIndex(page))),
@@ -118,7 +154,7 @@ impl Trace {
             }
             touches.push(Touch { page, think_ns });
         }
-        Ok(Self { name: header.name, pages: header.pages, touches, recency: Vec::new() })
+        Ok(Self { name: header.name, pages: header.pages, touches, used: Vec::new() })
     }
 }
 
@@ -150,7 +186,7 @@ mod tests {
     fn trace() -> Trace {
         let touch = |page, think_ns| Touch { page, think_ns };
         let touches = vec![touch(7, 0), touch(3, 1_000_000_000), touch(900, 127)];
-        Trace { name: "three".into(), pages: 1000, touches, recency: vec![] }
+        Trace { name: "three".into(), pages: 1000, touches, used: vec![] }
     }
 
     #[test]
@@ -173,9 +209,13 @@ mod tests {
     }
 
     #[test]
-    fn pages_that_were_used_one_after_the_other_are_one_run_of_the_order() {
-        let used = Trace { recency: vec![2, 4, 5, 6, 3], ..trace() };
+    fn pages_lie_as_they_were_used() {
+        let used = |page, ago_ms: u64| Used { page, ago_ns: ago_ms * 1_000_000 };
+        let used = [used(9, 1700), used(2, 1500), used(4, 90), used(5, 80), used(3, 10)];
+        let used = Trace { used: used.into(), ..trace() };
         let run = |first, count| Run { first: PageIndex(first), count };
-        assert_eq!(used.by_recency(), [run(2, 1), run(4, 3), run(3, 1)]);
+        assert_eq!(used.order(PageOrder::Address), []);
+        assert_eq!(used.order(PageOrder::Lru), [run(9, 1), run(2, 1), run(4, 2), run(3, 1)]);
+        assert_eq!(used.order(PageOrder::Laps), [run(3, 3), run(2, 1)]);
     }
 }

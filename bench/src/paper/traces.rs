@@ -3,7 +3,7 @@
 use postcopy_transport::sim::Random;
 
 use super::quicksort::quicksort;
-use super::trace::{Touch, Trace};
+use super::trace::{Touch, Trace, Used};
 
 /// Pages of a mebibyte.
 const MIB: u64 = 256;
@@ -40,8 +40,8 @@ impl Generated {
     }
 
     /// The trace.
-    pub(super) fn named(self, name: String, recency: Vec<u64>) -> Trace {
-        Trace { name, pages: self.seen.len() as u64, touches: self.touches, recency }
+    pub(super) fn named(self, name: String, used: Vec<Used>) -> Trace {
+        Trace { name, pages: self.seen.len() as u64, touches: self.touches, used }
     }
 }
 

@@ -50,7 +50,7 @@ use self::claims::Claims;
 use self::map_reader::MapReader;
 use self::server::{Note, Outfit, Relay, Shared};
 use crate::memory::{GuestMemory, PAGE_SIZE};
-use crate::planner::{PlannerConfig, Run};
+use crate::planner::{PlannerConfig, Ranks, Run};
 use crate::stats::PagerReport;
 
 /// Where the pager stands.
@@ -123,6 +123,9 @@ impl SourceMemory {
         fits.then_some(()).ok_or(PagerError::Peer("its memory region has the wrong size"))
     }
 }
+
+/// An order of the guest's pages: what each shard has of it.
+pub struct LaidOut(Vec<Ranks>);
 
 /// A running pager.
 pub struct Pager {
@@ -365,28 +368,32 @@ impl Pager {
         Ok(())
     }
 
+    /// Lays the guest's pages out in an order: those of these runs one after the other, then the others by address. Takes a
+    /// while, so it is to be done before the source's guest stands still.
+    ///
+    /// Errors: they are no pages of the guest.
+    pub fn lay_out(&self, runs: &[Run]) -> Result<LaidOut, PagerError> {
+        let parts = self.shards.iter().map(|shared| {
+            let part = shared.part;
+            let here: Vec<Run> = runs.iter().filter_map(|run| part.local_run(*run)).collect();
+            Ranks::listed(part.pages, &here)
+        });
+        let ranks = parts.collect::<Option<_>>().filter(|_| runs.iter().all(|run| run.end() <= self.pages()));
+        ranks.map(LaidOut).ok_or(PagerError::Peer("it orders pages that are not there"))
+    }
+
     /// The source's guest stands still: faults of a trap that [holds](Trap::hold) them are served from now on, and
     /// `recent` is read before others, the first first, as the guest touched it last. They must be pages of
-    /// the guest.
-    pub fn source_stands_still(&self, recent: &[Run]) {
+    /// the guest. For the policy and the sweep pages lie in this order from now on, or by address; a pager that [goes
+    /// on](Pager::go_on) has forgotten it.
+    pub fn source_stands_still(&self, recent: &[Run], order: Option<LaidOut>) {
         self.trap.let_go();
-        self.tell(recent, Note::Prefer);
-    }
-
-    /// Pages lie in this order from now on, for the policy and the sweep: those of these runs one after the other, then
-    /// the others by address. They must be pages of the guest. Each shard goes through its own.
-    ///
-    /// A pager that [goes on](Pager::go_on) has forgotten it.
-    pub fn order(&self, runs: &[Run]) {
-        self.tell(runs, Note::Order);
-    }
-
-    /// Tells each shard of its own part of these runs.
-    fn tell(&self, runs: &[Run], note: impl Fn(Vec<Run>) -> Note) {
+        let mut ranks = order.into_iter().flat_map(|LaidOut(ranks)| ranks);
         for shared in &*self.shards {
-            let here = runs.iter().filter_map(|run| shared.part.local_run(*run)).collect();
+            let here = recent.iter().filter_map(|run| shared.part.local_run(*run)).collect();
             // A shard that has ended reads nothing any more.
-            drop(shared.notes.send(note(here)));
+            let order = ranks.next().map(Note::Order);
+            order.into_iter().chain([Note::Prefer(here)]).for_each(|note| drop(shared.notes.send(note)));
             shared.stop.rouse();
         }
     }

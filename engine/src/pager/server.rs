@@ -21,7 +21,7 @@ use super::shards::Part;
 use super::trap::PartTrap;
 use super::{PagerError, SourceMemory, StopSignal};
 use crate::memory::{PAGE_SIZE, PageIndex};
-use crate::planner::{LaneId, Run};
+use crate::planner::{LaneId, Ranks, Run};
 
 /// How long a page that somebody else brings is waited for by giving way, before sleeping between
 /// the looks.
@@ -44,7 +44,7 @@ pub(super) enum Note {
     /// The source says that the guest touched these pages last.
     Prefer(Vec<Run>),
     /// The source says in which order pages lie.
-    Order(Vec<Run>),
+    Order(Ranks),
     /// Its lane died, or the kernel refused.
     Failed(PagerError),
 }

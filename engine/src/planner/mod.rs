@@ -54,7 +54,8 @@ use link::Link;
 pub use link::{MAX_READ_PAGES, Nanos};
 pub use pages::{PageState, Pages, Run};
 pub use policy::{Direction, MAX_PIVOTS, PIVOTS, Policy};
-use ranks::{Ground, Passes, Ranks, Up};
+pub use ranks::Ranks;
+use ranks::{Ground, Passes, Up};
 use serde::{Deserialize, Serialize};
 
 use crate::memory::PageIndex;
@@ -303,7 +304,7 @@ impl Planner {
     /// Returns false, and does nothing, if there are no such pages.
     #[must_use]
     pub fn prefer(&mut self, runs: &[Run]) -> bool {
-        let inside = self.inside(runs);
+        let inside = runs.iter().all(|run| run.count > 0 && run.end() <= self.pages.total());
         if inside {
             self.recent.extend(runs);
             self.recent_kept.extend(runs);
@@ -311,23 +312,19 @@ impl Planner {
         inside
     }
 
-    /// The order in which pages lie: those of these runs one after the other, the others behind them by address. What
-    /// faults have shown so far is forgotten. Pages of the runs are read whether the map covers them or not.
+    /// The order in which pages lie. What faults have shown so far is forgotten. Pages that it lists are read whether the map
+    /// covers them or not, so it is not to be given while the source's guest still writes to them.
     ///
-    /// Returns false, and does nothing, if there are no such pages.
+    /// Returns false, and does nothing, if it is of another number of pages.
     #[must_use]
-    pub fn order(&mut self, runs: &[Run]) -> bool {
-        let inside = self.inside(runs);
-        if inside {
-            self.ranks = Ranks::listed(self.pages.total(), runs);
+    pub fn order(&mut self, ranks: Ranks) -> bool {
+        let fits = ranks.total() == self.pages.total();
+        if fits {
+            self.ranks = ranks;
             self.order = Order::new(self.policy);
             (self.swept, self.shown) = (0, 0);
         }
-        inside
-    }
-
-    fn inside(&self, runs: &[Run]) -> bool {
-        runs.iter().all(|run| run.count > 0 && run.end() <= self.pages.total())
+        fits
     }
 
     fn ground(&self) -> Ground<'_> {

@@ -42,7 +42,9 @@ impl Stretch {
 
 /// Each page's place in an order.
 #[derive(Debug)]
-pub(super) struct Ranks {
+pub struct Ranks {
+    /// How many pages there are.
+    total: u64,
     /// By rank, without gaps.
     stretches: Vec<Stretch>,
     /// Which stretch, by its first page.
@@ -54,12 +56,19 @@ pub(super) struct Ranks {
 impl Ranks {
     /// Each page's rank is its number.
     pub(super) fn by_address(total: u64) -> Self {
-        Self { stretches: vec![Stretch { rank: 0, first: 0, count: total }], by_page: vec![0], listed: 0 }
+        let stretches = vec![Stretch { rank: 0, first: 0, count: total }];
+        Self { total, stretches, by_page: vec![0], listed: 0 }
     }
 
-    /// First the pages of these runs, all below `total`, one after the other, each where it is listed first; then the
-    /// others by address.
-    pub(super) fn listed(total: u64, runs: &[Run]) -> Self {
+    /// First the pages of these runs one after the other, each where it is listed first; then the others by address.
+    /// `None` if there are no such pages. Takes a while where there are many runs.
+    pub fn listed(total: u64, runs: &[Run]) -> Option<Self> {
+        if runs.iter().any(|run| run.count == 0 || run.end() > total) {
+            return None;
+        }
+        if runs.is_empty() {
+            return Some(Self::by_address(total));
+        }
         let (mut rest, mut stretches, mut rank) = (PageSet::new(total, true), Vec::new(), 0);
         let mut push = |first, end| {
             stretches.push(Stretch { rank, first, count: end - first });
@@ -80,7 +89,12 @@ impl Ranks {
         }
         let mut by_page: Vec<usize> = (0..stretches.len()).collect();
         by_page.sort_unstable_by_key(|at| stretches[*at].first);
-        Self { stretches, by_page, listed }
+        Some(Self { total, stretches, by_page, listed })
+    }
+
+    /// How many pages it is of.
+    pub(super) fn total(&self) -> u64 {
+        self.total
     }
 
     /// Of a page below the total.
@@ -296,7 +310,7 @@ mod tests {
                 Run { first: PageIndex(first), count: count.min(total.saturating_sub(first) as u32) }
             };
             let runs: Vec<Run> = runs.into_iter().map(clip).filter(|run| run.count > 0).collect();
-            let (list, ranks, mut pages) = (List::of(total, &runs), Ranks::listed(total, &runs), Pages::new(total));
+            let (list, ranks, mut pages) = (List::of(total, &runs), Ranks::listed(total, &runs).unwrap(), Pages::new(total));
             for page in sent.into_iter().filter(|page| *page < total) {
                 if pages.missing_up(page, page + 1).is_some() {
                     pages.depart(Run::one(PageIndex(page)));

@@ -206,14 +206,15 @@ fn neighbours_are_sought_in_the_order_in_which_pages_were_listed() {
         ("adaptive", [21, 73, 50, 72, 0]),
     ] {
         let (mut planner, mut clock) = (planner(100, policy), 0);
-        assert!(!planner.order(&[run(5, 1), run(99, 2)]), "there is no page 100");
-        assert!(planner.order(&listed));
+        assert!(Ranks::listed(100, &[run(5, 1), run(99, 2)]).is_none(), "there is no page 100");
+        assert!(!planner.order(Ranks::listed(101, &[run(99, 2)]).unwrap()), "it is another guest's");
+        assert!(planner.order(Ranks::listed(100, &listed).unwrap()));
         fault(&mut planner, &mut clock, 20);
         assert_eq!(order(&mut planner, &mut clock, 5), then, "{policy}");
     }
     let (mut early, mut clock) = (Planner::new(100, PlannerConfig::default()), 0);
     early.map_extended(News { known: 2, ..News::default() }, &mut vec![]);
-    assert!(early.order(&listed));
+    assert!(early.order(Ranks::listed(100, &listed).unwrap()));
     let all = [70, 71, 72, 73, 20, 21, 50, 0, 1];
     assert_eq!(order(&mut early, &mut clock, 10), all, "of the others, as far as the map goes");
 }

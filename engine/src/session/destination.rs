@@ -284,7 +284,7 @@ impl<H: DestinationHost> Destination<'_, H> {
         pieces: &UnboundedSender<Came>,
         pager: &Pager,
     ) -> Result<Instant, SessionError> {
-        let (mut length, mut frozen, mut listed) = (0, None, Listed::default());
+        let (mut length, mut frozen, mut listed, mut order) = (0, None, Listed::default(), None);
         loop {
             match channel.receive("the guest's state", WORK_PATIENCE).await? {
                 Message::State(piece) if length + piece.len() <= MAX_STATE => {
@@ -295,13 +295,13 @@ impl<H: DestinationHost> Destination<'_, H> {
                     return Err(SessionError::Protocol("its device state is longer than 256 MiB"));
                 }
                 Message::Order { runs, more } if length == 0 => {
-                    if let Some(order) = listed.take(&runs, more, pager.pages())? {
-                        pager.order(&order);
+                    if let Some(runs) = listed.take(&runs, more, pager.pages())? {
+                        order = Some(pager.lay_out(&runs)?);
                         passed("Ordered", self.begun);
                     }
                 }
                 Message::Recent(runs) if frozen.is_none() => {
-                    pager.source_stands_still(&runs_of(&runs, pager.pages())?);
+                    pager.source_stands_still(&runs_of(&runs, pager.pages())?, order.take());
                     frozen = Some(Instant::now());
                     passed("Frozen", self.begun);
                 }

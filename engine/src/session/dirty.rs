@@ -18,13 +18,15 @@ use crate::touched::Touched;
 pub(super) const WATCH: Duration = Duration::from_millis(50);
 /// A part of that time in which it is seen what a guest writes again and again: some ticks of its timer.
 const LAP: Duration = Duration::from_millis(12);
-/// Before that time, where the order is asked for in which the guest uses its pages: the longer ago, the longer the laps, as
-/// the less it says of what comes next. Each costs a guest whose mapping is ours a minor fault for each page that it touches.
-pub const RECENCY_LAPS: [Duration; 4] = [
+/// The laps in which it is watched where the order is asked for in which it uses its pages; the last is that time. The longer
+/// ago, the longer they are, as the less it says of what comes next. Each costs a guest whose mapping is ours a minor fault
+/// for each page that it touches.
+pub const RECENCY_LAPS: [Duration; 5] = [
     Duration::from_millis(800),
     Duration::from_millis(400),
     Duration::from_millis(200),
     Duration::from_millis(100),
+    WATCH.saturating_mul(2),
 ];
 /// Most pages that are fetched before others, 32 MiB.
 const MOST_RECENT: u64 = 8192;
@@ -110,9 +112,10 @@ impl Watched {
         Ok(())
     }
 
-    /// What the guest uses in each of [`RECENCY_LAPS`], about: of one whose mapping is ours what it touches, of others what
+    /// What the guest uses in each of [`RECENCY_LAPS`] but the last, about: of one whose mapping is ours what it touches, of others what
     /// they write.
     fn earlier(&mut self, guest: &Arc<dyn SourceGuest>) -> Result<Vec<PageSet>, GuestError> {
+        let earlier = &RECENCY_LAPS[..RECENCY_LAPS.len() - 1];
         if guest.runs_on_our_mapping() {
             let memory = guest.memory();
             // A log is not to be given up for that.
@@ -121,7 +124,7 @@ impl Watched {
                     std::thread::sleep(lap);
                     watch.again()
                 };
-                RECENCY_LAPS.into_iter().map(lap).collect()
+                earlier.iter().copied().map(lap).collect()
             });
             return Ok(watched.unwrap_or_else(|error| {
                 tracing::warn!(%error, "in which order the guest uses its pages cannot be seen");
@@ -129,8 +132,8 @@ impl Watched {
             }));
         }
         let Some(log) = self.log.as_mut().or(self.hint.as_mut()) else { return Ok(Vec::new()) };
-        let stopped = [RECENCY_LAPS.iter().sum()];
-        let laps = if log.mark_stops_guest() { &stopped[..] } else { &RECENCY_LAPS };
+        let stopped = [earlier.iter().sum()];
+        let laps = if log.mark_stops_guest() { &stopped[..] } else { earlier };
         laps.iter().map(|lap| lap_of(log.as_mut(), *lap)).collect()
     }
 

@@ -37,15 +37,16 @@ impl Shard {
                     assert!(known, "a page that is brought elsewhere is a flight of its own");
                 }
             }
-            Note::Prefer(runs) if self.planner.prefer(&runs) => {}
-            Note::Order(runs) if self.planner.order(&runs) => {}
-            Note::Prefer(_) | Note::Order(_) => {
-                return Err(PagerError::Peer("it names pages that are not there"));
-            }
+            Note::Prefer(runs) => Self::told_of_its_pages(self.planner.prefer(&runs))?,
+            Note::Order(ranks) => Self::told_of_its_pages(self.planner.order(ranks))?,
             Note::Waited(thread, time) => self.timing.waits.add(thread, time),
             Note::Failed(error) => return Err(error),
         }
         Ok(())
+    }
+
+    fn told_of_its_pages(inside: bool) -> Result<(), PagerError> {
+        if inside { Ok(()) } else { Err(PagerError::Peer("it names pages that are not there")) }
     }
 
     /// The shard has failed: waits until nobody serves a fault any more, and counts what was served until then.

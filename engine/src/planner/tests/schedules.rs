@@ -131,8 +131,10 @@ fn take(step: Step, planner: &mut Planner, model: &mut Model, now: Nanos) -> Res
         }
         Step::Order(runs) => {
             let runs: Vec<Run> = runs.into_iter().map(|(first, count)| run(first, count)).collect();
-            let inside = planner.order(&runs);
-            prop_assert_eq!(inside, runs.iter().all(|run| run.count > 0 && run.end() <= total));
+            let ranks = Ranks::listed(total, &runs);
+            let inside = runs.iter().all(|run| run.count > 0 && run.end() <= total);
+            prop_assert_eq!(ranks.is_some(), inside);
+            prop_assert!(ranks.is_none_or(|ranks| planner.order(ranks)));
             model.listed |= inside && !runs.is_empty();
         }
         Step::Drain(reads) => {
