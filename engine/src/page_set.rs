@@ -60,6 +60,15 @@ impl PageSet {
         Self { words: self.words.iter().zip(others).map(|(one, two)| one & !two).collect() }
     }
 
+    /// All pages below `total` of those blocks of 16 pages, 64 KiB, of which one is in the set.
+    pub(crate) fn blocks(&self, total: u64) -> Self {
+        let block = |at: u32| 0xffff << (16 * at);
+        let widened = |word: &u64| (0..4).map(block).filter(|block| word & block != 0).sum();
+        let mut blocks = Self { words: self.words.iter().map(widened).collect() };
+        blocks.put(total, (blocks.words.len() as u64 * WORD).max(total), false);
+        blocks
+    }
+
     /// Runs of consecutive pages of the set, ascending, each at most `longest` pages.
     pub fn runs(&self, longest: u32) -> impl Iterator<Item = Run> {
         let end = self.words.len() as u64 * WORD;

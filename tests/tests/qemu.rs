@@ -112,12 +112,14 @@ fn moves_by_pcvm(transport: &str, mode: &str, vhost: bool) {
         // By one thread and by two in turn; what it is to keep of a round has to land in place.
         let shards = 1 + at % 2;
         let landing = if mode == "hybrid" || at % 4 < 2 { "in-place" } else { "pool" };
-        let options = ["--shards", &shards.to_string(), "--landing", landing];
+        let order = if at % 3 == 0 { "recency" } else { "address" };
+        let options = ["--shards", &shards.to_string(), "--landing", landing, "--order", order];
         let (next, to) = QemuGuest::receive(place, &line, address, &options);
         let report = move_under_a_balloon(&guest, &next, to, (transport, mode));
         assert_eq!(report["pager"]["shards"], shards, "{report}");
         let recent = &report["pager"]["pages"]["recent_pages"];
         assert!(mode == "hybrid" || recent.as_u64() > Some(0), "what it wrote last is told: {report}");
+        assert_eq!(report["ordered_pages"].as_u64() > Some(0), order == "recency", "{report}");
         let touched = &report["touched_pages"];
         assert!(touched.as_u64() > Some(0), "QEMU says how many pages it has touched: {report}");
         println!(

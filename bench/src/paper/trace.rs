@@ -13,6 +13,8 @@ use serde::{Deserialize, Serialize};
 
 /// Version of the file format.
 const VERSION: u32 = 1;
+/// Pages of a block.
+const BLOCK: u64 = 16;
 /// Most pages and touches that a file may announce: 16 TiB.
 const MAX_PAGES: u64 = 1 << 32;
 
@@ -54,8 +56,8 @@ pub enum PageOrder {
     Address,
     /// By their last use before the move, the one used longest ago first: the paper's LRU order.
     Lru,
-    /// As the engine's source tells it: by the lap of its watching in which they were last used, the last lap first, in each
-    /// by address.
+    /// As the engine's source tells it: by the lap of its watching in which their block of 64 KiB was last used, the last
+    /// lap first, in each by address.
     Laps,
 }
 
@@ -86,28 +88,20 @@ struct Header {
 impl Trace {
     /// The order of the pages that were used before the move; the others follow by address.
     pub fn order(&self, order: PageOrder) -> Vec<Run> {
-        let lap = |ago_ns: u64| {
-            let mut ends = RECENCY_LAPS.iter().rev().scan(0, |end, lap| {
-                *end += lap.as_nanos() as u64;
-                Some(*end)
-            });
-            ends.position(|end| ago_ns < end).map(|lap| lap as u64)
-        };
         let place = |used: &Used| match order {
             PageOrder::Address => None,
-            PageOrder::Lru => Some((u64::MAX - used.ago_ns, used.page)),
-            PageOrder::Laps => lap(used.ago_ns).map(|lap| (lap, used.page)),
-        };
-        let mut places: Vec<(u64, u64)> = self.used.iter().filter_map(place).collect();
-        places.sort_unstable();
-        let mut runs: Vec<Run> = Vec::new();
-        for (_, page) in places {
-            match runs.last_mut().filter(|run| run.end() == page) {
-                Some(run) => run.count += 1,
-                None => runs.push(Run::one(PageIndex(page))),
+            PageOrder::Lru => Some((u64::MAX - used.ago_ns, used.page, 1)),
+            PageOrder::Laps => {
+                let first = used.page / BLOCK * BLOCK;
+                lap(used.ago_ns).map(|lap| (lap, first, BLOCK.min(self.pages - first)))
             }
-        }
-        runs
+        };
+        let mut places: Vec<(u64, u64, u64)> = self.used.iter().filter_map(place).collect();
+        places.sort_unstable();
+        // A block is listed again for each of its pages; its first place counts.
+        places.dedup();
+        let run = |(_, first, pages)| Run { first: PageIndex(first), count: pages as u32 };
+        places.into_iter().map(run).collect()
     }
 
     /// The file.
@@ -156,6 +150,17 @@ impl Trace {
         }
         Ok(Self { name: header.name, pages: header.pages, touches, used: Vec::new() })
     }
+}
+
+/// In which lap of the source's watching it was, the last one being the first.
+fn lap(ago_ns: u64) -> Option<u64> {
+    let mut end = 0;
+    let laps = RECENCY_LAPS.iter().rev().take_while(|lap| {
+        end += lap.as_nanos() as u64;
+        end <= ago_ns
+    });
+    let at = laps.count();
+    (at < RECENCY_LAPS.len()).then_some(at as u64)
 }
 
 fn put(bytes: &mut Vec<u8>, mut value: u64) {
@@ -211,11 +216,12 @@ mod tests {
     #[test]
     fn pages_lie_as_they_were_used() {
         let used = |page, ago_ms: u64| Used { page, ago_ns: ago_ms * 1_000_000 };
-        let used = [used(9, 1700), used(2, 1500), used(4, 90), used(5, 80), used(3, 10)];
+        let used = [used(9, 1700), used(2, 1500), used(999, 1400), used(4, 90), used(5, 80), used(3, 10)];
         let used = Trace { used: used.into(), ..trace() };
         let run = |first, count| Run { first: PageIndex(first), count };
         assert_eq!(used.order(PageOrder::Address), []);
-        assert_eq!(used.order(PageOrder::Lru), [run(9, 1), run(2, 1), run(4, 2), run(3, 1)]);
-        assert_eq!(used.order(PageOrder::Laps), [run(3, 3), run(2, 1)]);
+        assert_eq!(used.order(PageOrder::Lru), [9, 2, 999, 4, 5, 3].map(|page| run(page, 1)));
+        let (last, first) = ([run(0, 16)], [run(0, 16), run(992, 8)]);
+        assert_eq!(used.order(PageOrder::Laps), [&last[..], &first].concat());
     }
 }

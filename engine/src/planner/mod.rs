@@ -54,8 +54,8 @@ use link::Link;
 pub use link::{MAX_READ_PAGES, Nanos};
 pub use pages::{PageState, Pages, Run};
 pub use policy::{Direction, MAX_PIVOTS, PIVOTS, Policy};
+use ranks::Ground;
 pub use ranks::Ranks;
-use ranks::{Ground, Passes, Up};
 use serde::{Deserialize, Serialize};
 
 use crate::memory::PageIndex;
@@ -312,8 +312,7 @@ impl Planner {
         inside
     }
 
-    /// The order in which pages lie. What faults have shown so far is forgotten. Pages that it lists are read whether the map
-    /// covers them or not, so it is not to be given while the source's guest still writes to them.
+    /// The order in which pages lie. What faults have shown so far is forgotten.
     ///
     /// Returns false, and does nothing, if it is of another number of pages.
     #[must_use]
@@ -325,10 +324,6 @@ impl Planner {
             (self.swept, self.shown) = (0, 0);
         }
         fits
-    }
-
-    fn ground(&self) -> Ground<'_> {
-        Ground { pages: &self.pages, ranks: &self.ranks, known: self.known }
     }
 
     /// Shows the guest some more of what is here since the round of pre-copy.
@@ -354,7 +349,8 @@ impl Planner {
             }
             self.recent_kept.pop_front();
         }
-        let (run, shown) = self.ground().kept_up(self.shown, limit);
+        let ground = Ground { pages: &self.pages, ranks: &self.ranks, known: self.known };
+        let (shown, run) = ground.kept_up(self.shown, limit);
         self.shown = shown;
         run
     }
@@ -403,12 +399,9 @@ impl Planner {
         if let Turn::Bubble(run) = turn {
             return Some((Why::Prepage, run));
         }
-        let (first, found) = match ground.up(self.swept, Passes::Sent) {
-            Up::At(spot) => (spot.rank, Some((Why::Drain, ground.run_up(spot, limit)))),
-            Up::Unknown(rank) => (rank, None),
-            Up::End => (self.pages.total(), None),
-        };
-        self.swept = first;
+        let (swept, found) = ground.sweep(self.swept);
+        let found = found.map(|spot| (Why::Drain, ground.run_up(spot, limit)));
+        self.swept = swept;
         found
     }
 

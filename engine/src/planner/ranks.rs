@@ -5,12 +5,15 @@
 //! quicksort figure). Here a page's number stays its address, and its *rank* is its place in that order.
 //!
 //! An order is kept as stretches, in which page and rank both go up by one: of an order by address there is one.
-//! What the source has listed comes first, what it has not follows by address, so that of those
-//! the source's page map, which grows by address, covers the first ones.
+//! What the source has listed comes first, what it has not follows by address. The source's page map grows by address,
+//! so that of any stretch it covers the first pages, perhaps none.
 
 use super::pages::{Pages, Run};
 use crate::memory::PageIndex;
 use crate::page_set::PageSet;
+
+/// Over how many stretches that are not known to their ends a search looks, while the map grows.
+const LOOKS: usize = 64;
 
 /// Consecutive pages with consecutive ranks.
 #[derive(Clone, Copy, Debug)]
@@ -49,15 +52,13 @@ pub struct Ranks {
     stretches: Vec<Stretch>,
     /// Which stretch, by its first page.
     by_page: Vec<usize>,
-    /// Ranks below this one are of pages that were listed.
-    listed: u64,
 }
 
 impl Ranks {
     /// Each page's rank is its number.
     pub(super) fn by_address(total: u64) -> Self {
         let stretches = vec![Stretch { rank: 0, first: 0, count: total }];
-        Self { total, stretches, by_page: vec![0], listed: 0 }
+        Self { total, stretches, by_page: vec![0] }
     }
 
     /// First the pages of these runs one after the other, each where it is listed first; then the others by address.
@@ -71,17 +72,18 @@ impl Ranks {
         }
         let (mut rest, mut stretches, mut rank) = (PageSet::new(total, true), Vec::new(), 0);
         let mut push = |first, end| {
-            stretches.push(Stretch { rank, first, count: end - first });
+            match stretches.last_mut().filter(|last: &&mut Stretch| last.end() == first) {
+                Some(last) => last.count += end - first,
+                None => stretches.push(Stretch { rank, first, count: end - first }),
+            }
             rank += end - first;
-            rank
         };
-        let mut listed = 0;
         for run in runs {
             let mut at = run.first.0;
             while let Some(first) = rest.first(at, run.end(), true) {
                 at = rest.first(first, run.end(), false).unwrap_or(run.end());
                 rest.put(first, at, false);
-                listed = push(first, at);
+                push(first, at);
             }
         }
         for run in rest.runs(u32::MAX) {
@@ -89,7 +91,7 @@ impl Ranks {
         }
         let mut by_page: Vec<usize> = (0..stretches.len()).collect();
         by_page.sort_unstable_by_key(|at| stretches[*at].first);
-        Some(Self { total, stretches, by_page, listed })
+        Some(Self { total, stretches, by_page })
     }
 
     /// How many pages it is of.
@@ -143,15 +145,14 @@ pub(super) enum Up {
 pub(super) struct Ground<'a> {
     pub(super) pages: &'a Pages,
     pub(super) ranks: &'a Ranks,
-    /// Pages below this one are covered by the source's page map. Others are read only if they are listed.
+    /// Pages below this one are covered by the source's page map. Others are not to be read.
     pub(super) known: u64,
 }
 
 impl Ground<'_> {
     /// One above the highest page of a stretch that may be read.
     fn end(&self, stretch: Stretch) -> u64 {
-        let covered = self.known.clamp(stretch.first, stretch.end());
-        if stretch.rank < self.ranks.listed { stretch.end() } else { covered }
+        self.known.clamp(stretch.first, stretch.end())
     }
 
     /// The place of a rank, if there is one, and its page may be read.
@@ -183,11 +184,32 @@ impl Ground<'_> {
         Up::End
     }
 
-    /// The last place below `rank` at which something is.
+    /// As [`Ground::up`] for what was not sent, and looks some way past what is not known; also from which rank on to look
+    /// the next time.
+    pub(super) fn sweep(&self, rank: u64) -> (u64, Option<Spot>) {
+        self.search_past(rank, |from, end| self.pages.missing_up(from, end))
+    }
+
+    fn search_past(&self, rank: u64, found: impl Fn(u64, u64) -> Option<u64>) -> (u64, Option<Spot>) {
+        let (mut at, mut stays) = (rank, None);
+        for _ in 0..LOOKS {
+            match self.search_up(at, &found) {
+                Up::At(spot) => return (stays.unwrap_or(spot.rank), Some(spot)),
+                Up::Unknown(rank) => {
+                    let stretch = self.ranks.stretches[self.ranks.at(rank)];
+                    (at, stays) = (stretch.rank + stretch.count, stays.or(Some(rank)));
+                }
+                Up::End => return (stays.unwrap_or(self.ranks.total), None),
+            }
+        }
+        (stays.unwrap_or(at), None)
+    }
+
+    /// The last place below `rank` at which something is. What is not known yet is left to the sweep.
     pub(super) fn down(&self, rank: u64, passes: Passes) -> Option<Spot> {
         let below = self.ranks.stretches.partition_point(|stretch| stretch.rank < rank);
         self.ranks.stretches[..below].iter().rev().find_map(|stretch| {
-            let (first, end) = (stretch.first, stretch.end_below(rank));
+            let (first, end) = (stretch.first, stretch.end_below(rank).min(self.end(*stretch)));
             let page = match passes {
                 Passes::Sent => self.pages.missing_down(first, end),
                 Passes::Zero => self.pages.content_down(first, end),
@@ -207,16 +229,12 @@ impl Ground<'_> {
         self.pages.run_down(from.page, limit)
     }
 
-    /// The first run of kept pages from a rank on, at most `limit` pages, and the rank up to which there is no other.
-    pub(super) fn kept_up(&self, rank: u64, limit: u64) -> (Option<Run>, u64) {
-        match self.search_up(rank, |from, end| self.pages.kept_up(from, end, 1).map(|run| run.first.0)) {
-            Up::At(from) => {
-                let run = self.pages.kept_up(from.page, from.end, limit);
-                (run, from.rank + run.map_or(0, |run| u64::from(run.count)))
-            }
-            Up::Unknown(rank) => (None, rank),
-            Up::End => (None, self.pages.total()),
-        }
+    /// The first run of kept pages from a rank on, at most `limit` pages, also some way past what is not known; and from
+    /// which rank on to look the next time.
+    pub(super) fn kept_up(&self, rank: u64, limit: u64) -> (u64, Option<Run>) {
+        let first = |from, end| self.pages.kept_up(from, end, 1).map(|run| run.first.0);
+        let (next, found) = self.search_past(rank, first);
+        (next, found.and_then(|spot| self.pages.kept_up(spot.page, spot.end, limit)))
     }
 }
 
@@ -227,10 +245,9 @@ mod tests {
     use super::*;
     use crate::planner::PageState;
 
-    /// The order as a plain list of pages, of which the first so many were listed.
+    /// The order as a plain list of pages.
     struct List {
         pages: Vec<u64>,
-        listed: u64,
     }
 
     impl List {
@@ -241,14 +258,13 @@ mod tests {
                     pages.push(page);
                 }
             }
-            let listed = pages.len() as u64;
             let others: Vec<u64> = (0..total).filter(|page| !pages.contains(page)).collect();
             pages.extend(others);
-            Self { pages, listed }
+            Self { pages }
         }
 
         fn readable(&self, rank: u64, ground: Ground) -> bool {
-            rank < self.listed || self.pages[rank as usize] < ground.known
+            self.pages[rank as usize] < ground.known
         }
 
         fn is(&self, rank: u64, ground: Ground, passes: Passes) -> bool {
@@ -284,13 +300,18 @@ mod tests {
                 }
                 Up::End => prop_assert!((from..total).all(nothing)),
             }
+            let (next, found) = ground.sweep(from);
+            let missing = |rank| self.readable(rank, ground) && self.is(rank, ground, Passes::Sent);
+            prop_assert_eq!(found.map(|spot| spot.rank), (from..total).find(|rank| missing(*rank)));
+            let settled = |rank| self.readable(rank, ground) && !missing(rank);
+            prop_assert!((from..next).all(settled) && (next == total || !settled(next)), "{}", next);
             let found = ground.down(from, passes);
-            let below = (0..from).rev().find(|rank| self.is(*rank, ground, passes));
+            let something = |rank: &u64| self.readable(*rank, ground) && self.is(*rank, ground, passes);
+            let below = (0..from).rev().find(something);
             prop_assert_eq!(found.map(|spot| spot.rank), below);
-            if let Some(spot) = found.filter(|spot| self.readable(spot.rank, ground)) {
+            if let Some(spot) = found {
                 let run = ground.run_down(spot, 4);
                 prop_assert_eq!(run.count == 0, !self.is(spot.rank, ground, Passes::Sent));
-                // All that lies below a page that may be read may be.
                 self.check_run(spot.rank + 1 - u64::from(run.count), run, ground)?;
             }
             Ok(())

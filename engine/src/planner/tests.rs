@@ -215,8 +215,15 @@ fn neighbours_are_sought_in_the_order_in_which_pages_were_listed() {
     let (mut early, mut clock) = (Planner::new(100, PlannerConfig::default()), 0);
     early.map_extended(News { known: 2, ..News::default() }, &mut vec![]);
     assert!(early.order(Ranks::listed(100, &listed).unwrap()));
-    let all = [70, 71, 72, 73, 20, 21, 50, 0, 1];
-    assert_eq!(order(&mut early, &mut clock, 10), all, "of the others, as far as the map goes");
+    assert_eq!(order(&mut early, &mut clock, 10), [0, 1], "as far as the map goes");
+    early.map_extended(News { known: 60, ..News::default() }, &mut vec![]);
+    assert_eq!(order(&mut early, &mut clock, 5), [20, 21, 50, 2, 3]);
+    early.map_extended(News { known: 100, ..News::default() }, &mut vec![]);
+    assert_eq!(
+        order(&mut early, &mut clock, 6),
+        [70, 71, 72, 73, 4, 5],
+        "what was not known comes when it is"
+    );
 }
 
 #[test]

@@ -107,7 +107,7 @@ impl Watched {
         let sets = self.lately(guest, &mut used)?;
         self.recent = likeliest(&sets);
         if order == PageOrder::Recency {
-            self.order = last_first(&used);
+            self.order = last_first(&used, guest.memory().layout().total_pages());
         }
         Ok(())
     }
@@ -174,7 +174,7 @@ impl Watched {
         Ok(sets)
     }
 
-    /// Runs of the pages that it used, what it used last first. None, if that was not asked for or cannot be seen.
+    /// Runs of the blocks that it used, what it used last first. None, if that was not asked for or cannot be seen.
     pub(super) fn order(&self) -> &[Run] {
         &self.order
     }
@@ -223,13 +223,14 @@ fn union(sets: &[PageSet]) -> PageSet {
     })
 }
 
-/// The pages that were used in laps one after the other: each page once, those of the last lap first, in each by address.
-/// As many runs as are told.
-fn last_first(laps: &[PageSet]) -> Vec<Run> {
+/// The blocks of which some page was used in laps one after the other, of memory of so many pages: each block once, those of
+/// the last lap first, in each by address. As many runs as are told.
+fn last_first(laps: &[PageSet], pages: u64) -> Vec<Run> {
     let (mut runs, mut later) = (Vec::new(), PageSet::default());
     for lap in laps.iter().rev() {
-        runs.extend(lap.without(&later).runs(u32::MAX).take(MOST_LISTED - runs.len()));
-        later.add(lap);
+        let blocks = lap.blocks(pages);
+        runs.extend(blocks.without(&later).runs(u32::MAX).take(MOST_LISTED - runs.len()));
+        later.add(&blocks);
     }
     runs
 }
@@ -341,16 +342,16 @@ mod tests {
     }
 
     #[test]
-    fn pages_are_ordered_by_the_last_lap_that_used_them_and_then_by_address() {
+    fn blocks_are_ordered_by_the_last_lap_that_used_them_and_then_by_address() {
         let lap = |pages: &[u64]| {
-            let mut set = PageSet::new(64, false);
+            let mut set = PageSet::new(200, false);
             pages.iter().for_each(|page| set.put(*page, page + 1, true));
             set
         };
-        let runs = last_first(&[lap(&[1, 2, 3, 40]), lap(&[2, 9]), lap(&[]), lap(&[3, 50, 51])]);
+        let runs = last_first(&[lap(&[1, 40, 41, 170]), lap(&[9, 17]), lap(&[]), lap(&[3, 50, 199])], 200);
         let runs: Vec<_> = runs.iter().map(|run| (run.first.0, run.count)).collect();
-        assert_eq!(runs, [(3, 1), (50, 2), (2, 1), (9, 1), (1, 1), (40, 1)]);
-        assert_eq!(last_first(&[]), []);
+        assert_eq!(runs, [(0, 16), (48, 16), (192, 8), (16, 16), (32, 16), (160, 16)]);
+        assert_eq!(last_first(&[], 200), []);
     }
 
     #[tokio::test]

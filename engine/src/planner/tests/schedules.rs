@@ -36,8 +36,6 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
 struct Model {
     pages: BTreeMap<u64, PageState>,
     flying: Vec<(LaneId, Run)>,
-    /// Pages have been listed in an order: those are read before the map covers them.
-    listed: bool,
     done: bool,
 }
 
@@ -135,13 +133,12 @@ fn take(step: Step, planner: &mut Planner, model: &mut Model, now: Nanos) -> Res
             let inside = runs.iter().all(|run| run.count > 0 && run.end() <= total);
             prop_assert_eq!(ranks.is_some(), inside);
             prop_assert!(ranks.is_none_or(|ranks| planner.order(ranks)));
-            model.listed |= inside && !runs.is_empty();
         }
         Step::Drain(reads) => {
             planner.drain(reads, now, &mut actions);
             for action in &actions {
                 let Action::Read(why, run) = action else { continue };
-                let known = *why == Why::Recent || model.listed || run.end() <= planner.known();
+                let known = *why == Why::Recent || run.end() <= planner.known();
                 prop_assert!(*why != Why::Fault && known && run.end() <= total, "{:?}", run);
             }
             prop_assert!(actions.is_empty() || planner.bulk_in_flight <= planner.window());
