@@ -103,17 +103,18 @@ impl Watched {
         if self.log.is_none() && !guest.runs_on_our_mapping() {
             self.hint = guest.watch_writes()?;
         }
-        let mut used = if order == PageOrder::Recency { self.earlier(guest)? } else { Vec::new() };
-        let sets = self.lately(guest, &mut used)?;
-        self.recent = likeliest(&sets);
+        let mut laps = if order == PageOrder::Recency { self.earlier(guest)? } else { Vec::new() };
+        let Lately { again, all } = self.lately(guest)?;
+        self.recent = likeliest(&again);
         if order == PageOrder::Recency {
-            self.order = last_first(&used, guest.memory().layout().total_pages());
+            laps.push(all);
+            self.order = last_first(&laps, guest.memory().layout().total_pages());
         }
         Ok(())
     }
 
-    /// What the guest uses in each of [`RECENCY_LAPS`] but the last, about: of one whose mapping is ours what it touches, of others what
-    /// they write.
+    /// What the guest uses in each of [`RECENCY_LAPS`] but the last, about: of one whose mapping is ours what it touches, of
+    /// others what they write.
     fn earlier(&mut self, guest: &Arc<dyn SourceGuest>) -> Result<Vec<PageSet>, GuestError> {
         let earlier = &RECENCY_LAPS[..RECENCY_LAPS.len() - 1];
         if guest.runs_on_our_mapping() {
@@ -137,27 +138,17 @@ impl Watched {
         laps.iter().map(|lap| lap_of(log.as_mut(), *lap)).collect()
     }
 
-    /// What the guest touches from now on for a while, the likeliest to be touched again first: of one whose mapping is
-    /// ours what it touches; of one that has a log what it writes; of one that has both what it touches all the time,
-    /// and what it writes. All of it is added to what is `used`.
-    fn lately(
-        &mut self,
-        guest: &Arc<dyn SourceGuest>,
-        used: &mut Vec<PageSet>,
-    ) -> Result<Vec<PageSet>, GuestError> {
+    /// What the guest uses from now on for a while: of one whose mapping is ours what it touches; of one that has a log
+    /// what it writes; of one that has both what it touches all the time, and what it writes.
+    fn lately(&mut self, guest: &Arc<dyn SourceGuest>) -> Result<Lately, GuestError> {
         let log = match (guest.runs_on_our_mapping(), self.log.as_mut().or(self.hint.as_mut())) {
             (true, Some(log)) => log,
-            (true, None) => {
-                let sets = touched(guest).map(Vec::from)?;
-                used.push(union(&sets));
-                return Ok(sets);
-            }
+            (true, None) => return touched(guest).map(|sets| Lately::of(Vec::from(sets))),
             (false, Some(log)) => {
                 let laps = laps(log.as_mut())?;
-                used.push(union(&laps));
-                return Ok(more_often_than_not(&laps));
+                return Ok(Lately { again: more_often_than_not(&laps), all: union(&laps) });
             }
-            (false, None) => return Ok(Vec::new()),
+            (false, None) => return Ok(Lately::of(Vec::new())),
         };
         log.mark()?;
         // The log is not to be given up for that.
@@ -169,9 +160,7 @@ impl Watched {
             |[always, ..]| always,
         );
         let written = log.since_mark()?.without(&always);
-        let sets = vec![always, written];
-        used.push(union(&sets));
-        Ok(sets)
+        Ok(Lately::of(vec![always, written]))
     }
 
     /// Runs of the blocks that it used, what it used last first. None, if that was not asked for or cannot be seen.
@@ -195,6 +184,19 @@ impl Watched {
             }
         };
         Some(Dirty { tell: Box::new(tell), discards })
+    }
+}
+
+/// What a guest has used just before it is frozen.
+struct Lately {
+    /// What it will use again, the likeliest first.
+    again: Vec<PageSet>,
+    all: PageSet,
+}
+
+impl Lately {
+    fn of(again: Vec<PageSet>) -> Self {
+        Self { all: union(&again), again }
     }
 }
 
