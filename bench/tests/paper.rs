@@ -35,20 +35,16 @@ fn sequential_stress_has_few_network_faults_and_push_only_three_times_as_many() 
 fn quicksort_orders_the_policies_as_the_paper_does() {
     for processes in [8, 32, 128] {
         let traces: Vec<Trace> = (1..=3).map(|seed| quicksort(processes, 32, 32, 0.2, seed)).collect();
-        let faults = |policy, traces: &[Trace]| {
-            let of = |trace| under(policy, trace, Wire::GIGABIT).network_faults;
+        let faults_in = |order, policy| {
+            let of = |trace| under_in_order(policy, trace, order, Wire::GIGABIT).network_faults;
             traces.iter().map(of).sum::<u64>()
         };
-        let faults_by_recency = |policy| {
-            let of =
-                |trace: &Trace| under_in_order(policy, trace, PageOrder::Lru, Wire::GIGABIT).network_faults;
-            traces.iter().map(of).sum::<u64>()
-        };
-        let push = faults("linear", &traces);
-        let forward = faults("bubble:forward", &traces);
-        let multi = faults("bubble-multi:forward", &traces);
-        let dual = faults("bubble:dual", &traces);
-        let backward = faults("bubble:backward", &traces);
+        let faults = |policy| faults_in(PageOrder::Address, policy);
+        let push = faults("linear");
+        let forward = faults("bubble:forward");
+        let multi = faults("bubble-multi:forward");
+        let dual = faults("bubble:dual");
+        let backward = faults("bubble:backward");
         let said = format!("P={processes}: push {push}, forward {forward}, multi {multi}, dual {dual}");
         assert!(3 * forward < push && multi <= forward + forward / 50 && dual < forward, "{said}");
         assert!(backward > 2 * forward, "{said}, backward {backward}");
@@ -57,7 +53,7 @@ fn quicksort_orders_the_policies_as_the_paper_does() {
             continue;
         }
         for (policy, address) in [("linear", push), ("bubble:forward", forward), ("bubble:dual", dual)] {
-            let recent = faults_by_recency(policy);
+            let recent = faults_in(PageOrder::Lru, policy);
             assert!(recent < address, "{said}; {policy} by recency {recent}");
         }
     }

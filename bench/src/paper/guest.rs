@@ -1,6 +1,7 @@
 //! A guest that replays its trace, and the planner that brings its memory over a simulated link.
 
 use postcopy_engine::memory::{PAGE_SIZE, PageIndex};
+use postcopy_engine::pager::MAP_STRETCH;
 use postcopy_engine::planner::{
     Action, LaneId, Nanos, News, PageCounts, Planner, PlannerConfig, Ranks, Run, Why,
 };
@@ -62,9 +63,6 @@ pub fn run_in_order(trace: &Trace, order: PageOrder, link: SimOptions, config: P
     }
     machine.drain_out()
 }
-
-/// Pages of which one read of the source's page map tells, as the engine reads it.
-const MAP_STRETCH: u64 = 2048;
 
 struct Machine {
     planner: Planner,

@@ -6,15 +6,16 @@
 //! each 7 bits a byte, lowest first, the top bit set in all but the last (LEB128)
 //! ```
 
+use std::time::Duration;
+
 use postcopy_engine::memory::PageIndex;
+use postcopy_engine::page_set::PageSet;
 use postcopy_engine::planner::Run;
-use postcopy_engine::session::RECENCY_LAPS;
+use postcopy_engine::session::{RECENCY_LAPS, last_first};
 use serde::{Deserialize, Serialize};
 
 /// Version of the file format.
 const VERSION: u32 = 1;
-/// Pages of a block.
-const BLOCK: u64 = 16;
 /// Most pages and touches that a file may announce: 16 TiB.
 const MAX_PAGES: u64 = 1 << 32;
 
@@ -88,20 +89,24 @@ struct Header {
 impl Trace {
     /// The order of the pages that were used before the move; the others follow by address.
     pub fn order(&self, order: PageOrder) -> Vec<Run> {
-        let place = |used: &Used| match order {
-            PageOrder::Address => None,
-            PageOrder::Lru => Some((u64::MAX - used.ago_ns, used.page, 1)),
-            PageOrder::Laps => {
-                let first = used.page / BLOCK * BLOCK;
-                lap(used.ago_ns).map(|lap| (lap, first, BLOCK.min(self.pages - first)))
-            }
-        };
-        let mut places: Vec<(u64, u64, u64)> = self.used.iter().filter_map(place).collect();
-        places.sort_unstable();
-        // A block is listed again for each of its pages; its first place counts.
-        places.dedup();
-        let run = |(_, first, pages)| Run { first: PageIndex(first), count: pages as u32 };
-        places.into_iter().map(run).collect()
+        match order {
+            PageOrder::Address => Vec::new(),
+            PageOrder::Lru => self.used.iter().map(|used| Run::one(PageIndex(used.page))).collect(),
+            PageOrder::Laps => last_first(&self.laps(), self.pages),
+        }
+    }
+
+    /// What was used in each lap of the source's watching, which ends with the move.
+    fn laps(&self) -> [PageSet; RECENCY_LAPS.len()] {
+        let mut later: u128 = RECENCY_LAPS.iter().map(Duration::as_nanos).sum();
+        RECENCY_LAPS.map(|lap| {
+            let mut pages = PageSet::new(self.pages, false);
+            let begun = later;
+            later -= lap.as_nanos();
+            let within = |used: &&Used| (later..begun).contains(&u128::from(used.ago_ns));
+            self.used.iter().filter(within).for_each(|used| pages.put(used.page, used.page + 1, true));
+            pages
+        })
     }
 
     /// The file.
@@ -150,17 +155,6 @@ impl Trace {
         }
         Ok(Self { name: header.name, pages: header.pages, touches, used: Vec::new() })
     }
-}
-
-/// In which lap of the source's watching it was, the last one being the first.
-fn lap(ago_ns: u64) -> Option<u64> {
-    let mut end = 0;
-    let laps = RECENCY_LAPS.iter().rev().take_while(|lap| {
-        end += lap.as_nanos() as u64;
-        end <= ago_ns
-    });
-    let at = laps.count();
-    (at < RECENCY_LAPS.len()).then_some(at as u64)
 }
 
 fn put(bytes: &mut Vec<u8>, mut value: u64) {
@@ -221,7 +215,6 @@ mod tests {
         let run = |first, count| Run { first: PageIndex(first), count };
         assert_eq!(used.order(PageOrder::Address), []);
         assert_eq!(used.order(PageOrder::Lru), [9, 2, 999, 4, 5, 3].map(|page| run(page, 1)));
-        let (last, first) = ([run(0, 16)], [run(0, 16), run(992, 8)]);
-        assert_eq!(used.order(PageOrder::Laps), [&last[..], &first].concat());
+        assert_eq!(used.order(PageOrder::Laps), [run(0, 16), run(992, 8)]);
     }
 }

@@ -18,6 +18,8 @@ const HEADER: u32 = 16;
 /// Bytes of the map read at once: covers 2048 pages, 8 MiB of guest memory. A fault may wait behind it, and
 /// behind what is done for each of these pages.
 const STRETCH: u64 = 512;
+/// Pages of which one read of the map tells.
+pub const MAP_STRETCH: u64 = STRETCH * PAGES_A_BYTE;
 /// How long to wait for the source's page map to grow: it tells nobody when it does. Doubled each time
 /// that it has not, up to the most.
 pub(super) const MAP_PATIENCE: Duration = Duration::from_micros(500);
@@ -168,7 +170,7 @@ impl MapReader {
 
     /// Reads on in what the map is known to say.
     fn bits(&mut self) -> Read {
-        let (from, to) = (self.known, self.said.min(self.known + STRETCH * PAGES_A_BYTE));
+        let (from, to) = (self.known, self.said.min(self.known + MAP_STRETCH));
         self.state = State::Bits { from, to };
         let len = (to - from).div_ceil(PAGES_A_BYTE) as u32;
         let at = BITS_OFFSET + from / PAGES_A_BYTE;

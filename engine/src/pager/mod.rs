@@ -33,6 +33,7 @@ use error::failed;
 pub(crate) use huge_pages::is_huge;
 pub use huge_pages::{Collapsed, HugePages};
 pub use landing::{Landing, LandingMemory};
+pub use map_reader::MAP_STRETCH;
 use postcopy_transport::{AnyLane, HostMemory, LocalRegion, RemoteRegion};
 pub(crate) use round::read_once;
 pub use round::{Round, RoundWatch};

@@ -225,9 +225,9 @@ fn union(sets: &[PageSet]) -> PageSet {
     })
 }
 
-/// The blocks of which some page was used in laps one after the other, of memory of so many pages: each block once, those of
-/// the last lap first, in each by address. As many runs as are told.
-fn last_first(laps: &[PageSet], pages: u64) -> Vec<Run> {
+/// The blocks of 64 KiB of which some page was used in laps one after the other, of memory of so many pages: each block once,
+/// those of the last lap first, in each by address. As many runs as are told.
+pub fn last_first(laps: &[PageSet], pages: u64) -> Vec<Run> {
     let (mut runs, mut later) = (Vec::new(), PageSet::default());
     for lap in laps.iter().rev() {
         let blocks = lap.blocks(pages);

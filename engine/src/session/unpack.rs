@@ -84,6 +84,7 @@ mod tests {
             assert!(said(&[(0, 1), wrong]).is_err(), "{wrong:?}");
         }
     }
+
     #[test]
     fn an_order_comes_in_pieces_and_has_an_end() {
         let mut listed = Listed::default();
