@@ -4,15 +4,17 @@
 
 mod common;
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use common::{Setup, available_setups, check, content, empty, end_of, filled};
 use postcopy_engine::export::Export;
 use postcopy_engine::import::{Import, Lanes};
-use postcopy_engine::memory::{GuestMemory, PAGE_SIZE};
+use postcopy_engine::memory::{GuestMemory, PAGE_SIZE, PageIndex};
 use postcopy_engine::pager::{
     FaultsTo, Landing, PagerConfig, PagerState, PagerStatus, Round, SelfService, Trap,
 };
+use postcopy_engine::planner::Run;
 use postcopy_transport::sim::Countdown;
 use postcopy_transport::{AnyLane, EndpointOptions, Transport};
 
@@ -162,4 +164,41 @@ fn it_goes_on_over_another_transport() {
         assert!(matches!(end_of(&pager).state, PagerState::Resident));
         (0..PAGES).for_each(|page| check(memory.guest(), page));
     }
+}
+
+#[test]
+fn over_new_lanes_pages_lie_as_they_did() {
+    let setup = Setup { landing: Landing::InPlace, ..Setup::default() };
+    let (source, memory) = (filled(PAGES), empty(PAGES));
+    let trap = Trap::register(&memory, FaultsTo::Pager, setup.shards).unwrap();
+    let mut exports = vec![export(Transport::Tcp, &source)];
+    let way = import(Transport::Tcp, &memory, setup);
+    let Lanes { shards, .. } = broken(lanes(&way, &mut exports[0], setup, 0), 1, 8);
+    let config = PagerConfig::default();
+    let mut pager = way.start(trap, shards, exports[0].regions(), Round::none(), config).unwrap();
+    // The upper half comes first.
+    let upper = Run { first: PageIndex(PAGES / 2), count: PAGES as u32 / 2 };
+    pager.source_stands_still(&[], Some(pager.lay_out(&[upper]).unwrap()));
+    let is_here = |page: u64| {
+        let mut seen = vec![0; PAGE_SIZE as usize];
+        assert!(memory.landing().read(page * PAGE_SIZE, &mut seen));
+        seen == content(page) && seen.iter().any(|byte| *byte != 0)
+    };
+    let here = |pages: Range<u64>| pages.filter(|page| is_here(*page)).count();
+    let (mut before, mut calls, mut looks) = (None, 8, 0);
+    while let PagerState::Failed(_) = end_of(&pager).state {
+        pager.part();
+        // Of three pages one has no content. What the first lanes brought may have been read before the order was heard.
+        let [lower, upper] = [here(0..PAGES / 2), here(PAGES / 2..PAGES)];
+        let first = *before.get_or_insert(lower);
+        assert!(lower == first || upper == 683, "the lower half came first: {lower}, {upper}");
+        looks += u32::from((1..683).contains(&upper));
+        calls *= 2;
+        let mut offered = export(Transport::Tcp, &source);
+        let next = broken(lanes(&way, &mut offered, setup, 0), 1, calls);
+        way.go_on(&mut pager, next, offered.regions(), config).unwrap();
+        exports.push(offered);
+    }
+    assert!(looks > 0, "the upper half came at once");
+    (0..PAGES).for_each(|page| check(memory.guest(), page));
 }

@@ -11,6 +11,7 @@ mod error;
 mod huge_pages;
 mod landing;
 mod map_reader;
+mod order;
 mod rest;
 mod round;
 mod server;
@@ -34,6 +35,7 @@ pub(crate) use huge_pages::is_huge;
 pub use huge_pages::{Collapsed, HugePages};
 pub use landing::{Landing, LandingMemory};
 pub use map_reader::MAP_STRETCH;
+pub use order::LaidOut;
 use postcopy_transport::{AnyLane, HostMemory, LocalRegion, RemoteRegion};
 pub(crate) use round::read_once;
 pub use round::{Round, RoundWatch};
@@ -51,7 +53,7 @@ use self::claims::Claims;
 use self::map_reader::MapReader;
 use self::server::{Note, Outfit, Relay, Shared};
 use crate::memory::{GuestMemory, PAGE_SIZE};
-use crate::planner::{PlannerConfig, Ranks, Run};
+use crate::planner::PlannerConfig;
 use crate::stats::PagerReport;
 
 /// Where the pager stands.
@@ -125,8 +127,15 @@ impl SourceMemory {
     }
 }
 
-/// An order of the guest's pages: what each shard has of it.
-pub struct LaidOut(Vec<Ranks>);
+/// What is known when the threads start.
+struct Known {
+    /// Of each shard's pages.
+    claims: Vec<Claims>,
+    /// What others have done before, if any.
+    past: Option<Past>,
+    /// How the pages lie.
+    order: LaidOut,
+}
 
 /// A running pager.
 pub struct Pager {
@@ -143,6 +152,8 @@ pub struct Pager {
     landing: LandingMemory,
     /// What the round of pre-copy has left here.
     round: Round,
+    /// How the guest's pages lie, if not by address.
+    order: Mutex<LaidOut>,
     /// Where threads that serve themselves find what to go on with.
     servers: Mutex<Vec<Arc<Relay>>>,
     _signals: Vec<sigbus::Registration>,
@@ -182,16 +193,16 @@ impl Pager {
     ) -> Result<Self, PagerError> {
         let claims = trap.parts().iter().map(|part| Claims::new(part.part().pages)).collect();
         let memory = memory.map(|memory| memory.guest().clone());
-        Self::begin((trap, memory), source, lanes, config, (claims, None))
+        let known = Known { claims, past: None, order: LaidOut::default() };
+        Self::begin((trap, memory), source, lanes, config, known)
     }
 
-    /// `claims` is what is known of each shard's pages; `past`, if others brought them, what those have done.
     fn begin(
         (trap, memory): (Trap, Option<HostMemory>),
         source: &SourceMemory,
         lanes: Vec<[AnyLane; 2]>,
         config: PagerConfig,
-        (claims, past): (Vec<Claims>, Option<Past>),
+        known: Known,
     ) -> Result<Self, PagerError> {
         let pages = trap.pages();
         source.check(pages)?;
@@ -202,6 +213,7 @@ impl Pager {
                 source,
             });
         }
+        let Known { claims, past, order } = known;
         let first = past.is_none();
         let (board, status) = Board::new(trap.shards(), past.unwrap_or_default());
         let board = Arc::new(board);
@@ -228,9 +240,11 @@ impl Pager {
             spin,
             landing: source.landing.clone(),
             round: source.round.clone(),
+            order: Mutex::default(),
             servers: Mutex::default(),
             _signals: signals,
         };
+        pager.set_order(order);
         pager.start_threads(source, notes.into_iter().zip(lanes), config, first)?;
         Ok(pager)
     }
@@ -312,7 +326,7 @@ impl Pager {
     }
 
     fn relays(&self) -> MutexGuard<'_, Vec<Arc<Relay>>> {
-        self.servers.lock().unwrap_or_else(PoisonError::into_inner)
+        locked(&self.servers)
     }
 
     /// Whether pages land in the guest's memory. They must then to the end: what has landed there and is not
@@ -353,8 +367,9 @@ impl Pager {
         }
         let source = SourceMemory { round: self.round.clone(), ..source };
         let claims = self.shards.iter().map(|shared| shared.claims.following()).collect();
+        let known = Known { claims, past: Some(self.board.past()), order: locked(&self.order).clone() };
         let guest = (self.trap.clone(), self.memory.clone());
-        let next = Self::begin(guest, &source, lanes, config, (claims, Some(self.board.past())))?;
+        let next = Self::begin(guest, &source, lanes, config, known)?;
         let outfits: Result<Vec<_>, _> =
             servers.into_iter().enumerate().map(|(at, lane)| next.outfit(at, lane)).collect();
         let outfits = outfits?;
@@ -367,36 +382,6 @@ impl Pager {
         }
         *self = next;
         Ok(())
-    }
-
-    /// Lays the guest's pages out in an order: those of these runs one after the other, then the others by address. Takes a
-    /// while, so it is to be done before the source's guest stands still.
-    ///
-    /// Errors: they are no pages of the guest.
-    pub fn lay_out(&self, runs: &[Run]) -> Result<LaidOut, PagerError> {
-        let parts = self.shards.iter().map(|shared| {
-            let part = shared.part;
-            let here: Vec<Run> = runs.iter().filter_map(|run| part.local_run(*run)).collect();
-            Ranks::listed(part.pages, &here)
-        });
-        let ranks = parts.collect::<Option<_>>().filter(|_| runs.iter().all(|run| run.end() <= self.pages()));
-        ranks.map(LaidOut).ok_or(PagerError::Peer("it orders pages that are not there"))
-    }
-
-    /// The source's guest stands still: faults of a trap that [holds](Trap::hold) them are served from now on, and
-    /// `recent` is read before others, the first first, as the guest touched it last. They must be pages of
-    /// the guest. For the policy and the sweep pages lie in this order from now on, or by address; a pager that [goes
-    /// on](Pager::go_on) has forgotten it.
-    pub fn source_stands_still(&self, recent: &[Run], order: Option<LaidOut>) {
-        self.trap.let_go();
-        let mut ranks = order.into_iter().flat_map(|LaidOut(ranks)| ranks);
-        for shared in &*self.shards {
-            let here = recent.iter().filter_map(|run| shared.part.local_run(*run)).collect();
-            // A shard that has ended reads nothing any more.
-            let order = ranks.next().map(Note::Order);
-            order.into_iter().chain([Note::Prefer(here)]).for_each(|note| drop(shared.notes.send(note)));
-            shared.stop.rouse();
-        }
     }
 
     /// Progress, and the end.
@@ -434,4 +419,8 @@ impl Drop for Pager {
     fn drop(&mut self) {
         self.end();
     }
+}
+
+fn locked<T>(shared: &Mutex<T>) -> MutexGuard<'_, T> {
+    shared.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -44,7 +44,7 @@ pub(super) enum Note {
     /// The source says that the guest touched these pages last.
     Prefer(Vec<Run>),
     /// The source says in which order pages lie.
-    Order(Ranks),
+    Order(Arc<Ranks>),
     /// Its lane died, or the kernel refused.
     Failed(PagerError),
 }
@@ -95,6 +95,11 @@ impl Shared {
         Ok((shared, heard))
     }
 
+    /// A shard that has ended reads nothing any more.
+    pub(super) fn note(&self, note: Note) {
+        drop(self.notes.send(note));
+    }
+
     /// The read that brings `run` of the part over `lane`, or `None` if there is no place for it to land
     /// now.
     pub(super) fn read_of(&self, token: Token, run: Run, lane: LaneId, place: &mut Place) -> Option<Read> {
@@ -116,7 +121,7 @@ impl Shared {
         }
         let seen = Instant::now();
         // If the shard is gone the page never comes, and this thread waits: it must not go on.
-        drop(self.notes.send(Note::Wanted(page)));
+        self.note(Note::Wanted(page));
         self.stop.rouse();
         self.claims.leave();
         self.await_resident(page);
@@ -130,7 +135,7 @@ impl Shared {
 
     /// Tells that this thread waits no more.
     fn waited(&self, time: Duration) {
-        drop(self.notes.send(Note::Waited(THREAD.with(|thread| *thread), time)));
+        self.note(Note::Waited(THREAD.with(|thread| *thread), time));
     }
 
     /// Waits until a page that somebody else brings is published, or memory is let go.
@@ -282,7 +287,7 @@ impl FaultServer {
         assert!(posted == 1, "a server has one read in flight, and every lane room for that");
         let posted = Instant::now();
         // Before the wait: what is around the page can be read meanwhile.
-        drop(shared.notes.send(Note::Serving(page)));
+        shared.note(Note::Serving(page));
         self.await_read(&mut lane, posted).map_err(failed)?;
         let completed = Instant::now();
         self.outfit.lane = Some(lane);
@@ -291,7 +296,7 @@ impl FaultServer {
         self.outfit.place.publish(&shared.trap, Run::one(page))?;
         let published = Instant::now();
         let last = shared.claims.published(Run::one(page));
-        drop(shared.notes.send(Note::Served(page, Stamps { seen, posted, completed, published })));
+        shared.note(Note::Served(page, Stamps { seen, posted, completed, published }));
         if last {
             shared.stop.rouse();
         }
@@ -337,7 +342,7 @@ fn fail(shared: &Shared, error: PagerError) -> Result<Served, FaultFailed> {
 }
 
 fn tell_failed(shared: &Shared, error: PagerError) {
-    drop(shared.notes.send(Note::Failed(error)));
+    shared.note(Note::Failed(error));
     shared.stop.rouse();
 }
 
@@ -354,7 +359,7 @@ fn publish_here(
 ) -> Result<(), PagerError> {
     publish()?;
     shared.claims.published(Run::one(page));
-    drop(shared.notes.send(Note::Serving(page)));
+    shared.note(Note::Serving(page));
     Ok(())
 }
 

@@ -45,6 +45,7 @@ mod policy;
 mod ranks;
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 
 use adaptive::Streams;
 use bubble::{Bubbles, Turn};
@@ -174,7 +175,7 @@ pub struct Planner {
     policy: Policy,
     order: Order,
     /// In which order pages lie.
-    ranks: Ranks,
+    ranks: Arc<Ranks>,
     /// Pages below this one are covered by the source's page map.
     known: u64,
     /// No page below this rank is missing: where the sweep goes on.
@@ -204,7 +205,7 @@ impl Planner {
             link: Link::new(config.bulk_wait_ns),
             policy: config.policy,
             order: Order::new(config.policy),
-            ranks: Ranks::by_address(pages.total()),
+            ranks: Arc::new(Ranks::by_address(pages.total())),
             pages,
             known: 0,
             swept: 0,
@@ -316,7 +317,8 @@ impl Planner {
     ///
     /// Returns false, and does nothing, if it is of another number of pages.
     #[must_use]
-    pub fn order(&mut self, ranks: Ranks) -> bool {
+    pub fn order(&mut self, ranks: impl Into<Arc<Ranks>>) -> bool {
+        let ranks = ranks.into();
         let fits = ranks.total() == self.pages.total();
         if fits {
             self.ranks = ranks;

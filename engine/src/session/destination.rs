@@ -294,7 +294,7 @@ impl<H: DestinationHost> Destination<'_, H> {
                 Message::State(_) => {
                     return Err(SessionError::Protocol("its device state is longer than 256 MiB"));
                 }
-                Message::Order { runs, more } if length == 0 => {
+                Message::Order { runs, more } if length == 0 && order.is_none() => {
                     if let Some(runs) = listed.take(&runs, more, pager.pages())? {
                         order = Some(pager.lay_out(&runs)?);
                         passed("Ordered", self.begun);
