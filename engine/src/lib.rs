@@ -19,6 +19,7 @@ pub mod proc_pages;
 pub mod session;
 pub mod stats;
 pub mod touched;
+mod tracker;
 pub mod written;
 
 pub use postcopy_transport::is_crowded;

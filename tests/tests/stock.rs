@@ -374,6 +374,10 @@ fn the_library_leaves_other_programs_alone_and_refuses_without_a_pager() {
     };
     let other = preloaded("echo as always");
     assert!(other.status.success() && other.stdout == b"as always\n" && other.stderr.is_empty(), "{other:?}");
+    let what_it_has = preloaded("ls -l /proc/self/fd && ls /proc/self/task | wc -l");
+    let listed = String::from_utf8_lossy(&what_it_has.stdout).into_owned();
+    assert_eq!(listed.lines().last(), Some("1"), "one thread: {listed}");
+    assert!(!listed.contains("postcopy") && !listed.contains("userfaultfd"), "{listed}");
     let private = preloaded("qemu-system-x86_64 --version");
     assert!(private.status.success() && private.stderr.is_empty(), "{private:?}");
     let place = Place::apart(&scratch, "alone");

@@ -10,7 +10,7 @@ use postcopy_engine::memory::GuestMemory;
 use postcopy_engine::page_set::PageSet;
 use postcopy_engine::pager::FaultServer;
 use postcopy_engine::session::{
-    DestinationGuest, DestinationHost, DirtyLog, GuestDescription, GuestError, SourceGuest,
+    DestinationGuest, DestinationHost, DirtyLog, GuestDescription, GuestError, SourceGuest, UseLog,
 };
 
 use crate::fault_address::FaultAddresses;
@@ -114,7 +114,7 @@ impl SourceGuest for MovableVm {
     }
 }
 
-impl DirtyLog for KvmDirtyLog {
+impl UseLog for KvmDirtyLog {
     fn mark(&mut self) -> Result<(), GuestError> {
         self.written().map(drop).map_err(Into::into)
     }
@@ -122,7 +122,9 @@ impl DirtyLog for KvmDirtyLog {
     fn since_mark(&mut self) -> Result<PageSet, GuestError> {
         Ok(self.written()?)
     }
+}
 
+impl DirtyLog for KvmDirtyLog {
     fn dirty(mut self: Box<Self>) -> Result<PageSet, GuestError> {
         self.written()?;
         Ok(self.all().clone())

@@ -16,7 +16,7 @@ use crate::touched::Touched;
 /// How long the guest is watched, twice: what it touches both times it will touch again. Some ticks of its
 /// timer.
 pub(super) const WATCH: Duration = Duration::from_millis(50);
-/// A part of that time in which it is seen what a guest writes again and again: some ticks of its timer.
+/// A part of that time in which it is seen what a guest uses again and again: some ticks of its timer.
 const LAP: Duration = Duration::from_millis(12);
 /// The laps in which it is watched where the order is asked for in which it uses its pages; the last is that time. The longer
 /// ago, the longer they are, as the less it says of what comes next. Each costs a guest whose mapping is ours a minor fault
@@ -30,18 +30,19 @@ pub const RECENCY_LAPS: [Duration; 5] = [
 ];
 /// Most pages that are fetched before others, 32 MiB.
 const MOST_RECENT: u64 = 8192;
+/// So many pages are fetched first in any case, 2 MiB.
+const LIKELY: u64 = 512;
 /// Most runs of pages in a message, which fits a frame then.
 pub(super) const MOST_RUNS: usize = 8192;
 
-/// Notes which pages of a guest are written, until it is dropped.
-pub trait DirtyLog: Send + Sync {
-    /// From here on counts what [`DirtyLog::since_mark`] tells. Called from a blocking thread.
+/// Notes which pages of a guest are used, until it is dropped: an idea of it is enough.
+pub trait UseLog: Send + Sync {
+    /// From here on counts what [`UseLog::since_mark`] tells. Called from a blocking thread.
     ///
     /// Errors: nothing can be told.
     fn mark(&mut self) -> Result<(), GuestError>;
 
-    /// What the guest, which runs on, has written since the mark; an idea of it is enough. Called from a
-    /// blocking thread.
+    /// What the guest, which runs on, has used since the mark. Called from a blocking thread.
     ///
     /// Errors: it cannot be told.
     fn since_mark(&mut self) -> Result<PageSet, GuestError>;
@@ -50,7 +51,10 @@ pub trait DirtyLog: Send + Sync {
     fn mark_stops_guest(&self) -> bool {
         false
     }
+}
 
+/// Notes which pages of a guest are written, until it is dropped.
+pub trait DirtyLog: UseLog {
     /// Pages that were written since the log began; more are no harm, one less is a lost write. The guest
     /// is frozen, and may already run elsewhere. Called from a blocking thread.
     ///
@@ -63,9 +67,9 @@ pub trait DirtyLog: Send + Sync {
 pub(super) struct Watched {
     /// What it writes, from the beginning of a round of pre-copy on.
     log: Option<Box<dyn DirtyLog>>,
-    /// What it writes just before it is frozen, about, if there is no such log. It ends after the freeze: that takes
-    /// a while, for which the guest would be held up.
-    hint: Option<Box<dyn DirtyLog>>,
+    /// What it uses just before it is frozen, about, if there is no such log and its mapping is not ours. It ends after
+    /// the freeze: that takes a while, for which the guest would be held up.
+    hint: Option<Box<dyn UseLog>>,
     /// What it touched last, the likeliest to be touched again first.
     recent: Vec<Run>,
     /// What it used, what it used last first, if that was asked for.
@@ -101,7 +105,7 @@ impl Watched {
 
     fn watch_now(&mut self, guest: &Arc<dyn SourceGuest>, order: PageOrder) -> Result<(), GuestError> {
         if self.log.is_none() && !guest.runs_on_our_mapping() {
-            self.hint = guest.watch_writes()?;
+            self.hint = guest.watch_uses()?;
         }
         let mut laps = if order == PageOrder::Recency { self.earlier(guest)? } else { Vec::new() };
         let Lately { again, all } = self.lately(guest)?;
@@ -132,20 +136,28 @@ impl Watched {
                 Vec::new()
             }));
         }
-        let Some(log) = self.log.as_mut().or(self.hint.as_mut()) else { return Ok(Vec::new()) };
+        let Some(log) = self.uses() else { return Ok(Vec::new()) };
         let stopped = [earlier.iter().sum()];
         let laps = if log.mark_stops_guest() { &stopped[..] } else { earlier };
-        laps.iter().map(|lap| lap_of(log.as_mut(), *lap)).collect()
+        laps.iter().map(|lap| lap_of(log, *lap)).collect()
+    }
+
+    /// What tells of its uses: the log of its writes, if there is one.
+    fn uses(&mut self) -> Option<&mut dyn UseLog> {
+        match &mut self.log {
+            Some(log) => Some(&mut **log),
+            None => self.hint.as_mut().map(|hint| &mut **hint as &mut dyn UseLog),
+        }
     }
 
     /// What the guest uses from now on for a while: of one whose mapping is ours what it touches; of one that has a log
-    /// what it writes; of one that has both what it touches all the time, and what it writes.
+    /// what that tells; of one that has both what it touches all the time, and what it writes.
     fn lately(&mut self, guest: &Arc<dyn SourceGuest>) -> Result<Lately, GuestError> {
-        let log = match (guest.runs_on_our_mapping(), self.log.as_mut().or(self.hint.as_mut())) {
+        let log = match (guest.runs_on_our_mapping(), self.uses()) {
             (true, Some(log)) => log,
             (true, None) => return touched(guest).map(|sets| Lately::of(Vec::from(sets))),
             (false, Some(log)) => {
-                let laps = laps(log.as_mut())?;
+                let laps = laps(log)?;
                 return Ok(Lately { again: more_often_than_not(&laps), all: union(&laps) });
             }
             (false, None) => return Ok(Lately::of(Vec::new())),
@@ -200,9 +212,9 @@ impl Lately {
     }
 }
 
-/// What is written in each of several laps, one if the guest stands still at their beginnings. Of much memory they
+/// What is used in each of several laps, one if the guest stands still at their beginnings. Of much memory they
 /// take longer, and are fewer.
-fn laps(log: &mut dyn DirtyLog) -> Result<Vec<PageSet>, GuestError> {
+fn laps(log: &mut dyn UseLog) -> Result<Vec<PageSet>, GuestError> {
     let (lap, begun) = (if log.mark_stops_guest() { 2 * WATCH } else { LAP }, Instant::now());
     let mut laps = Vec::new();
     while begun.elapsed() < 2 * WATCH {
@@ -211,8 +223,8 @@ fn laps(log: &mut dyn DirtyLog) -> Result<Vec<PageSet>, GuestError> {
     Ok(laps)
 }
 
-/// What is written from now on for so long.
-fn lap_of(log: &mut dyn DirtyLog, lap: Duration) -> Result<PageSet, GuestError> {
+/// What is used from now on for so long.
+fn lap_of(log: &mut dyn UseLog, lap: Duration) -> Result<PageSet, GuestError> {
     log.mark()?;
     std::thread::sleep(lap);
     log.since_mark()
@@ -237,8 +249,9 @@ pub fn last_first(laps: &[PageSet], pages: u64) -> Vec<Run> {
     runs
 }
 
-/// What is in more than half of these laps, what is in most of them first. A program that walks its memory writes
-/// hundreds of pages in a lap, others in each; read first, they would come before the few that the guest stalls for.
+/// What is in more than half of these laps, what is in most of them first, and as much of the rest as is [`LIKELY`]. A
+/// program that walks its memory uses hundreds of pages in a lap, others in each; read first, they would come before the
+/// few that the guest stalls for.
 fn more_often_than_not(laps: &[PageSet]) -> Vec<PageSet> {
     // What is in at least one, in at least two, ...
     let mut often = vec![PageSet::default(); laps.len()];
@@ -249,7 +262,9 @@ fn more_often_than_not(laps: &[PageSet]) -> Vec<PageSet> {
         }
         often[0].add(written);
     }
-    let mut sets = often.split_off(laps.len() / 2);
+    // The most often first: what is in more than half of them, and of the others as much as costs next to nothing.
+    let kept = often.iter().rposition(|set| set.len() > LIKELY).map_or(0, |last| last + 1);
+    let mut sets = often.split_off(kept.min(laps.len() / 2));
     sets.reverse();
     for at in (1..sets.len()).rev() {
         sets[at] = sets[at].without(&sets[at - 1]);
@@ -289,7 +304,7 @@ mod tests {
     /// Its log fails at the mark, after it has forgotten what it had noted.
     struct Failing;
 
-    impl DirtyLog for Failing {
+    impl UseLog for Failing {
         fn mark(&mut self) -> Result<(), GuestError> {
             Err("it is gone".into())
         }
@@ -297,7 +312,9 @@ mod tests {
         fn since_mark(&mut self) -> Result<PageSet, GuestError> {
             Ok(PageSet::default())
         }
+    }
 
+    impl DirtyLog for Failing {
         fn dirty(self: Box<Self>) -> Result<PageSet, GuestError> {
             Ok(PageSet::default())
         }
@@ -326,21 +343,31 @@ mod tests {
     }
 
     #[test]
-    fn what_is_written_again_and_again_comes_first_and_the_rest_not_at_all() {
-        // Page 60 in every lap, 40 in five of eight, 20 in half of them, and one other in each.
-        let lap = |at: u64| {
-            let mut written = PageSet::new(64, false);
+    fn what_is_used_again_and_again_comes_first_and_the_rest_if_it_is_little() {
+        // Page 60 in every lap, 40 in five of eight, 20 in half of them, and in each some others.
+        let lap = |at: u64, others: u64| {
+            let mut used = PageSet::new(10_000, false);
             let often = [(60, 8), (40, 5), (20, 4)].into_iter().filter(|(_, laps)| at < *laps);
-            often.map(|(page, _)| page).chain([at]).for_each(|page| written.put(page, page + 1, true));
-            written
+            often.for_each(|(page, _)| used.put(page, page + 1, true));
+            used.put(100 + at * others, 100 + (at + 1) * others, true);
+            used
         };
-        let first = |count: u64| {
-            let runs = likeliest(&more_often_than_not(&(0..count).map(lap).collect::<Vec<_>>()));
+        let first = |laps: u64, others: u64| {
+            let laps: Vec<_> = (0..laps).map(|at| lap(at, others)).collect();
+            let runs = likeliest(&more_often_than_not(&laps));
             runs.iter().map(|run| (run.first.0, run.count)).collect::<Vec<_>>()
         };
-        assert_eq!(first(8), [(60, 1), (40, 1)]);
-        assert_eq!(first(1), [(0, 1), (20, 1), (40, 1), (60, 1)]);
-        assert_eq!(first(0), []);
+        assert_eq!(first(8, 1), [(60, 1), (40, 1), (20, 1), (100, 8)]);
+        // With those in one lap alone there are 515, which is too many, and with those in two 3.
+        assert_eq!(first(8, 64), [(60, 1), (40, 1), (20, 1)]);
+        assert_eq!(first(1, 1), [(20, 1), (40, 1), (60, 1), (100, 1)]);
+        assert_eq!(first(0, 1), []);
+        // What is in more than half of the laps comes however much it is.
+        let mut often = PageSet::new(10_000, false);
+        often.put(0, 600, true);
+        let laps = [often.clone(), often, lap(2, 1)];
+        let pages: u64 = more_often_than_not(&laps).iter().map(PageSet::len).sum();
+        assert_eq!(pages, 600);
     }
 
     #[test]

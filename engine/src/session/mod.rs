@@ -44,7 +44,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 pub use destination::{Arrived, DestinationGuest, DestinationHost, ReceiveOptions, receive};
-pub use dirty::{DirtyLog, RECENCY_LAPS, last_first};
+pub use dirty::{DirtyLog, RECENCY_LAPS, UseLog, last_first};
 pub use drain::{Drain, Parted, Rejoined};
 #[cfg(feature = "fuzz")]
 pub(crate) use message::fuzz_frame;

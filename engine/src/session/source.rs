@@ -10,7 +10,7 @@ use tokio::sync::watch;
 
 use super::channel::{Channel, unexpected};
 use super::course::{Accepted, Course, micros};
-use super::dirty::{DirtyLog, MOST_RUNS, WATCH, Watched};
+use super::dirty::{DirtyLog, MOST_RUNS, UseLog, WATCH, Watched};
 use super::message::{GuestDescription, Message, Mode, PageOrder};
 use super::owed::{Owed, RecoverOptions, recover};
 use super::preamble::{Purpose, SessionId};
@@ -58,11 +58,11 @@ pub trait SourceGuest: Send + Sync + 'static {
         Err("nothing tells which pages this guest writes".into())
     }
 
-    /// As [`SourceGuest::log_dirty`], for an idea of it: a write may be missed, and the guest is not held up for it.
-    /// Nothing where that cannot be had. Asked where no mapping of ours and no log tells it.
+    /// Begins to note which pages of its memory are used, touched or at least written: an idea of it, for which the guest is
+    /// not held up. Nothing where that cannot be had. Asked where no mapping of ours and no log tells it.
     ///
     /// Errors: it can be had, and was not.
-    fn watch_writes(&self) -> Result<Option<Box<dyn DirtyLog>>, GuestError> {
+    fn watch_uses(&self) -> Result<Option<Box<dyn UseLog>>, GuestError> {
         Ok(None)
     }
 

@@ -15,10 +15,11 @@ mod tests;
 use std::io;
 use std::path::PathBuf;
 
-pub use self::protection::WP_ASYNC;
-use self::protection::{Protection, Tracker};
+use self::protection::Protection;
 use crate::page_set::PageSet;
 use crate::proc_pages::{Entry, each};
+use crate::tracker::Tracker;
+pub use crate::tracker::WP_ASYNC;
 
 /// Writes of a process to a part of its address space, noted until this is dropped.
 #[derive(Debug)]
@@ -49,7 +50,7 @@ impl Way {
     /// Errors: they cannot, with the reason; or this process may not look into that one.
     pub fn of(pid: i32) -> io::Result<Self> {
         let process = PathBuf::from(format!("/proc/{pid}"));
-        let without = match Tracker::of(pid) {
+        let without = match Tracker::of(pid, |features| features & WP_ASYNC != 0) {
             Ok(Some(tracker)) => return Ok(Self { process, tracker: Some(tracker) }),
             Ok(None) => "the process has made no userfaultfd to protect its pages by".to_owned(),
             Err(error) => format!("its userfaultfd cannot be had ({error})"),

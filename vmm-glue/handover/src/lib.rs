@@ -1,11 +1,12 @@
 //! Preloaded into a stock QEMU (`LD_PRELOAD`): where QEMU maps a guest's memory, this makes the
 //! userfaultfds that only QEMU's own process can make.
 //!
-//! It stands in front of mmap(2) and does nothing but pass it on, unless the mapping is a guest's memory by all signs:
-//! shared, writable, of 1 MiB or more, of a file in memory (a memfd, or one on tmpfs).
+//! It stands in front of mmap(2) and munmap(2) and does nothing but pass them on, unless the mapping is a guest's memory
+//! by all signs: shared, writable, of 1 MiB or more, of a file in memory (a memfd, or one on tmpfs).
 //!
-//! **At a source** one userfaultfd for asynchronous write protection is left open, by which `pcvm migrate` sees what
-//! QEMU writes (`engine/src/written/`), where the kernel has it (Linux 6.7). Nothing is registered with it here.
+//! **At a source** one userfaultfd for write protection is left open, asynchronous where the kernel has that (Linux 6.7):
+//! by it `pcvm migrate` sees what QEMU writes (`engine/src/written/`). Nothing is registered with it here. And a thread
+//! waits to be asked to take the memory out of the mapping ([`away`]), by which `pcvm migrate` sees what QEMU touches.
 //!
 //! **At a destination** `POSTCOPY_HANDOVER` names the pager's Unix socket. The pager is sent, before mmap
 //! returns, one message in the form that Firecracker uses, and the descriptors with it:
@@ -20,6 +21,8 @@
 //! The pager answers with one byte. Without that answer this process ends: a guest whose faults
 //! nobody serves would read zeros in place of its memory. For the same reason the userfaultfd stays
 //! open here for ever: if the pager dies, the guest waits.
+
+mod away;
 
 use std::ffi::{c_int, c_void};
 use std::io::{IoSlice, Read};
@@ -44,8 +47,8 @@ const UFFDIO_API: libc::Ioctl = libc::_IOWR::<[u64; 3]>(0xaa, 0x3f);
 const UFFD_API: u64 = 0xaa;
 /// UFFD_USER_MODE_ONLY: no privilege is needed for it.
 const USER_MODE_ONLY: c_int = 1;
-/// UFFD_FEATURE_WP_ASYNC.
-const WP_ASYNC: u64 = 1 << 15;
+/// UFFD_FEATURE_WP_ASYNC (Linux 6.7), and UFFD_FEATURE_WP_HUGETLBFS_SHMEM (5.19).
+const WP: [u64; 2] = [1 << 15, 1 << 12];
 /// One is enough for all memory of this process.
 static TRACKER: Once = Once::new();
 
@@ -66,11 +69,30 @@ pub unsafe extern "C" fn mmap(
     // SAFETY: the arguments are the caller's, who knows what they do.
     let mapped = unsafe { libc::syscall(libc::SYS_mmap, address, length, protection, flags, file, offset) };
     let mapped = mapped as *mut c_void;
-    if mapped != libc::MAP_FAILED && is_guest_memory(length, protection, flags, file) {
+    if mapped == libc::MAP_FAILED {
+        return mapped;
+    }
+    let addresses = mapped as usize..(mapped as usize).saturating_add(length);
+    if is_guest_memory(length, protection, flags, file) {
         TRACKER.call_once(make_tracker);
         hand_over(mapped, length, file, offset);
+        away::note(addresses);
+    } else if flags & libc::MAP_FIXED != 0 {
+        away::forget(&addresses);
     }
     mapped
+}
+
+/// munmap(2), as programs call it.
+///
+/// # Safety
+///
+/// As munmap(2): nobody may use what was mapped there.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn munmap(address: *mut c_void, length: usize) -> c_int {
+    away::forget(&(address as usize..(address as usize).saturating_add(length)));
+    // SAFETY: the arguments are the caller's, who knows what they do.
+    unsafe { libc::syscall(libc::SYS_munmap, address, length) as c_int }
 }
 
 /// The name of [`mmap`] for programs with 64-bit file offsets, such as QEMU.
@@ -106,18 +128,21 @@ fn is_guest_memory(length: usize, protection: c_int, flags: c_int, file: c_int) 
 /// thing.
 fn make_tracker() {
     let flags = libc::O_CLOEXEC | libc::O_NONBLOCK | USER_MODE_ONLY;
-    // SAFETY: a system call without pointers.
-    let opened = unsafe { libc::syscall(libc::SYS_userfaultfd, flags) };
-    if opened < 0 {
-        return;
-    }
-    // SAFETY: the descriptor is new and nobody else's.
-    let tracker = unsafe { OwnedFd::from_raw_fd(opened as RawFd) };
-    let mut api = [UFFD_API, WP_ASYNC, 0];
-    // SAFETY: the descriptor is open, and the argument is what this request reads and writes.
-    let answer = unsafe { libc::ioctl(tracker.as_raw_fd(), UFFDIO_API, api.as_mut_ptr()) };
-    if answer == 0 {
-        let _open = tracker.into_raw_fd();
+    for feature in WP {
+        // SAFETY: a system call without pointers.
+        let opened = unsafe { libc::syscall(libc::SYS_userfaultfd, flags) };
+        if opened < 0 {
+            return;
+        }
+        // SAFETY: the descriptor is new and nobody else's.
+        let tracker = unsafe { OwnedFd::from_raw_fd(opened as RawFd) };
+        let mut api = [UFFD_API, feature, 0];
+        // SAFETY: the descriptor is open, and the argument is what this request reads and writes.
+        let answer = unsafe { libc::ioctl(tracker.as_raw_fd(), UFFDIO_API, api.as_mut_ptr()) };
+        if answer == 0 {
+            let _open = tracker.into_raw_fd();
+            return;
+        }
     }
 }
 

@@ -7,13 +7,11 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::ExitStatus;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant, SystemTime};
 
 use postcopy_engine::memory::GuestMemory;
-use postcopy_engine::page_set::PageSet;
-use postcopy_engine::session::{DestinationGuest, DirtyLog, GuestError, SourceGuest};
-use postcopy_engine::written::{Way, WriteLog};
+use postcopy_engine::session::{DestinationGuest, DirtyLog, GuestError, SourceGuest, UseLog};
 use serde_json::{Value, json};
 
 use super::balloon::{self, Inflated};
@@ -21,16 +19,13 @@ use super::host::{Described, VMM, layout};
 use super::process::Process;
 use super::qmp::Qmp;
 use super::settings::{Settings, Side};
-use super::{Facts, QemuError, facts, ram};
+use super::{Facts, QemuError, facts, locked, ram, uses};
 
 /// How long QEMU may take to save or load its devices.
 const STATE_PATIENCE: Duration = Duration::from_secs(60);
 /// What it means that its settings could not be set back.
 const STILL_SET_UP: &str =
     "QEMU's migration is still set up for a move of ours: one of its own would not carry the RAM";
-/// What to do about a QEMU of which nobody sees what it writes.
-const NOT_NOTED: &str =
-    "use --mode postcopy, or start QEMU with libpostcopy_handover.so preloaded (Linux 6.7)";
 /// How much of QEMU's state is passed on at once.
 const PIECE: usize = 64 << 10;
 
@@ -196,17 +191,6 @@ impl QemuGuest {
         Ok(since)
     }
 
-    /// Begins to note what QEMU writes to the guest's RAM. The guest is stopped for a moment then: a device that had
-    /// taken an address before, and writes to it unseen, has written when QEMU says that it stands still.
-    fn note_writes(&self) -> Result<WriteLog, QemuError> {
-        let mut qmp = self.qmp();
-        let pid = qmp.peer()?;
-        let way = Way::of(pid).map_err(|error| QemuError::Unfit(format!("{error}; {NOT_NOTED}")))?;
-        let log = ram::log_dirty(pid, self.facts.ram_bytes, way)?;
-        while_stopped(&mut qmp, || Ok(()))?;
-        Ok(log)
-    }
-
     fn run_on(&self) -> Result<(), QemuError> {
         let mut qmp = self.qmp();
         qmp.execute("migrate_cancel", &json!({}))?;
@@ -275,66 +259,15 @@ impl SourceGuest for QemuGuest {
     }
 
     fn log_dirty(&self) -> Result<Box<dyn DirtyLog>, GuestError> {
-        let log = self.note_writes().map_err(|error| self.explain(error))?;
-        let stopped_by = (!log.is_taken_at_once()).then(|| self.qmp.clone());
-        Ok(Box::new(QemuDirtyLog { log, earlier: PageSet::default(), stopped_by }))
+        uses::log_dirty(&self.qmp, self.facts.ram_bytes).map_err(|error| self.explain(error))
     }
 
-    /// Nothing where what it writes is not noted. The guest is not stopped, so that of a write that is under way
-    /// nothing may be seen: it is a hint.
-    fn watch_writes(&self) -> Result<Option<Box<dyn DirtyLog>>, GuestError> {
-        let pid = self.qmp().peer()?;
-        let way = match Way::of(pid) {
-            Ok(way) => way,
-            Err(error) => {
-                tracing::debug!(%error, "what the guest writes last is not known");
-                return Ok(None);
-            }
-        };
-        let log = ram::log_dirty(pid, self.facts.ram_bytes, way)?;
-        Ok(Some(Box::new(QemuDirtyLog { log, earlier: PageSet::default(), stopped_by: None })))
+    fn watch_uses(&self) -> Result<Option<Box<dyn UseLog>>, GuestError> {
+        uses::watch(&self.qmp, self.facts.ram_bytes).map_err(|error| self.explain(error))
     }
 
     fn thaw(&self) -> Result<(), GuestError> {
         self.run_on().map_err(|error| self.explain(error))
-    }
-}
-
-/// What a QEMU has written to its guest's RAM.
-struct QemuDirtyLog {
-    log: WriteLog,
-    /// What was written before the mark.
-    earlier: PageSet,
-    /// Who stops the guest for a mark, where nothing may be missed and something could be.
-    stopped_by: Option<Arc<Mutex<Qmp>>>,
-}
-
-impl DirtyLog for QemuDirtyLog {
-    /// Where reading what was written and beginning anew are two things, nothing may be written between: the guest is
-    /// stopped for a moment.
-    fn mark(&mut self) -> Result<(), GuestError> {
-        let Self { log, earlier, stopped_by } = self;
-        let mut take = || log.take().map_err(QemuError::system("reading what QEMU writes"));
-        let taken = match stopped_by {
-            None => take(),
-            Some(qmp) => while_stopped(&mut locked(qmp), take),
-        };
-        earlier.add(&taken?);
-        Ok(())
-    }
-
-    fn mark_stops_guest(&self) -> bool {
-        self.stopped_by.is_some()
-    }
-
-    fn since_mark(&mut self) -> Result<PageSet, GuestError> {
-        Ok(self.log.written()?)
-    }
-
-    fn dirty(self: Box<Self>) -> Result<PageSet, GuestError> {
-        let Self { log, mut earlier, .. } = *self;
-        earlier.add(&log.dirty()?);
-        Ok(earlier)
     }
 }
 
@@ -381,22 +314,6 @@ impl DestinationGuest for QemuGuest {
 fn announce(qmp: &mut Qmp) -> Result<(), QemuError> {
     let announcement = json!({"initial": 50, "max": 550, "rounds": 5, "step": 100});
     qmp.execute("announce-self", &announcement).map(drop)
-}
-
-fn locked<T>(shared: &Mutex<T>) -> MutexGuard<'_, T> {
-    shared.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// Does something while the guest stands still with no device at work.
-fn while_stopped<T>(qmp: &mut Qmp, work: impl FnOnce() -> Result<T, QemuError>) -> Result<T, QemuError> {
-    // Somebody may have stopped it.
-    let running = qmp.execute("query-status", &json!({}))?["running"] == true;
-    qmp.execute("stop", &json!({}))?;
-    let done = work();
-    if running {
-        qmp.execute("cont", &json!({}))?;
-    }
-    done
 }
 
 /// Passes QEMU's state on, all of it, each piece as it comes.

@@ -14,8 +14,8 @@
 //! ```
 //!
 //! `facts.rs` says what a QEMU is, and refuses before anything stops what could not be moved;
-//! `foreign.rs`, who else would reach its memory. `settings.rs` has what QEMU is set to meanwhile. `balloon.rs`
-//! takes what is free out of the guest before, `self_balloon.rs` all the time.
+//! `foreign.rs`, who else would reach its memory. `settings.rs` has what QEMU is set to meanwhile, `uses.rs`
+//! what it writes and touches. `balloon.rs` takes what is free out of the guest before, `self_balloon.rs` all the time.
 
 mod balloon;
 mod facts;
@@ -28,12 +28,19 @@ mod qmp;
 mod ram;
 mod self_balloon;
 mod settings;
+mod uses;
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 pub use balloon::Inflated;
 pub use facts::Facts;
 pub use guest::QemuGuest;
 pub use host::{QemuCommand, QemuHost};
 pub use self_balloon::{SelfBalloon, Share, Turn};
+
+fn locked<T>(shared: &Mutex<T>) -> MutexGuard<'_, T> {
+    shared.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// What can go wrong between us and a QEMU. The text says what to do.
 #[derive(Debug, thiserror::Error)]

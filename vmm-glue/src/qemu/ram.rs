@@ -1,11 +1,9 @@
-//! The RAM file of a QEMU that runs, and what is written there: nothing is preloaded, nothing patched.
+//! The RAM file of a QEMU that runs, found from outside: nothing is preloaded, nothing patched.
 
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
 
-use postcopy_engine::memory::PAGE_SIZE;
 use postcopy_engine::proc_pages::is_trapped;
-use postcopy_engine::written::{Way, WriteLog};
 
 use super::QemuError;
 
@@ -47,15 +45,14 @@ pub(super) fn open(pid: i32, bytes: u64) -> Result<File, QemuError> {
     Err(QemuError::Unfit(format!("process {pid} has closed the file of its RAM ({})", wanted.name)))
 }
 
-/// Begins to note, in this way, what process `pid` writes to the one mapping that it has of its guest's RAM.
+/// Where process `pid` has its one mapping of so many bytes of its guest's RAM.
 ///
-/// Errors: it has no or several mappings of so many bytes, or is gone.
-pub(super) fn log_dirty(pid: i32, bytes: u64, way: Way) -> Result<WriteLog, QemuError> {
-    let base = only(pid, bytes, &mappings(pid, bytes)?)?.start;
-    way.begin(base, bytes / PAGE_SIZE).map_err(looking(pid, "what it writes"))
+/// Errors: it has none or several, or is gone.
+pub(super) fn address(pid: i32, bytes: u64) -> Result<u64, QemuError> {
+    Ok(only(pid, bytes, &mappings(pid, bytes)?)?.start)
 }
 
-fn looking(pid: i32, what: &str) -> impl FnOnce(std::io::Error) -> QemuError + use<> {
+pub(super) fn looking(pid: i32, what: &str) -> impl FnOnce(std::io::Error) -> QemuError + use<> {
     QemuError::system(format!("looking into QEMU's process {pid} ({what}; run as the same user, or as root)"))
 }
 

@@ -1,5 +1,7 @@
 //! What the kernel says of a process's pages: /proc/PID/pagemap, and of its mappings: /proc/PID/smaps.
 
+mod scan;
+
 use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::ops::Range;
@@ -11,6 +13,8 @@ use postcopy_transport::HostMemory;
 
 use crate::memory::PAGE_SIZE;
 use crate::page_set::PageSet;
+
+pub(crate) use self::scan::{Which, scan};
 
 /// Bytes of a page's entry.
 const ENTRY: u64 = 8;
@@ -106,9 +110,21 @@ pub(crate) fn unmapped(memory: &HostMemory) -> std::io::Result<u64> {
 
 /// The pages of a mapping of this process that are mapped.
 pub(crate) fn mapped(memory: &HostMemory) -> std::io::Result<PageSet> {
-    let (base, pages) = (memory.base() as u64, memory.len() as u64 / PAGE_SIZE);
+    mapped_in(Path::new("/proc/self"), memory.base() as u64, memory.len() as u64 / PAGE_SIZE)
+}
+
+/// Those of the `pages` pages from address `base` on that are mapped in the process of this folder in /proc.
+pub(crate) fn mapped_in(process: &Path, base: u64, pages: u64) -> std::io::Result<PageSet> {
+    match scan(&File::open(process.join("pagemap"))?, base, pages, Which::Mapped) {
+        // An older kernel.
+        Err(error) if error.raw_os_error() == Some(libc::ENOTTY) => mapped_by_entries(process, base, pages),
+        mapped => mapped,
+    }
+}
+
+fn mapped_by_entries(process: &Path, base: u64, pages: u64) -> std::io::Result<PageSet> {
     let mut mapped = PageSet::new(pages, false);
-    each(Path::new("/proc/self"), base, pages, |page, entry| {
+    each(process, base, pages, |page, entry| {
         if entry.is_present() {
             mapped.put(page, page + 1, true);
         }
@@ -134,6 +150,10 @@ mod tests {
         fallocate(memory.file(), hole, 5 << 12, 2 << 12).unwrap();
         assert!(theirs.write(5 << 12, &[2]), "used again by another process");
         assert_eq!(unmapped(&memory).unwrap(), 2);
+        let by_entries = mapped_by_entries(Path::new("/proc/self"), memory.base() as u64, 64).unwrap();
+        let runs = |set: &PageSet| set.runs(64).map(|run| (run.first.0, run.count)).collect::<Vec<_>>();
+        assert_eq!(runs(&by_entries), [(0, 5), (7, 57)]);
+        assert_eq!(runs(&mapped(&memory).unwrap()), runs(&by_entries));
     }
 
     #[test]

@@ -3,17 +3,22 @@
 //! All pages are taken out of the mapping, and what is mapped again was touched. The kernel maps some pages
 //! around one that is read (fault_around_bytes); not where userfaultfd is told of writes, so the mapping is
 //! registered for that, and no page is write-protected. Where that is refused, a page stands for its 64 KiB.
+//!
+//! [`Touched`] is for a mapping of this process, [`TouchedThere`] for one of another, which takes its pages out itself
+//! when it is asked (`away.rs`).
+
+mod away;
+mod there;
 
 use std::io;
 
 use postcopy_transport::HostMemory;
 use userfaultfd::{FeatureFlags, RegisterMode, Uffd, UffdBuilder};
 
+pub use self::there::TouchedThere;
 use crate::page_set::PageSet;
 use crate::proc_pages::mapped;
-
-/// UFFD_FEATURE_WP_HUGETLBFS_SHMEM of linux/userfaultfd.h (Linux 5.19); the binding has no name for it.
-const WP_SHMEM: FeatureFlags = FeatureFlags::from_bits_retain(1 << 12);
+use crate::tracker::WP_SHMEM;
 
 /// A mapping of this process that is watched. Costs a minor fault for each page that is touched.
 #[derive(Debug)]
@@ -55,7 +60,7 @@ fn registered(memory: &HostMemory) -> Option<Uffd> {
     builder
         .close_on_exec(true)
         .user_mode_only(false)
-        .require_features(FeatureFlags::PAGEFAULT_FLAG_WP | WP_SHMEM);
+        .require_features(FeatureFlags::PAGEFAULT_FLAG_WP | FeatureFlags::from_bits_retain(WP_SHMEM));
     let uffd = builder.create().ok()?;
     let done = uffd.register_with_mode(memory.base().cast(), memory.len(), RegisterMode::WRITE_PROTECT);
     done.ok().map(|_| uffd)

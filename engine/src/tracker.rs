@@ -1,0 +1,81 @@
+//! A userfaultfd that another process has made to have its own pages watched, and that this one works with.
+//!
+//! It must be made by the process whose pages they are. That it has one which nobody else uses is told by its
+//! features; a duplicate is taken by pidfd_getfd(2), and all requests go by that.
+
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+
+use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
+use userfaultfd::{RegisterMode, Uffd};
+
+use crate::memory::PAGE_SIZE;
+use crate::pager::{errno, owned};
+
+/// The feature of the userfaultfd that a process makes to have its writes noted (UFFD_FEATURE_WP_ASYNC of
+/// linux/userfaultfd.h, Linux 6.7).
+pub const WP_ASYNC: u64 = 1 << 15;
+/// UFFD_FEATURE_WP_HUGETLBFS_SHMEM (Linux 5.19), the only feature of that which it makes where there is no other.
+pub(crate) const WP_SHMEM: u64 = 1 << 12;
+/// What the kernel says besides of one that is set up.
+const INITIALIZED: u64 = 1 << 31;
+
+/// A duplicate of such a userfaultfd.
+#[derive(Debug)]
+pub(crate) struct Tracker(Uffd);
+
+impl Tracker {
+    /// That of process `pid` whose features are wanted, if it has one.
+    ///
+    /// Errors: this process may not take it.
+    pub(crate) fn of(pid: i32, wanted: impl Fn(u64) -> bool) -> io::Result<Option<Self>> {
+        let process = Pid::from_raw(pid).ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))?;
+        let process = pidfd_open(process, PidfdFlags::empty())?;
+        for entry in std::fs::read_dir(format!("/proc/{pid}/fd"))?.flatten() {
+            // It may have been closed meanwhile.
+            let Ok(link) = std::fs::read_link(entry.path()) else { continue };
+            let number = entry.file_name().to_str().and_then(|name| name.parse().ok());
+            let (Some(number), Some("anon_inode:[userfaultfd]")) = (number, link.to_str()) else { continue };
+            let duplicate = pidfd_getfd(&process, number, PidfdGetfdFlags::empty())?;
+            if features(&duplicate)?.is_some_and(&wanted) {
+                return owned(duplicate).map(|tracker| Some(Self(tracker)));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Registers `pages` pages from address `base` on in its process for write protection, and protects none.
+    ///
+    /// Errors: they are not one mapping, or another userfaultfd has it.
+    pub(crate) fn register(self, base: u64, pages: u64) -> io::Result<Registered> {
+        let (at, bytes) = (base as *mut libc::c_void, (pages * PAGE_SIZE) as usize);
+        self.0.register_with_mode(at, bytes, RegisterMode::WRITE_PROTECT).map_err(errno)?;
+        Ok(Registered { tracker: self, base, pages })
+    }
+}
+
+/// Features that a userfaultfd of this process was set up with: the second number behind `API:` in its fdinfo.
+fn features(descriptor: &OwnedFd) -> io::Result<Option<u64>> {
+    let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", descriptor.as_raw_fd()))?;
+    let line = info.lines().find_map(|line| line.strip_prefix("API:"));
+    let features = line.and_then(|line| u64::from_str_radix(line.split(':').nth(1)?.trim(), 16).ok());
+    Ok(features.map(|features| features & !INITIALIZED))
+}
+
+/// Pages of another process that are registered until this is dropped.
+#[derive(Debug)]
+pub(crate) struct Registered {
+    tracker: Tracker,
+    pub(crate) base: u64,
+    pub(crate) pages: u64,
+}
+
+impl Drop for Registered {
+    fn drop(&mut self) {
+        let (at, bytes) = (self.base as *mut libc::c_void, (self.pages * PAGE_SIZE) as usize);
+        if let Err(error) = self.tracker.0.unregister(at, bytes) {
+            // It may have ended.
+            tracing::debug!(%error, "pages stay registered, and protected until they are written");
+        }
+    }
+}
