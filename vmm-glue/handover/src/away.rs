@@ -30,6 +30,9 @@ const AT_ONCE: usize = 2 << 20;
 /// Mappings of guests' memory in this process. What finds no place is not watched. Nothing is allocated for it: an
 /// allocator may come here from within an allocation.
 static MEMORY: Mutex<[Range<usize>; 64]> = Mutex::new([const { 0..0 }; 64]);
+/// Held while some memory is taken out, which may not become anything else meanwhile. The list is not held for so long:
+/// QEMU unmaps other things all the time.
+static AT_WORK: Mutex<()> = Mutex::new(());
 /// One thread is enough for all of them.
 static THREAD: Once = Once::new();
 
@@ -45,15 +48,25 @@ pub(crate) fn note(addresses: Range<usize>) {
     });
 }
 
-/// There may be something else at these addresses now.
+/// There may be something else at these addresses from now on.
 pub(crate) fn forget(addresses: &Range<usize>) {
-    let mut memory = memory();
-    let gone = memory.iter_mut().filter(|noted| noted.start < addresses.end && addresses.start < noted.end);
-    gone.for_each(|noted| *noted = 0..0);
+    let mut any = false;
+    for noted in memory().iter_mut() {
+        if noted.start < addresses.end && addresses.start < noted.end {
+            (*noted, any) = (0..0, true);
+        }
+    }
+    if any {
+        drop(at_work());
+    }
 }
 
 fn memory() -> MutexGuard<'static, [Range<usize>; 64]> {
     MEMORY.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn at_work() -> MutexGuard<'static, ()> {
+    AT_WORK.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn begin() -> std::io::Result<()> {
@@ -101,7 +114,8 @@ fn serve([asked, done, wrong]: [&AtomicU32; 3]) {
             let _ = futex::wait(asked, futex::Flags::empty(), last, None);
             continue;
         }
-        let outcome = memory().iter().filter(|noted| noted.start < noted.end).try_for_each(take_out);
+        let noted = memory().clone();
+        let outcome = noted.iter().filter(|noted| noted.start < noted.end).try_for_each(take_out);
         let code = outcome.err().and_then(|error| error.raw_os_error()).unwrap_or(0);
         wrong.store(code as u32, Ordering::Relaxed);
         last = now;
@@ -113,11 +127,16 @@ fn serve([asked, done, wrong]: [&AtomicU32; 3]) {
 fn take_out(addresses: &Range<usize>) -> std::io::Result<()> {
     for first in addresses.clone().step_by(AT_ONCE) {
         let length = AT_ONCE.min(addresses.end - first);
-        // SAFETY: a mapping of guest memory begins and ends there, as nobody unmaps it while the list is held: it is
-        // shared, so that its content is the file's.
+        let at_work = at_work();
+        if !memory().contains(addresses) {
+            break;
+        }
+        // SAFETY: there is a mapping of guest memory, as whoever would make something else of it takes it off the list and
+        // then waits: it is shared, so that its content is the file's.
         if unsafe { libc::madvise(first as *mut c_void, length, libc::MADV_DONTNEED) } != 0 {
             return Err(std::io::Error::last_os_error());
         }
+        drop(at_work);
     }
     Ok(())
 }
