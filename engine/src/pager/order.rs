@@ -25,7 +25,7 @@ impl Pager {
         ranks.map(LaidOut).ok_or(PagerError::Peer("it orders pages that are not there"))
     }
 
-    /// The source's guest stands still: faults of a trap that [holds](Trap::hold) them are served from now on, and
+    /// The source's guest stands still: faults of a trap that [holds](super::Trap::hold) them are served from now on, and
     /// `recent` is read before others, the first first, as the guest touched it last. They must be pages of
     /// the guest. For the policy and the sweep pages lie in this order from now on, or by address.
     pub fn source_stands_still(&self, recent: &[Run], order: Option<LaidOut>) {

@@ -6,7 +6,7 @@
 //!
 //! **At a source** one userfaultfd for write protection is left open, asynchronous where the kernel has that (Linux 6.7):
 //! by it `pcvm migrate` sees what QEMU writes (`engine/src/written/`). Nothing is registered with it here. And a thread
-//! waits to be asked to take the memory out of the mapping ([`away`]), by which `pcvm migrate` sees what QEMU touches.
+//! waits to be asked to take the memory out of the mapping (`away.rs`), by which `pcvm migrate` sees what QEMU touches.
 //!
 //! **At a destination** `POSTCOPY_HANDOVER` names the pager's Unix socket. The pager is sent, before mmap
 //! returns, one message in the form that Firecracker uses, and the descriptors with it:
