@@ -44,15 +44,19 @@ impl HostMemory {
         Ok(Self { mapping: Arc::new(mapping), file })
     }
 
-    /// Maps the first `len` bytes of a peer's memfd for reading only.
+    /// As [`HostMemory::map`], of a memfd of another process, of which no reads can fault.
     ///
-    /// Errors: the file is shorter than `len` or not sealed against shrinking (a peer could then
-    /// make our reads fault), or what mmap(2) reports.
+    /// Errors: the file is shorter than `len` or not sealed against shrinking, or what mmap(2) reports.
+    pub fn map_sealed(file: std::fs::File, len: usize) -> std::io::Result<Self> {
+        refuse_unsealed(&file, len)?;
+        Self::map(Arc::new(file), len)
+    }
+
+    /// As [`HostMemory::map_sealed`], for reading only.
+    ///
+    /// Errors: as there.
     pub(crate) fn map_peer(file: std::fs::File, len: usize) -> std::io::Result<Self> {
-        let sealed = rustix::fs::fcntl_get_seals(&file)?.contains(rustix::fs::SealFlags::SHRINK);
-        if !sealed || file.metadata()?.len() < len as u64 {
-            return Err(std::io::Error::other("the peer's memfd is short or not sealed"));
-        }
+        refuse_unsealed(&file, len)?;
         let mapping = Mapping::new(&file, len, ProtFlags::READ)?;
         Ok(Self { mapping: Arc::new(mapping), file: Arc::new(file) })
     }
@@ -220,6 +224,15 @@ impl HostMemory {
         });
         Some(zero)
     }
+}
+
+/// Refuses a memfd of another process that is shorter than `len` or could be made so: our reads could then fault.
+fn refuse_unsealed(file: &std::fs::File, len: usize) -> io::Result<()> {
+    let sealed = rustix::fs::fcntl_get_seals(file)?.contains(rustix::fs::SealFlags::SHRINK);
+    if !sealed || file.metadata()?.len() < len as u64 {
+        return Err(io::Error::other("the peer's memfd is short or not sealed"));
+    }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -2,14 +2,14 @@
 //!
 //! A shard comes here ten times a second and at its end, never on the way of a fault.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use tokio::sync::watch;
 
 use super::timing::Timing;
 use super::waits::Waits;
-use super::{Collapsed, PagerError, PagerState, PagerStatus};
+use super::{Collapsed, PagerError, PagerState, PagerStatus, locked};
 use crate::stats::{PagerReport, StageReport, Stages};
 
 /// What the shards have told.
@@ -77,7 +77,7 @@ impl Board {
 
     /// What there is to go on with, once all shards have ended.
     pub(super) fn past(&self) -> Past {
-        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut told = locked(&self.told);
         // How many pages there are, and how many are to come, the next shards tell themselves.
         let report = PagerReport { shards: 0, total_pages: 0, outstanding_pages: 0, ..told.report() };
         told.waits.interrupt();
@@ -86,7 +86,7 @@ impl Board {
 
     /// A shard has got so far.
     pub(super) fn tell(&self, shard: usize, report: PagerReport) {
-        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut told = locked(&self.told);
         told.reports[shard] = report;
         // Under the lock, so that nobody sees an earlier sum after a later one.
         self.status.send_modify(|status| status.report = told.report());
@@ -95,7 +95,7 @@ impl Board {
     /// A shard has ended. The first that fails is the pager's failure: part of the guest's memory
     /// does not come, whatever the others do.
     pub(super) fn end(&self, shard: usize, mut end: End) {
-        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut told = locked(&self.told);
         told.reports[shard] = end.report;
         told.ended += 1;
         if !matches!(end.state, PagerState::Resident) {

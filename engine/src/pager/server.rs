@@ -9,7 +9,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use postcopy_transport::{AnyLane, Completion, Lane, LaneError, Read, RemoteRegion, Token};
@@ -19,7 +19,7 @@ use super::claims::{Claim, Claims};
 use super::landing::Place;
 use super::shards::Part;
 use super::trap::PartTrap;
-use super::{PagerError, SourceMemory, StopSignal};
+use super::{PagerError, SourceMemory, StopSignal, locked};
 use crate::memory::{PAGE_SIZE, PageIndex};
 use crate::planner::{LaneId, Ranks, Run};
 
@@ -167,11 +167,11 @@ pub(super) struct Relay(Mutex<Option<Outfit>>);
 
 impl Relay {
     pub(super) fn give(&self, outfit: Outfit) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(outfit);
+        *locked(&self.0) = Some(outfit);
     }
 
     fn take(&self) -> Option<Outfit> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
+        locked(&self.0).take()
     }
 }
 

@@ -17,11 +17,11 @@ use std::io;
 use std::ptr::null_mut;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicPtr, AtomicU32, AtomicUsize, Ordering};
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::{Mutex, OnceLock};
 use std::time::Duration;
 
-use super::MAX_SHARDS;
 use super::server::{FaultServer, Shared};
+use super::{MAX_SHARDS, locked};
 use crate::memory::PageIndex;
 
 /// Shards whose memory can be served at a time.
@@ -63,7 +63,7 @@ pub(super) struct Registration(&'static Slot);
 ///
 /// Errors: too many memories at a time, or the system refuses the handler.
 pub(super) fn register(shared: Arc<Shared>) -> io::Result<Registration> {
-    let _guard = REGISTER.lock().unwrap_or_else(PoisonError::into_inner);
+    let _guard = locked(&REGISTER);
     install()?;
     let free = TABLE.iter().find(|slot| slot.shared.load(Ordering::SeqCst).is_null());
     let slot = free.ok_or_else(|| io::Error::other("too many memories are served at a time"))?;
@@ -75,7 +75,7 @@ pub(super) fn register(shared: Arc<Shared>) -> io::Result<Registration> {
 
 impl Drop for Registration {
     fn drop(&mut self) {
-        let _guard = REGISTER.lock().unwrap_or_else(PoisonError::into_inner);
+        let _guard = locked(&REGISTER);
         let shared = self.0.shared.swap(null_mut(), Ordering::SeqCst);
         // A handler that waits for a page that never comes keeps what it looks at for ever.
         if self.0.users.load(Ordering::SeqCst) == 0 {

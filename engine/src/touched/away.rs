@@ -4,12 +4,10 @@
 use std::fs::File;
 use std::io;
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use postcopy_transport::HostMemory;
-use rustix::fs::{SealFlags, fcntl_get_seals};
 use rustix::thread::futex;
 
 use crate::memory::PAGE_SIZE;
@@ -36,11 +34,7 @@ impl Away {
             // It may have been closed meanwhile.
             if std::fs::read_link(entry.path()).is_ok_and(|link| link == Path::new(NAME)) {
                 let file = File::options().read(true).write(true).open(entry.path())?;
-                if !fcntl_get_seals(&file)?.contains(SealFlags::SHRINK) || file.metadata()?.len() < PAGE_SIZE
-                {
-                    return Err(io::Error::other("its memfd postcopy-away is short or not sealed"));
-                }
-                return HostMemory::map(Arc::new(file), PAGE_SIZE as usize).map(|page| Some(Self(page)));
+                return HostMemory::map_sealed(file, PAGE_SIZE as usize).map(|page| Some(Self(page)));
             }
         }
         Ok(None)
@@ -84,7 +78,7 @@ impl Away {
 
 #[cfg(test)]
 mod tests {
-    use rustix::fs::{MemfdFlags, memfd_create};
+    use rustix::fs::{MemfdFlags, SealFlags, memfd_create};
 
     use super::*;
 

@@ -4,7 +4,7 @@
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use postcopy_transport::HostMemory;
 use userfaultfd::{Error as UffdError, Event, EventBuffer, RegisterMode, Uffd};
@@ -12,8 +12,8 @@ use userfaultfd::{Error as UffdError, Event, EventBuffer, RegisterMode, Uffd};
 use super::{TrapEvent, Whose, failed};
 use crate::memory::{PAGE_SIZE, PageIndex};
 use crate::page_set::PageSet;
-use crate::pager::PagerError;
 use crate::pager::shards::Part;
+use crate::pager::{PagerError, locked};
 use crate::planner::Run;
 
 /// A registered part of the guest mapping. Clones share one descriptor.
@@ -102,7 +102,7 @@ impl PartTrap {
             return Ok(());
         }
         if self.whose == Whose::Theirs {
-            seen.append(&mut lock(&self.early));
+            seen.append(&mut locked(&self.early));
         }
         let events = match self.uffd.read_events(buffer) {
             Ok(events) => events,
@@ -117,7 +117,7 @@ impl PartTrap {
                 Ok(Event::Remove { start, end }) => {
                     let [first, end] = [start, end].map(|at| page(at as u64).0.min(self.part.pages));
                     if self.whose == Whose::Theirs {
-                        lock(&self.given_back).put(first, end, true);
+                        locked(&self.given_back).put(first, end, true);
                     }
                     seen.push(TrapEvent::Discarded { first: PageIndex(first), end: PageIndex(end) });
                 }
@@ -135,7 +135,7 @@ impl PartTrap {
         }
         let mut heard = Vec::new();
         self.take(&mut EventBuffer::new(1), &mut heard)?;
-        lock(&self.early).append(&mut heard);
+        locked(&self.early).append(&mut heard);
         Ok(())
     }
 
@@ -211,7 +211,7 @@ impl PartTrap {
             return len;
         }
         let end = page.0 + len / PAGE_SIZE;
-        let first = lock(&self.given_back).first(page.0, end, true);
+        let first = locked(&self.given_back).first(page.0, end, true);
         (first.unwrap_or(end) - page.0) * PAGE_SIZE
     }
 
@@ -305,10 +305,6 @@ impl AsFd for PartTrap {
         // SAFETY: the descriptor is owned by `self.uffd`, which the borrow cannot outlive.
         unsafe { BorrowedFd::borrow_raw(self.uffd.as_raw_fd()) }
     }
-}
-
-fn lock<T>(shared: &Mutex<T>) -> MutexGuard<'_, T> {
-    shared.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn wait_or(error: UffdError) -> Result<(), PagerError> {
