@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::endpoint;
-use crate::lane::{Lane, Read, Token};
+use crate::lane::{Lane, LaneClass, Read, Token};
 use crate::memory::HostMemory;
 use crate::region::{LocalRegion, RemoteRegion};
 use crate::tcp::{Exports, TcpLane, serve};
@@ -63,7 +63,7 @@ pub fn tcp_responder(bytes: &[u8]) {
     let Some((ours, mut theirs)) = streams() else { return };
     let Ok(memory) = HostMemory::anonymous("fuzz", LEN) else { return };
     // A key that a short input can name, so that reads inside the region are tried too.
-    let exports = Arc::new(Exports { regions: vec![(0, memory)] });
+    let exports = Arc::new(Exports::new(vec![(0, memory)]));
     let client = std::thread::spawn({
         let (bytes, mut reading) = (bytes.to_vec(), theirs.try_clone());
         move || {
@@ -73,7 +73,7 @@ pub fn tcp_responder(bytes: &[u8]) {
             while reading.as_mut().is_ok_and(|from| from.read(&mut sink).is_ok_and(|got| got > 0)) {}
         }
     });
-    drop(serve(&ours, &exports, Duration::ZERO));
+    drop(serve(&ours, &exports, LaneClass::Urgent, Duration::ZERO));
     drop(ours);
     assert!(client.join().is_ok());
 }

@@ -33,7 +33,7 @@ pub mod tcp;
 pub mod verbs;
 
 pub use endpoint::{
-    AnyLane, EndpointOptions, Exporter, Importer, LaneRequest, MAX_PATHS, Transport, default_spin,
+    AnyLane, DEFAULT_SPIN, EndpointOptions, Exporter, Importer, LaneRequest, MAX_PATHS, Transport,
 };
 pub use error::{LaneError, ReadError, SetupError};
 pub use lane::{Completion, Lane, LaneClass, Read, Token};

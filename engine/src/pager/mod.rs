@@ -96,10 +96,10 @@ pub struct PagerConfig {
 }
 
 impl Default for PagerConfig {
-    /// Spins as [`postcopy_transport::default_spin`] says.
+    /// Spins as [`postcopy_transport::DEFAULT_SPIN`] says.
     fn default() -> Self {
         let (planner, huge_pages) = (PlannerConfig::default(), HugePages::default());
-        Self { spin: postcopy_transport::default_spin(), planner, huge_pages }
+        Self { spin: postcopy_transport::DEFAULT_SPIN, planner, huge_pages }
     }
 }
 

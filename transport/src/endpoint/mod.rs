@@ -112,7 +112,7 @@ pub struct EndpointOptions {
     /// page faults. Default: pinned, whose first access is not slower than the others.
     pub on_demand: bool,
     /// How long the responder of an urgent TCP lane polls its socket for the next request before it
-    /// sleeps. Default: [`default_spin`].
+    /// sleeps. Default: [`DEFAULT_SPIN`].
     pub spin: Option<Duration>,
 }
 
@@ -131,10 +131,7 @@ pub(crate) fn fuzz_envelope(bytes: &[u8]) {
     }
 }
 
-/// How long a thread polls before it sleeps, where nothing else is said: 100 µs on four cores or
-/// more, 50 µs on fewer, where a spinning thread keeps others from running. It must outlast what the
+/// How long a thread polls before it sleeps, where nothing else is said. It must outlast what the
 /// other side needs until its next request: with less than that the fault path sleeps twice a fault
 /// (docs/adr/0007-who-spins.md has the figures).
-pub fn default_spin() -> Duration {
-    Duration::from_micros(if crate::is_crowded() { 50 } else { 100 })
-}
+pub const DEFAULT_SPIN: Duration = Duration::from_micros(100);

@@ -4,6 +4,7 @@
 //! are each handed a connected stream.
 
 mod alive;
+mod exports;
 mod lane;
 mod responder;
 mod vectored;
@@ -15,13 +16,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 pub use alive::{LOST_AFTER, watch_over};
+pub(crate) use exports::Exports;
 pub use lane::TcpLane;
-pub(crate) use responder::Exports;
 use responder::Responder;
 #[cfg(feature = "fuzz")]
 pub(crate) use responder::serve;
 
-use crate::endpoint::{EndpointOptions, default_spin};
+use crate::endpoint::{DEFAULT_SPIN, EndpointOptions};
 use crate::error::SetupError;
 use crate::lane::LaneClass;
 use crate::memory::HostMemory;
@@ -43,14 +44,19 @@ impl TcpExporter {
     pub fn new(memories: &[HostMemory], options: &EndpointOptions) -> Result<Self, SetupError> {
         let keyed = |memory: &HostMemory| Ok((random_key()?, memory.clone()));
         let regions = memories.iter().map(keyed).collect::<Result<_, SetupError>>()?;
-        let spin = options.spin.unwrap_or_else(default_spin);
-        Ok(Self { exports: Arc::new(Exports { regions }), lanes: Vec::new(), awaited: VecDeque::new(), spin })
+        let spin = options.spin.unwrap_or(DEFAULT_SPIN);
+        Ok(Self {
+            exports: Arc::new(Exports::new(regions)),
+            lanes: Vec::new(),
+            awaited: VecDeque::new(),
+            spin,
+        })
     }
 
     /// The capabilities to give to the importer, in the order of the memories.
     pub fn regions(&self) -> Vec<RemoteRegion> {
         let region = |(key, memory): &(u64, HostMemory)| RemoteRegion::new(0, memory.len() as u64, *key);
-        self.exports.regions.iter().map(region).collect()
+        self.exports.regions().iter().map(region).collect()
     }
 
     /// Promises to serve a path of a lane, whose stream follows.
@@ -65,7 +71,7 @@ impl TcpExporter {
     }
 
     /// Serves the first path that awaits it on a connected stream. Urgent lanes spin for the next
-    /// request, bulk lanes sleep.
+    /// request, if processors are to be had; bulk lanes sleep.
     ///
     /// Errors: none awaits a stream, or the system refuses a socket option or a thread.
     pub fn attach(&mut self, stream: TcpStream) -> Result<(), SetupError> {

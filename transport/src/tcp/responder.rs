@@ -11,12 +11,12 @@ use rustix::net::RecvFlags;
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::alive::watch_over;
+use super::exports::Exports;
 use super::vectored::{self, Vectors};
 use super::wire::{OP_READ, REQUEST_BYTES, RESPONSE_BYTES, Request, Response, STATUS_OK, STATUS_REFUSED};
 use crate::lane::LaneClass;
-use crate::memory::HostMemory;
 use crate::region::MAX_READ;
-use crate::sched::go_first;
+use crate::sched::{go_first, is_crowded};
 
 /// Requests taken from the socket at once.
 const BATCH: usize = 32;
@@ -29,20 +29,6 @@ const SEND_BYTES: usize = 512 << 10;
 /// What a refused read is padded with, in pieces of this many bytes.
 const PADDING: usize = 64 << 10;
 
-/// Memory that a responder may serve: each with the key that opens it.
-pub(crate) struct Exports {
-    pub(crate) regions: Vec<(u64, HostMemory)>,
-}
-
-impl Exports {
-    /// The memory that a request may read, if key and bounds are right.
-    fn find(&self, request: &Request) -> Option<&HostMemory> {
-        let (_, memory) = self.regions.iter().find(|(key, _)| *key == request.key.get())?;
-        memory.at(request.addr.get(), request.len.get() as usize)?;
-        Some(memory)
-    }
-}
-
 /// A running responder. Dropping it closes the connection and ends the thread.
 pub(crate) struct Responder {
     stream: TcpStream,
@@ -51,7 +37,8 @@ pub(crate) struct Responder {
 
 impl Responder {
     /// Starts to answer. For an urgent lane the thread polls for `spin` after each answer before it
-    /// sleeps.
+    /// sleeps; not while bulk is under way where cores are few, as it would keep those from running that
+    /// carry it (docs/adr/0007-who-spins.md).
     pub(crate) fn start(
         stream: TcpStream,
         exports: Arc<Exports>,
@@ -59,7 +46,6 @@ impl Responder {
         class: LaneClass,
         spin: Duration,
     ) -> io::Result<Self> {
-        let spin = if class == LaneClass::Urgent { spin } else { Duration::ZERO };
         watch_over(&stream)?;
         stream.set_nodelay(true)?;
         stream.set_nonblocking(false)?;
@@ -68,7 +54,7 @@ impl Responder {
             if class == LaneClass::Urgent {
                 go_first();
             }
-            if let Err(error) = serve(&serving, &exports, spin) {
+            if let Err(error) = serve(&serving, &exports, class, spin) {
                 tracing::debug!(lane, %error, "responder ended");
             }
             // The reader must not wait for answers that will not come.
@@ -88,11 +74,18 @@ impl Drop for Responder {
 }
 
 /// Answers until the peer goes away or breaks the protocol.
-pub(crate) fn serve(stream: &TcpStream, exports: &Exports, spin: Duration) -> io::Result<()> {
+pub(crate) fn serve(
+    stream: &TcpStream,
+    exports: &Exports,
+    class: LaneClass,
+    spin: Duration,
+) -> io::Result<()> {
+    let crowded = is_crowded();
     let mut buffer = [0u8; BATCH * REQUEST_BYTES];
     let mut filled = 0;
     loop {
-        match receive(stream, &mut buffer[filled..], spin) {
+        let polls = class == LaneClass::Urgent && !(crowded && exports.is_drained());
+        match receive(stream, &mut buffer[filled..], if polls { spin } else { Duration::ZERO }) {
             Ok(0) => return Ok(()),
             Ok(got) => filled += got,
             Err(error) if error.kind() == ErrorKind::Interrupted => continue,
@@ -100,6 +93,9 @@ pub(crate) fn serve(stream: &TcpStream, exports: &Exports, spin: Duration) -> io
         }
         let whole = filled - filled % REQUEST_BYTES;
         let requests = <[Request]>::ref_from_bytes(&buffer[..whole]).map_err(|_| ErrorKind::InvalidData)?;
+        if class == LaneClass::Bulk {
+            exports.note_bulk();
+        }
         answer(stream, exports, requests)?;
         buffer.copy_within(whole..filled, 0);
         filled -= whole;
