@@ -15,6 +15,7 @@ use postcopy_e2e::cutter::{Line, assert_cut, cut_after};
 use postcopy_e2e::qemu::{LOOPBACK, NOBODY, Place, Plain, QemuGuest, address, library, transports};
 use postcopy_e2e::{Scratch, assert_refused, free_port, pcvm, run, stderr, wait_until};
 use rustix::process::{Pid, Signal, kill_process};
+use serde_json::json;
 
 /// Messages before the one that hands the guest over; its state is in one or more pieces.
 const BEFORE_STATE: i64 = 4;
@@ -183,6 +184,35 @@ fn a_connection_cut_before_the_handover_leaves_the_guest_running() {
     source.migrate(&destination, to, "tcp");
     assert!(runs(&destination));
     wait_until("QEMU is set up for moves of its own", || destination.settings() == before);
+}
+
+/// As whoever manages it may have left it: of these some would have its migration wait for them, and others have it begin one
+/// that carries memory.
+#[test]
+fn a_guest_whose_migration_is_set_to_other_ends_moves_and_is_set_back() {
+    let scratch = Scratch::new("stock-other-ends");
+    let machine = Plain::firmware();
+    let source = machine.start(&scratch, "a");
+    let set = |others: &[&str], on: bool| {
+        let each: Vec<_> = others.iter().map(|name| json!({"capability": name, "state": on})).collect();
+        source.qmp("migrate-set-capabilities", json!({"capabilities": each}));
+    };
+    source.qmp("migrate-set-parameters", json!({"tls-creds": "theirs", "max-bandwidth": 1 << 20}));
+    for other in ["pause-before-switchover", "postcopy-ram", "return-path", "multifd", "background-snapshot"]
+    {
+        set(&[other], true);
+        let before = source.settings();
+        let (_destination, to) = machine.receive(&scratch, &format!("cut-{other}"), LOOPBACK, &[]);
+        let cut = SocketAddr::new(LOOPBACK, cut_after(BEFORE_STATE + 1, to.port()));
+        assert_cut(&source.try_migrate(cut, "tcp"));
+        assert!(runs(&source), "{other}");
+        assert_eq!(source.settings(), before, "{other}");
+        set(&[other], false);
+    }
+    set(&["pause-before-switchover", "return-path"], true);
+    let (destination, to) = machine.receive(&scratch, "b", LOOPBACK, &[]);
+    source.migrate(&destination, to, "tcp");
+    assert!(runs(&destination));
 }
 
 /// Its devices touch memory as they are loaded, and that does not come.

@@ -1,7 +1,7 @@
 //! What a QEMU is set to for a move of ours, and back: a later migration of its own must carry the RAM, and whoever manages
 //! it has settings of its own.
 
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use super::QemuError;
 use super::qmp::Qmp;
@@ -14,7 +14,9 @@ pub(super) enum Side {
 }
 
 impl Side {
-    /// Capabilities of QEMU's migration that such a side needs.
+    /// Capabilities of QEMU's migration that such a side needs. All others are off for a move: of those that whoever manages it
+    /// may have left on, some do not go with these, and with others its migration would wait, the guest stopped, for
+    /// somebody to tell it to go on.
     fn needs(self) -> &'static [&'static str] {
         match self {
             Self::Source => &["x-ignore-shared", "events"],
@@ -25,15 +27,22 @@ impl Side {
 
 /// Bytes a second that QEMU may write its state with.
 const NO_LIMIT: u64 = 10 << 30;
+
+/// Parameters of QEMU's migration for a move: its state goes to us, and nobody there speaks TLS.
+fn parameters() -> [(&'static str, Value); 2] {
+    [("max-bandwidth", json!(NO_LIMIT)), ("tls-creds", json!(""))]
+}
+
 /// Whether it leaves out a description of its state, for tools that look into one. It takes time while the guest stands
 /// still, and QEMU's own post-copy leaves it out too. Both sides have to be of one mind.
 const SUPPRESSED: &str = "suppress-vmdesc";
 
 /// What a QEMU is set to without a move of ours.
 pub(super) struct Settings {
-    /// What is needed and off.
-    capabilities: Vec<&'static str>,
-    bandwidth: Value,
+    /// Those that are needed and off, and those that are on and not needed.
+    capabilities: Vec<(String, bool)>,
+    /// Those of [`parameters`] that it has.
+    parameters: Map<String, Value>,
     suppressed: Value,
 }
 
@@ -43,35 +52,46 @@ impl Settings {
     /// Errors: QEMU has ended.
     pub(super) fn now(qmp: &mut Qmp, side: Side) -> Result<Self, QemuError> {
         let now = qmp.execute("query-migrate-capabilities", &json!({}))?;
-        let is_on = |name: &str| {
-            let mut all = now.as_array().into_iter().flatten();
-            all.any(|one| one["capability"] == name && one["state"] == true)
-        };
-        let capabilities = side.needs().iter().copied().filter(|name| !is_on(name)).collect();
-        let bandwidth = qmp.execute("query-migrate-parameters", &json!({}))?["max-bandwidth"].take();
+        let each = now.as_array().into_iter().flatten().filter_map(|one| {
+            let (name, on) = (one["capability"].as_str()?, one["state"] == true);
+            (on != side.needs().contains(&name)).then(|| (name.to_owned(), on))
+        });
+        let capabilities = each.collect();
+        let now = qmp.execute("query-migrate-parameters", &json!({}))?;
+        let each = parameters().into_iter().filter(|(name, _)| !now[*name].is_null());
+        let parameters = each.map(|(name, _)| (name.to_owned(), now[name].clone())).collect();
         let suppressed = qmp.execute("qom-get", &json!({"path": "/machine", "property": SUPPRESSED}))?;
-        Ok(Self { capabilities, bandwidth, suppressed })
+        Ok(Self { capabilities, parameters, suppressed })
     }
 
     /// Sets it up.
     ///
     /// Errors: QEMU refuses, or has ended.
     pub(super) fn for_a_move(&self, qmp: &mut Qmp) -> Result<(), QemuError> {
-        self.set(qmp, true, &json!(NO_LIMIT), &json!(true))
+        let ours = parameters().into_iter().filter(|(name, _)| self.parameters.contains_key(*name));
+        self.set(qmp, |on| !on, ours.collect(), &json!(true))
     }
 
     /// Sets it back.
     ///
     /// Errors: as [`Settings::for_a_move`].
     pub(super) fn restore(&self, qmp: &mut Qmp) -> Result<(), QemuError> {
-        self.set(qmp, false, &self.bandwidth, &self.suppressed)
+        self.set(qmp, |on| on, json!(self.parameters), &self.suppressed)
     }
 
-    fn set(&self, qmp: &mut Qmp, on: bool, bandwidth: &Value, suppressed: &Value) -> Result<(), QemuError> {
-        let each = self.capabilities.iter().map(|name| json!({"capability": name, "state": on}));
+    /// Sets capabilities to what `state` makes of what they were, and the rest to these.
+    fn set(
+        &self,
+        qmp: &mut Qmp,
+        state: impl Fn(bool) -> bool,
+        parameters: Value,
+        suppressed: &Value,
+    ) -> Result<(), QemuError> {
+        let each =
+            self.capabilities.iter().map(|(name, on)| json!({"capability": name, "state": state(*on)}));
         let all: Vec<Value> = each.collect();
         qmp.execute("migrate-set-capabilities", &json!({"capabilities": all}))?;
-        qmp.execute("migrate-set-parameters", &json!({"max-bandwidth": bandwidth}))?;
+        qmp.execute("migrate-set-parameters", &parameters)?;
         let suppress = json!({"path": "/machine", "property": SUPPRESSED, "value": suppressed});
         qmp.execute("qom-set", &suppress).map(drop)
     }
