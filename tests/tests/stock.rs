@@ -6,7 +6,7 @@
 #![allow(clippy::unwrap_used)] // helpers of tests, where a panic is the report
 
 use std::io::Read;
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpListener};
 use std::process::Command;
 use std::time::Duration;
 
@@ -213,6 +213,25 @@ fn a_guest_whose_migration_is_set_to_other_ends_moves_and_is_set_back() {
     let (destination, to) = machine.receive(&scratch, "b", LOOPBACK, &[]);
     source.migrate(&destination, to, "tcp");
     assert!(runs(&destination));
+}
+
+#[test]
+fn a_guest_that_qemu_itself_is_moving_is_left_to_it() {
+    let scratch = Scratch::new("stock-moving");
+    let machine = Plain::firmware();
+    let source = machine.start(&scratch, "a");
+    let (_destination, to) = machine.receive(&scratch, "b", LOOPBACK, &[]);
+    let elsewhere = TcpListener::bind((LOOPBACK, 0)).unwrap();
+    // So slow that it does not end.
+    source.qmp("migrate-set-parameters", json!({"max-bandwidth": 4096}));
+    source.qmp("migrate", json!({"uri": format!("tcp:{}", elsewhere.local_addr().unwrap())}));
+    let is_moving = || source.qmp("query-migrate", json!({}))["status"] == "active";
+    wait_until("QEMU moves it", is_moving);
+    assert_refused(
+        &source.try_migrate(to, "tcp"),
+        &["QEMU is moving it already", "active", "migrate_cancel"],
+    );
+    assert!(is_moving() && runs(&source));
 }
 
 /// Its devices touch memory as they are loaded, and that does not come.

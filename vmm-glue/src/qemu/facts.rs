@@ -148,7 +148,25 @@ fn ram(qmp: &mut Qmp, version: [u32; 3]) -> Result<u64, QemuError> {
     }
 }
 
-/// Refuses what QEMU itself would not move, and encrypted memory.
+/// What QEMU calls a migration that has begun and is not over.
+const UNDER_WAY: [&str; 9] = [
+    "setup",
+    "active",
+    "wait-unplug",
+    "pre-switchover",
+    "device",
+    "postcopy-active",
+    "postcopy-paused",
+    "colo",
+    "cancelling",
+];
+
+/// What QEMU calls its migration, by its answer to `query-migrate`, if there is one that has begun and is not over.
+pub(super) fn under_way(migration: &Value) -> Option<&str> {
+    migration["status"].as_str().filter(|status| UNDER_WAY.contains(status))
+}
+
+/// Refuses what QEMU itself would not move, or moves already, and encrypted memory.
 fn refuse_what_is_blocked(qmp: &mut Qmp) -> Result<(), QemuError> {
     if text(qmp, "/machine", "confidential-guest-support").is_ok_and(|guest| !guest.is_empty()) {
         return Err(QemuError::Unfit(
@@ -156,6 +174,11 @@ fn refuse_what_is_blocked(qmp: &mut Qmp) -> Result<(), QemuError> {
         ));
     }
     let migration = qmp.execute("query-migrate", &json!({}))?;
+    if let Some(status) = under_way(&migration) {
+        return Err(QemuError::Unfit(format!(
+            "QEMU is moving it already (query-migrate says {status}); wait for the end of that, or end it (migrate_cancel)"
+        )));
+    }
     let reasons = migration["blocked-reasons"].as_array().into_iter().flatten();
     let reasons: Vec<&str> = reasons.filter_map(Value::as_str).collect();
     match reasons.is_empty() {

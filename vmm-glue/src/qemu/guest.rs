@@ -41,6 +41,8 @@ pub struct QemuGuest {
     resumed: AtomicBool,
     /// What QEMU was set to before the move.
     before: Mutex<Option<Settings>>,
+    /// Whether it was asked to write its state: a migration under way may be ours.
+    saving: AtomicBool,
     /// Bytes that the guest is to have after the move, where its balloon took some for that.
     deflate_to: Mutex<Option<u64>>,
 }
@@ -90,7 +92,8 @@ impl QemuGuest {
         };
         let (qmp, resumed) = (Arc::new(Mutex::new(qmp)), AtomicBool::new(false));
         let (before, deflate_to) = (Mutex::new(before), Mutex::new(deflate_to));
-        Self { facts, memory, qmp, process, threads, resumed, before, deflate_to }
+        let saving = AtomicBool::new(false);
+        Self { facts, memory, qmp, process, threads, resumed, before, saving, deflate_to }
     }
 
     /// Has its balloon take so many per cent of what it calls free, which then need not move. It gets them back at
@@ -183,6 +186,7 @@ impl QemuGuest {
         qmp.give("postcopy-state", theirs.as_fd())?;
         // QEMU's copy alone is left, so that its end is seen.
         drop(theirs);
+        self.saving.store(true, Ordering::Release);
         qmp.execute("migrate", &json!({"uri": "fd:postcopy-state"}))?;
         pass_on(ours, state)?;
         migration_ends(&mut qmp, "save the guest's state")?;
@@ -193,25 +197,9 @@ impl QemuGuest {
 
     fn run_on(&self) -> Result<(), QemuError> {
         let mut qmp = self.qmp();
-        qmp.execute("migrate_cancel", &json!({}))?;
-        let end = Instant::now() + STATE_PATIENCE;
-        let running = loop {
-            let migration = qmp.execute("query-migrate", &json!({}))?;
-            let guest = qmp.execute("query-status", &json!({}))?;
-            // A migration that is over may not have let go of the guest yet, which then cannot be continued.
-            let under_way =
-                matches!(migration["status"].as_str(), Some("setup" | "active" | "device" | "cancelling"));
-            if !under_way && guest["status"] != "finish-migrate" {
-                break guest["running"] == true;
-            }
-            if Instant::now() > end {
-                let reason = format!("it is still {}, the guest {}", migration["status"], guest["status"]);
-                return Err(QemuError::Migration { what: "end the saving of its state", reason });
-            }
-            std::thread::sleep(Duration::from_millis(5));
-        };
-        if !running {
-            qmp.execute("cont", &json!({}))?;
+        // Another's migration is let be.
+        if self.saving.swap(false, Ordering::AcqRel) {
+            call_off(&mut qmp)?;
         }
         if let Some(before) = locked(&self.before).take()
             && let Err(error) = before.restore(&mut qmp)
@@ -330,6 +318,30 @@ fn pass_on(mut stream: UnixStream, state: &mut dyn Write) -> Result<(), QemuErro
             }
         }
     }
+}
+
+/// Ends a migration of QEMU's, which may be over, and has the guest run.
+fn call_off(qmp: &mut Qmp) -> Result<(), QemuError> {
+    qmp.execute("migrate_cancel", &json!({}))?;
+    let end = Instant::now() + STATE_PATIENCE;
+    let running = loop {
+        let migration = qmp.execute("query-migrate", &json!({}))?;
+        let guest = qmp.execute("query-status", &json!({}))?;
+        // A migration that is over may not have let go of the guest yet, which then cannot be continued.
+        let under_way = facts::under_way(&migration);
+        if under_way.is_none() && guest["status"] != "finish-migrate" {
+            break guest["running"] == true;
+        }
+        if Instant::now() > end {
+            let reason = format!("it is still {}, the guest {}", migration["status"], guest["status"]);
+            return Err(QemuError::Migration { what: "end the saving of its state", reason });
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    };
+    if !running {
+        qmp.execute("cont", &json!({}))?;
+    }
+    Ok(())
 }
 
 /// Waits for the end of a migration of QEMU's.
