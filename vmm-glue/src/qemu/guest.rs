@@ -198,8 +198,9 @@ impl QemuGuest {
     fn run_on(&self) -> Result<(), QemuError> {
         let mut qmp = self.qmp();
         // Another's migration is let be.
-        if self.saving.swap(false, Ordering::AcqRel) {
+        if self.saving.load(Ordering::Acquire) {
             call_off(&mut qmp)?;
+            self.saving.store(false, Ordering::Release);
         }
         if let Some(before) = locked(&self.before).take()
             && let Err(error) = before.restore(&mut qmp)

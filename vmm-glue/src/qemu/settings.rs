@@ -1,7 +1,7 @@
 //! What a QEMU is set to for a move of ours, and back: a later migration of its own must carry the RAM, and whoever manages
 //! it has settings of its own.
 
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
 use super::QemuError;
 use super::qmp::Qmp;
@@ -27,12 +27,8 @@ impl Side {
 
 /// Bytes a second that QEMU may write its state with.
 const NO_LIMIT: u64 = 10 << 30;
-
-/// Parameters of QEMU's migration for a move: its state goes to us, and nobody there speaks TLS.
-fn parameters() -> [(&'static str, Value); 2] {
-    [("max-bandwidth", json!(NO_LIMIT)), ("tls-creds", json!(""))]
-}
-
+/// None: its state goes to us, who speak no TLS with it.
+const NO_TLS: &str = "";
 /// Whether it leaves out a description of its state, for tools that look into one. It takes time while the guest stands
 /// still, and QEMU's own post-copy leaves it out too. Both sides have to be of one mind.
 const SUPPRESSED: &str = "suppress-vmdesc";
@@ -41,8 +37,8 @@ const SUPPRESSED: &str = "suppress-vmdesc";
 pub(super) struct Settings {
     /// Those that are needed and off, and those that are on and not needed.
     capabilities: Vec<(String, bool)>,
-    /// Those of [`parameters`] that it has.
-    parameters: Map<String, Value>,
+    bandwidth: Value,
+    tls: Value,
     suppressed: Value,
 }
 
@@ -57,40 +53,39 @@ impl Settings {
             (on != side.needs().contains(&name)).then(|| (name.to_owned(), on))
         });
         let capabilities = each.collect();
-        let now = qmp.execute("query-migrate-parameters", &json!({}))?;
-        let each = parameters().into_iter().filter(|(name, _)| !now[*name].is_null());
-        let parameters = each.map(|(name, _)| (name.to_owned(), now[name].clone())).collect();
+        let mut now = qmp.execute("query-migrate-parameters", &json!({}))?;
+        let [bandwidth, tls] = ["max-bandwidth", "tls-creds"].map(|name| now[name].take());
         let suppressed = qmp.execute("qom-get", &json!({"path": "/machine", "property": SUPPRESSED}))?;
-        Ok(Self { capabilities, parameters, suppressed })
+        Ok(Self { capabilities, bandwidth, tls, suppressed })
     }
 
     /// Sets it up.
     ///
     /// Errors: QEMU refuses, or has ended.
     pub(super) fn for_a_move(&self, qmp: &mut Qmp) -> Result<(), QemuError> {
-        let ours = parameters().into_iter().filter(|(name, _)| self.parameters.contains_key(*name));
-        self.set(qmp, |on| !on, ours.collect(), &json!(true))
+        self.set(qmp, true, [&json!(NO_LIMIT), &json!(NO_TLS)], &json!(true))
     }
 
     /// Sets it back.
     ///
     /// Errors: as [`Settings::for_a_move`].
     pub(super) fn restore(&self, qmp: &mut Qmp) -> Result<(), QemuError> {
-        self.set(qmp, |on| on, json!(self.parameters), &self.suppressed)
+        self.set(qmp, false, [&self.bandwidth, &self.tls], &self.suppressed)
     }
 
-    /// Sets capabilities to what `state` makes of what they were, and the rest to these.
+    /// Sets capabilities to what they are not, for a move, or to what they were; and the rest to these.
     fn set(
         &self,
         qmp: &mut Qmp,
-        state: impl Fn(bool) -> bool,
-        parameters: Value,
+        moves: bool,
+        [bandwidth, tls]: [&Value; 2],
         suppressed: &Value,
     ) -> Result<(), QemuError> {
         let each =
-            self.capabilities.iter().map(|(name, on)| json!({"capability": name, "state": state(*on)}));
+            self.capabilities.iter().map(|(name, on)| json!({"capability": name, "state": *on != moves}));
         let all: Vec<Value> = each.collect();
         qmp.execute("migrate-set-capabilities", &json!({"capabilities": all}))?;
+        let parameters = json!({"max-bandwidth": bandwidth, "tls-creds": tls});
         qmp.execute("migrate-set-parameters", &parameters)?;
         let suppress = json!({"path": "/machine", "property": SUPPRESSED, "value": suppressed});
         qmp.execute("qom-set", &suppress).map(drop)
