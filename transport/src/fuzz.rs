@@ -36,7 +36,7 @@ pub fn tcp_lane(bytes: &[u8]) {
     let Some((ours, mut theirs)) = streams() else { return };
     let Ok(landing) = HostMemory::anonymous("fuzz-landing", LEN) else { return };
     assert!(landing.write(0, &[BEFORE; LEN]));
-    let Ok(mut lane) = TcpLane::over(ours, vec![landing.clone()]) else { return };
+    let Ok(mut lane) = TcpLane::over(ours.into(), vec![landing.clone()]) else { return };
     let local = LocalRegion { index: 0, len: LEN as u64 };
     let remote = RemoteRegion::new(0, LEN as u64, 1);
     let places = [(0u64, 8u32), (4096, 4096), (16384, 100)];
@@ -73,7 +73,8 @@ pub fn tcp_responder(bytes: &[u8]) {
             while reading.as_mut().is_ok_and(|from| from.read(&mut sink).is_ok_and(|got| got > 0)) {}
         }
     });
-    drop(serve(&ours, &exports, LaneClass::Urgent, Duration::ZERO));
+    let mut ours = ours.into();
+    drop(serve(&mut ours, &exports, LaneClass::Urgent, Duration::ZERO));
     drop(ours);
     assert!(client.join().is_ok());
 }

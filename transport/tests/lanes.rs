@@ -6,12 +6,16 @@
 
 use std::io::{Read as _, Write as _};
 use std::net::{TcpListener, TcpStream};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use postcopy_transport::tcp::Stream;
 use postcopy_transport::{
     AnyLane, Completion, EndpointOptions, Exporter, HostMemory, Importer, Lane, LaneClass, LaneError, Read,
     ReadError, RemoteRegion, SetupError, Token, Transport,
 };
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::{ClientConfig, ClientConnection, Connection, RootCertStore, ServerConfig, ServerConnection};
 
 const MEMORY: usize = 4 << 20;
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -44,6 +48,39 @@ fn stream_pair() -> (TcpStream, TcpStream) {
     (one, listener.accept().unwrap().0)
 }
 
+/// A connected pair under TLS: who dials is served by who listens, as in a session a source by its destination.
+fn tls_pair() -> (Stream, Stream) {
+    let (dials, listens, _) = tls_pair_and_socket();
+    (dials, listens)
+}
+
+/// And what the one who dials has, below TLS.
+fn tls_pair_and_socket() -> (Stream, Stream, TcpStream) {
+    let key = rcgen::generate_simple_self_signed(["peer".to_owned()]).unwrap();
+    let certificate: CertificateDer = key.cert.der().clone();
+    let mut authorities = RootCertStore::empty();
+    authorities.add(certificate.clone()).unwrap();
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let client = ClientConfig::builder_with_provider(provider.clone()).with_safe_default_protocol_versions();
+    let client = client.unwrap().with_root_certificates(authorities).with_no_client_auth();
+    let server = ServerConfig::builder_with_provider(provider).with_safe_default_protocol_versions();
+    let own = PrivateKeyDer::try_from(key.signing_key.serialize_der()).unwrap();
+    let server = server.unwrap().with_no_client_auth().with_single_cert(vec![certificate], own).unwrap();
+    let (mut dials, mut listens) = stream_pair();
+    let serving = std::thread::spawn(move || {
+        let mut connection: Connection = ServerConnection::new(Arc::new(server)).unwrap().into();
+        connection.complete_io(&mut listens).unwrap();
+        Stream::under_tls(listens, connection)
+    });
+    let name = "peer".try_into().unwrap();
+    let mut connection: Connection = ClientConnection::new(Arc::new(client), name).unwrap().into();
+    while connection.is_handshaking() {
+        connection.complete_io(&mut dials).unwrap();
+    }
+    let below = dials.try_clone().unwrap();
+    (Stream::under_tls(dials, connection), serving.join().unwrap(), below)
+}
+
 /// Bytes that differ by position, over all of memory.
 fn filled(len: usize) -> (HostMemory, Vec<u8>) {
     let mut state = 0x9e37_79b9_7f4a_7c15u64;
@@ -60,22 +97,51 @@ fn filled(len: usize) -> (HostMemory, Vec<u8>) {
     (memory, bytes)
 }
 
-fn pair(transport: Transport) -> (Pair, Vec<u8>) {
-    pair_by(transport, LaneClass::Urgent, &EndpointOptions::default())
+/// A way to make a lane.
+#[derive(Clone, Debug)]
+struct Variant {
+    transport: Transport,
+    tls: bool,
+    class: LaneClass,
+    options: EndpointOptions,
 }
 
-fn pair_by(transport: Transport, class: LaneClass, options: &EndpointOptions) -> (Pair, Vec<u8>) {
+fn pair(transport: Transport) -> (Pair, Vec<u8>) {
+    pair_by(&Variant {
+        transport,
+        tls: false,
+        class: LaneClass::Urgent,
+        options: EndpointOptions::default(),
+    })
+}
+
+fn pair_by(Variant { transport, tls, class, options }: &Variant) -> (Pair, Vec<u8>) {
     let (source, bytes) = filled(MEMORY);
     let landing = HostMemory::anonymous("landing", MEMORY).unwrap();
-    let mut exporter = Exporter::new(transport, std::slice::from_ref(&source), options).unwrap();
-    let importer = Importer::new(transport, std::slice::from_ref(&landing), options).unwrap();
-    let lane = importer.connect_local(&mut exporter, class).unwrap();
+    let mut exporter = Exporter::new(*transport, std::slice::from_ref(&source), options).unwrap();
+    let importer = Importer::new(*transport, std::slice::from_ref(&landing), options).unwrap();
+    let lane = match tls {
+        false => importer.connect_local(&mut exporter, *class).unwrap(),
+        true => lane_under_tls(&importer, &mut exporter, *class),
+    };
     (Pair { exporter, source, landing, importer, lane }, bytes)
 }
 
-/// Lanes of every class, of one path and of several, and (with two devices named in
+fn lane_under_tls(importer: &Importer, exporter: &mut Exporter, class: LaneClass) -> AnyLane {
+    let (request, blob) = importer.request(class).unwrap();
+    let grant = exporter.grant(&blob).unwrap();
+    let mut streams = Vec::new();
+    for _ in 0..request.streams() {
+        let (served, reads) = tls_pair();
+        exporter.attach(served).unwrap();
+        streams.push(reads);
+    }
+    importer.connect(request, &grant, streams).unwrap()
+}
+
+/// Lanes of every class, of one path and of several, in clear and under TLS, and (with two devices named in
 /// `POSTCOPY_RAILS`) of several rails.
-fn variants() -> Vec<(Transport, LaneClass, EndpointOptions)> {
+fn variants() -> Vec<Variant> {
     let rails = std::env::var("POSTCOPY_RAILS").unwrap_or_default();
     let rails: Vec<String> = rails.split(',').filter(|name| !name.is_empty()).map(Into::into).collect();
     let mut variants = Vec::new();
@@ -83,12 +149,16 @@ fn variants() -> Vec<(Transport, LaneClass, EndpointOptions)> {
         for class in [LaneClass::Urgent, LaneClass::Bulk] {
             for paths in [1, 3] {
                 let options = EndpointOptions { paths: Some(paths), ..Default::default() };
-                variants.push((transport, class, options));
+                let variant = Variant { transport, tls: false, class, options };
+                if transport == Transport::Tcp {
+                    variants.push(Variant { tls: true, ..variant.clone() });
+                }
+                variants.push(variant);
             }
         }
         if transport == Transport::Verbs && !rails.is_empty() {
             let options = EndpointOptions { devices: rails.clone(), ..Default::default() };
-            variants.push((transport, LaneClass::Bulk, options));
+            variants.push(Variant { transport, tls: false, class: LaneClass::Bulk, options });
         }
     }
     variants
@@ -118,8 +188,8 @@ fn collect(lane: &mut AnyLane, count: usize) -> Result<Vec<Completion>, LaneErro
 
 #[test]
 fn every_byte_arrives_in_its_place_at_any_size_and_order() {
-    for (transport, class, options) in variants() {
-        let (mut pair, bytes) = pair_by(transport, class, &options);
+    for variant in variants() {
+        let (mut pair, bytes) = pair_by(&variant);
         let sizes = [1u32, 8, 63, 4096, 4096 + 17, 65536, 1 << 20];
         let mut target = 0u64;
         let mut expected = vec![0u8; MEMORY];
@@ -134,7 +204,7 @@ fn every_byte_arrives_in_its_place_at_any_size_and_order() {
             expected[to..to + len].copy_from_slice(&bytes[from..from + len]);
             target += u64::from(*size) + 11;
         }
-        assert_eq!(pair.lane.post(&reads).unwrap(), reads.len(), "{transport}");
+        assert_eq!(pair.lane.post(&reads).unwrap(), reads.len(), "{variant:?}");
         let mut tokens: Vec<u64> = collect(&mut pair.lane, reads.len())
             .unwrap()
             .into_iter()
@@ -144,36 +214,36 @@ fn every_byte_arrives_in_its_place_at_any_size_and_order() {
             })
             .collect();
         tokens.sort_unstable();
-        assert_eq!(tokens, (0..reads.len() as u64).collect::<Vec<_>>(), "{transport}");
+        assert_eq!(tokens, (0..reads.len() as u64).collect::<Vec<_>>(), "{variant:?}");
         let mut landed = vec![0u8; MEMORY];
         assert!(pair.landing.read(0, &mut landed));
-        assert!(landed == expected, "{transport}: bytes outside or inside the targets differ");
+        assert!(landed == expected, "{variant:?}: bytes outside or inside the targets differ");
     }
 }
 
 #[test]
 fn a_lane_takes_as_many_reads_as_it_has_room_for() {
-    for (transport, class, options) in variants() {
-        let (mut pair, _) = pair_by(transport, class, &options);
+    for variant in variants() {
+        let (mut pair, _) = pair_by(&variant);
         let reads: Vec<Read> = (0..500).map(|i| pair.read(i, i * 4096, i * 4096, 4096)).collect();
         let room = pair.lane.room();
-        assert!(room > 0 && room < 500, "{transport}: {room}");
+        assert!(room > 0 && room < 500, "{variant:?}: {room}");
         let accepted = pair.lane.post(&reads).unwrap();
-        assert_eq!(accepted, room, "{transport}");
+        assert_eq!(accepted, room, "{variant:?}");
         assert_eq!(pair.lane.post(&reads[accepted..]).unwrap(), pair.lane.room().min(500 - accepted));
         let done = collect(&mut pair.lane, accepted).unwrap();
-        assert!(done.len() >= accepted, "{transport}");
+        assert!(done.len() >= accepted, "{variant:?}");
     }
 }
 
 #[test]
 fn an_armed_lane_wakes_its_sleeper() {
     use rustix::event::{PollFd, PollFlags, Timespec, poll};
-    for (transport, class, options) in variants() {
-        if transport == Transport::Shm {
+    for variant in variants() {
+        if variant.transport == Transport::Shm {
             continue;
         }
-        let (mut pair, _) = pair_by(transport, class, &options);
+        let (mut pair, _) = pair_by(&variant);
         let mut done = Vec::new();
         for round in 0..200 {
             let read = pair.read(round, round * 4096, 0, 4096);
@@ -183,7 +253,7 @@ fn an_armed_lane_wakes_its_sleeper() {
                     let mut waited = [PollFd::from_borrowed_fd(pair.lane.descriptor(), PollFlags::IN)];
                     let timeout = Timespec { tv_sec: 20, tv_nsec: 0 };
                     let ready = poll(&mut waited, Some(&timeout)).unwrap();
-                    assert_eq!(ready, 1, "{transport}: slept through a completion in round {round}");
+                    assert_eq!(ready, 1, "{variant:?}: slept through a completion in round {round}");
                 }
                 pair.lane.poll(&mut done).unwrap();
             }
@@ -237,7 +307,7 @@ fn lane_against(answer: Vec<u8>) -> Result<Vec<Completion>, LaneError> {
     let (ours, mut theirs) = stream_pair();
     let (request, blob) = pair.importer.request(LaneClass::Urgent).unwrap();
     // Over TCP a grant says what the request says.
-    let mut lane = pair.importer.connect(request, &blob, vec![ours]).unwrap();
+    let mut lane = pair.importer.connect(request, &blob, vec![ours.into()]).unwrap();
     lane.post(&[pair.read(5, 0, 0, 64)]).unwrap();
     let mut asked = [0u8; 32];
     theirs.read_exact(&mut asked).unwrap();
@@ -265,6 +335,36 @@ fn a_malicious_server_ends_the_lane_and_nothing_else() {
     ] {
         let error = lane_against(answer).unwrap_err().to_string();
         assert!(error.contains(expected), "{error} / {expected}");
+    }
+}
+
+#[test]
+fn what_nobody_sealed_ends_a_lane_under_tls_and_lands_nowhere() {
+    let record = |length: u16, bytes: usize| {
+        let mut record = vec![23, 3, 3];
+        record.extend(length.to_be_bytes());
+        record.resize(5 + bytes, 0xee);
+        record
+    };
+    for (said, expected) in [
+        (record(96, 96), "decrypt"),
+        (record(96, 40), "closed"),
+        (record(u16::MAX, 96), "MessageTooLarge"),
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n".to_vec(), "InvalidContentType"),
+        (vec![], "closed"),
+    ] {
+        let (pair, _) = pair(Transport::Tcp);
+        let (_served, reads, mut below) = tls_pair_and_socket();
+        let (request, blob) = pair.importer.request(LaneClass::Urgent).unwrap();
+        let mut lane = pair.importer.connect(request, &blob, vec![reads]).unwrap();
+        lane.post(&[pair.read(5, 0, 0, 64)]).unwrap();
+        below.write_all(&said).unwrap();
+        below.shutdown(std::net::Shutdown::Write).unwrap();
+        let error = collect(&mut lane, 1).unwrap_err().to_string();
+        assert!(error.contains(expected), "{error} / {expected}");
+        let mut landed = vec![0u8; MEMORY];
+        assert!(pair.landing.read(0, &mut landed));
+        assert!(landed.iter().all(|byte| *byte == 0), "{expected}: something has landed");
     }
 }
 

@@ -1,14 +1,12 @@
 //! The side whose memory is read.
 
-use std::net::TcpStream;
-
 use super::handshake::Envelope;
 use super::{EndpointOptions, Transport};
 use crate::error::SetupError;
 use crate::memory::HostMemory;
 use crate::region::RemoteRegion;
 use crate::shm::ShmExporter;
-use crate::tcp::TcpExporter;
+use crate::tcp::{Stream, TcpExporter};
 #[cfg(feature = "rdma")]
 use crate::verbs::VerbsExporter;
 
@@ -81,9 +79,9 @@ impl Exporter {
     /// their grants.
     ///
     /// Errors: no lane awaits a stream, or the system refuses.
-    pub fn attach(&mut self, stream: TcpStream) -> Result<(), SetupError> {
+    pub fn attach(&mut self, stream: impl Into<Stream>) -> Result<(), SetupError> {
         match &mut self.0 {
-            Kind::Tcp(exporter) => exporter.attach(stream),
+            Kind::Tcp(exporter) => exporter.attach(stream.into()),
             _ => Err(SetupError::Malformed { what: "lane stream" }),
         }
     }

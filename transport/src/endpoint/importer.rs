@@ -10,7 +10,7 @@ use crate::memory::HostMemory;
 use crate::region::LocalRegion;
 use crate::shm::ShmLane;
 use crate::striped::Striped;
-use crate::tcp::TcpLane;
+use crate::tcp::{Stream, TcpLane};
 #[cfg(feature = "rdma")]
 use crate::verbs::{VerbsImporter, VerbsRequest};
 
@@ -115,7 +115,7 @@ impl Importer {
         &self,
         request: LaneRequest,
         grant: &[u8],
-        streams: Vec<TcpStream>,
+        streams: Vec<Stream>,
     ) -> Result<AnyLane, SetupError> {
         let malformed = || SetupError::Malformed { what: "lane grant" };
         let granted = Envelope::decode(grant, "lane grant")?;
@@ -161,7 +161,8 @@ impl Importer {
         let mut streams = Vec::new();
         for _ in 0..request.streams() {
             let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).map_err(failed)?;
-            streams.push(TcpStream::connect(listener.local_addr().map_err(failed)?).map_err(failed)?);
+            let stream = TcpStream::connect(listener.local_addr().map_err(failed)?).map_err(failed)?;
+            streams.push(stream.into());
             exporter.attach(listener.accept().map_err(failed)?.0)?;
         }
         self.connect(request, &grant, streams)

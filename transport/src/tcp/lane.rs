@@ -1,14 +1,14 @@
 //! The reading side of a TCP lane.
 
 use std::collections::VecDeque;
-use std::io::{self, ErrorKind, Write};
-use std::net::TcpStream;
+use std::io::{self, ErrorKind};
 use std::os::fd::{AsFd, BorrowedFd};
 
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::alive::watch_over;
-use super::vectored::{self, Vectors};
+use super::stream::Stream;
+use super::vectored::{Vectors, Wait};
 use super::wire::{OP_READ, REQUEST_BYTES, RESPONSE_BYTES, Request, Response, STATUS_OK, STATUS_REFUSED};
 use crate::error::{LaneError, ReadError};
 use crate::lane::{Completion, Lane, Read};
@@ -54,26 +54,27 @@ impl Awaited {
 
 /// One-sided reads over a TCP connection to a responder of [`super::TcpExporter`].
 pub struct TcpLane {
-    stream: TcpStream,
+    stream: Stream,
     memories: Vec<HostMemory>,
     awaited: VecDeque<Awaited>,
     unsent: Vec<u8>,
 }
 
 impl TcpLane {
-    pub(crate) fn new(stream: TcpStream, memories: Vec<HostMemory>) -> io::Result<Self> {
-        stream.set_nodelay(true)?;
+    pub(crate) fn new(stream: Stream, memories: Vec<HostMemory>) -> io::Result<Self> {
+        stream.socket().set_nodelay(true)?;
         Self::over(stream, memories)
     }
 
     /// A lane over any stream of bytes.
-    pub(crate) fn over(stream: TcpStream, memories: Vec<HostMemory>) -> io::Result<Self> {
+    pub(crate) fn over(stream: Stream, memories: Vec<HostMemory>) -> io::Result<Self> {
         watch_over(&stream)?;
-        stream.set_nonblocking(true)?;
+        stream.socket().set_nonblocking(true)?;
         Ok(Self { stream, memories, awaited: VecDeque::with_capacity(DEPTH), unsent: Vec::new() })
     }
 
-    fn flush(&mut self) -> Result<(), LaneError> {
+    /// Sends what the peer takes now. True: that was all.
+    fn flush(&mut self) -> Result<bool, LaneError> {
         while !self.unsent.is_empty() {
             match self.stream.write(&self.unsent) {
                 Ok(sent) => drop(self.unsent.drain(..sent)),
@@ -82,7 +83,11 @@ impl TcpLane {
                 Err(error) => return Err(error.into()),
             }
         }
-        Ok(())
+        match self.stream.flush() {
+            Ok(()) => Ok(self.unsent.is_empty()),
+            Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(false),
+            Err(error) => Err(error.into()),
+        }
     }
 
     /// Receives once, into as many awaited responses as one call takes. `None`: nothing there.
@@ -103,7 +108,7 @@ impl TcpLane {
             assert!(inside, "a LocalSlice lies in its region by construction");
             room = room.saturating_sub(rest);
         }
-        match vectored::receive(self.stream.as_fd(), &mut vectors) {
+        match self.stream.receive(&mut vectors, Wait::No) {
             Ok(0) => Err(LaneError::Closed),
             Ok(got) => Ok(Some(got)),
             Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(None),
@@ -173,9 +178,9 @@ impl Lane for TcpLane {
 
     fn arm(&mut self) -> Result<bool, LaneError> {
         // Level-triggered: a readable socket stays readable. Requests that the peer has not taken
-        // yet are sent by `poll`, so they must go before anybody sleeps.
-        self.flush()?;
-        Ok(self.unsent.is_empty())
+        // yet are sent by `poll`, so they must go before anybody sleeps; and of what has been received
+        // under TLS and not laid out, the socket tells nothing.
+        Ok(self.flush()? && !self.stream.holds_bytes())
     }
 
     fn descriptor(&self) -> BorrowedFd<'_> {

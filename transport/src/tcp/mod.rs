@@ -1,17 +1,18 @@
 //! One-sided reads over TCP: the peer's CPU answers, but nobody above the transport takes part.
 //!
 //! The lane is one connection. Who dials it is the session's business: an exporter and an importer
-//! are each handed a connected stream.
+//! are each handed a connected stream, in clear or under TLS ([`Stream`]).
 
 mod alive;
 mod exports;
 mod lane;
 mod responder;
+mod stream;
+mod tls;
 mod vectored;
 mod wire;
 
 use std::collections::VecDeque;
-use std::net::TcpStream;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -21,6 +22,7 @@ pub use lane::TcpLane;
 use responder::Responder;
 #[cfg(feature = "fuzz")]
 pub(crate) use responder::serve;
+pub use stream::Stream;
 
 use crate::endpoint::{DEFAULT_SPIN, EndpointOptions};
 use crate::error::SetupError;
@@ -74,7 +76,7 @@ impl TcpExporter {
     /// request, if processors are to be had; bulk lanes sleep.
     ///
     /// Errors: none awaits a stream, or the system refuses a socket option or a thread.
-    pub fn attach(&mut self, stream: TcpStream) -> Result<(), SetupError> {
+    pub fn attach(&mut self, stream: Stream) -> Result<(), SetupError> {
         let class = self.awaited.pop_front().ok_or(SetupError::Malformed { what: "lane stream" })?;
         let lane = self.lanes.len();
         let responder = Responder::start(stream, self.exports.clone(), lane, class, self.spin);

@@ -1,18 +1,17 @@
 //! The exporting side of a TCP lane: one thread that answers reads from registered memory.
 
-use std::io::{self, ErrorKind, Read as _};
+use std::io::{self, ErrorKind};
 use std::net::{Shutdown, TcpStream};
-use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use rustix::net::RecvFlags;
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::alive::watch_over;
 use super::exports::Exports;
-use super::vectored::{self, Vectors};
+use super::stream::Stream;
+use super::vectored::{self, Vectors, Wait};
 use super::wire::{OP_READ, REQUEST_BYTES, RESPONSE_BYTES, Request, Response, STATUS_OK, STATUS_REFUSED};
 use crate::lane::LaneClass;
 use crate::region::MAX_READ;
@@ -31,7 +30,7 @@ const PADDING: usize = 64 << 10;
 
 /// A running responder. Dropping it closes the connection and ends the thread.
 pub(crate) struct Responder {
-    stream: TcpStream,
+    socket: TcpStream,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -40,33 +39,33 @@ impl Responder {
     /// sleeps; not while bulk is under way where cores are few, as it would keep those from running that
     /// carry it (docs/adr/0007-who-spins.md).
     pub(crate) fn start(
-        stream: TcpStream,
+        mut stream: Stream,
         exports: Arc<Exports>,
         lane: usize,
         class: LaneClass,
         spin: Duration,
     ) -> io::Result<Self> {
-        watch_over(&stream)?;
-        stream.set_nodelay(true)?;
-        stream.set_nonblocking(false)?;
-        let serving = stream.try_clone()?;
+        let socket = stream.socket().try_clone()?;
+        watch_over(&socket)?;
+        socket.set_nodelay(true)?;
+        socket.set_nonblocking(false)?;
         let thread = std::thread::Builder::new().name(format!("lane-{lane}")).spawn(move || {
             if class == LaneClass::Urgent {
                 go_first();
             }
-            if let Err(error) = serve(&serving, &exports, class, spin) {
+            if let Err(error) = serve(&mut stream, &exports, class, spin) {
                 tracing::debug!(lane, %error, "responder ended");
             }
             // The reader must not wait for answers that will not come.
-            drop(serving.shutdown(Shutdown::Both));
+            drop(stream.socket().shutdown(Shutdown::Both));
         })?;
-        Ok(Self { stream, thread: Some(thread) })
+        Ok(Self { socket, thread: Some(thread) })
     }
 }
 
 impl Drop for Responder {
     fn drop(&mut self) {
-        drop(self.stream.shutdown(Shutdown::Both));
+        drop(self.socket.shutdown(Shutdown::Both));
         if let Some(thread) = self.thread.take() {
             drop(thread.join());
         }
@@ -75,7 +74,7 @@ impl Drop for Responder {
 
 /// Answers until the peer goes away or breaks the protocol.
 pub(crate) fn serve(
-    stream: &TcpStream,
+    stream: &mut Stream,
     exports: &Exports,
     class: LaneClass,
     spin: Duration,
@@ -103,20 +102,21 @@ pub(crate) fn serve(
 }
 
 /// Receives what is there; if nothing is, polls for `spin` and then sleeps until something comes.
-fn receive(mut stream: &TcpStream, buffer: &mut [u8], spin: Duration) -> io::Result<usize> {
+fn receive(stream: &mut Stream, buffer: &mut [u8], spin: Duration) -> io::Result<usize> {
+    let mut vectors = Vectors::new();
+    vectors.push_mut(buffer);
     let begun = Instant::now();
     while begun.elapsed() < spin {
-        match rustix::net::recv(stream, &mut *buffer, RecvFlags::DONTWAIT) {
-            Err(rustix::io::Errno::WOULDBLOCK) => std::hint::spin_loop(),
-            Ok((got, _)) => return Ok(got),
-            Err(error) => return Err(error.into()),
+        match stream.receive(&mut vectors, Wait::No) {
+            Err(error) if error.kind() == ErrorKind::WouldBlock => std::hint::spin_loop(),
+            received => return received,
         }
     }
-    stream.read(buffer)
+    stream.receive(&mut vectors, Wait::Yes)
 }
 
 /// Answers a batch of requests, in order.
-fn answer(stream: &TcpStream, exports: &Exports, requests: &[Request]) -> io::Result<()> {
+fn answer(stream: &mut Stream, exports: &Exports, requests: &[Request]) -> io::Result<()> {
     let mut headers = [[0u8; RESPONSE_BYTES]; BATCH];
     let mut found = [None; BATCH];
     for ((header, found), request) in headers.iter_mut().zip(&mut found).zip(requests) {
@@ -151,7 +151,7 @@ fn answer(stream: &TcpStream, exports: &Exports, requests: &[Request]) -> io::Re
 
 /// Sends `len` zeros in place of memory that may not be read.
 fn pad<'a>(
-    stream: &TcpStream,
+    stream: &mut Stream,
     vectors: &mut Vectors<'a>,
     padding: &'a [u8],
     mut len: usize,
@@ -167,9 +167,9 @@ fn pad<'a>(
     Ok(())
 }
 
-fn send_all(stream: &TcpStream, vectors: &mut Vectors<'_>) -> io::Result<()> {
+fn send_all(stream: &mut Stream, vectors: &mut Vectors<'_>) -> io::Result<()> {
     while !vectors.is_empty() {
-        match vectored::send(stream.as_fd(), vectors) {
+        match stream.send(vectors) {
             Ok(sent) => vectors.advance(sent),
             Err(error) if error.kind() == ErrorKind::Interrupted => {}
             Err(error) => return Err(error),

@@ -8,6 +8,8 @@ use std::io;
 use std::marker::PhantomData;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
+use rustix::net::RecvFlags;
+
 use crate::memory::HostMemory;
 
 /// Most entries of one call. Far below IOV_MAX (1024): 32 reads with their headers.
@@ -74,6 +76,39 @@ impl<'a> Vectors<'a> {
         }
     }
 
+    /// Lays out as many of `bytes` as there is room for, and goes on behind them. Returns how many. Only for places to be
+    /// received into.
+    pub(crate) fn fill(&mut self, bytes: &[u8]) -> usize {
+        let mut rest = bytes;
+        for entry in &self.entries {
+            let (now, later) = rest.split_at(rest.len().min(entry.iov_len));
+            // SAFETY: the entry is `iov_len` bytes, of which no more are written, of an exclusive slice or of a shared
+            // mapping, which outlives this; `bytes` is neither, as nothing else refers to the one, and no slice ever to
+            // the other.
+            unsafe { std::ptr::copy_nonoverlapping(now.as_ptr(), entry.iov_base.cast(), now.len()) };
+            rest = later;
+        }
+        let laid = bytes.len() - rest.len();
+        self.advance(laid);
+        laid
+    }
+
+    /// Appends the first bytes of all places, at most `most`, to `bytes`.
+    pub(crate) fn copy_to(&self, bytes: &mut Vec<u8>, most: usize) {
+        let end = bytes.len() + most;
+        for entry in &self.entries {
+            let len = entry.iov_len.min(end - bytes.len());
+            bytes.reserve(len);
+            let room = bytes.spare_capacity_mut().as_mut_ptr();
+            // SAFETY: the entry is at least `len` bytes of a slice or of a shared mapping, which outlives this, and there
+            // is room for as many; a guest may write the mapping meanwhile, so that what is copied is any bytes, as where
+            // the kernel copies it.
+            unsafe { std::ptr::copy_nonoverlapping(entry.iov_base.cast(), room, len) };
+            // SAFETY: so many have just been written.
+            unsafe { bytes.set_len(bytes.len() + len) };
+        }
+    }
+
     pub(crate) fn is_empty(&self) -> bool {
         self.entries.is_empty()
     }
@@ -87,12 +122,30 @@ impl<'a> Vectors<'a> {
     }
 }
 
-/// Receives what is there into `vectors`, without blocking. `Ok(0)` is the end of the stream.
-pub(crate) fn receive(socket: BorrowedFd<'_>, vectors: &mut Vectors<'_>) -> io::Result<usize> {
-    let mut message = vectors.message();
+/// What to do if there is nothing to receive.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Wait {
+    /// Say so.
+    No,
+    /// Wait until there is; of a socket that does.
+    Yes,
+}
+
+impl Wait {
+    pub(super) fn flags(self) -> RecvFlags {
+        match self {
+            Self::No => RecvFlags::DONTWAIT,
+            Self::Yes => RecvFlags::empty(),
+        }
+    }
+}
+
+/// Receives what is there into `vectors`. `Ok(0)` is the end of the stream.
+pub(crate) fn receive(socket: BorrowedFd<'_>, vectors: &mut Vectors<'_>, wait: Wait) -> io::Result<usize> {
+    let (mut message, flags) = (vectors.message(), wait.flags().bits() as i32);
     // SAFETY: every entry came from an exclusive slice or from inside a shared mapping, and both
     // outlive `vectors`; the message header is valid and lives across the call.
-    let got = unsafe { libc::recvmsg(socket.as_raw_fd(), &mut message, libc::MSG_DONTWAIT) };
+    let got = unsafe { libc::recvmsg(socket.as_raw_fd(), &mut message, flags) };
     usize::try_from(got).map_err(|_| io::Error::last_os_error())
 }
 
