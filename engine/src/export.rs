@@ -1,7 +1,6 @@
 //! The source's side of the data path: guest memory and its page map, open for reading.
 
-use std::net::TcpStream;
-
+use postcopy_transport::tcp::Stream;
 use postcopy_transport::{EndpointOptions, Exporter, HostMemory, RemoteRegion, SetupError, Transport};
 
 use crate::memory::GuestMemory;
@@ -105,7 +104,7 @@ impl Export {
     /// Gives the first lane that awaits one a stream.
     ///
     /// Errors: the transport uses no streams, or the system refuses.
-    pub fn attach(&mut self, stream: TcpStream) -> Result<(), SetupError> {
+    pub fn attach(&mut self, stream: Stream) -> Result<(), SetupError> {
         self.exporter.attach(stream)
     }
 

@@ -1,7 +1,6 @@
 //! The destination's side of the data path: landing memory, and the lanes into it.
 
-use std::net::TcpStream;
-
+use postcopy_transport::tcp::Stream;
 use postcopy_transport::{
     AnyLane, EndpointOptions, HostMemory, Importer, LaneClass, LaneRequest, LocalRegion, RemoteRegion,
     SetupError, Transport,
@@ -113,7 +112,7 @@ impl Import {
         shards: usize,
         requests: Vec<LaneRequest>,
         grants: &[Vec<u8>],
-        streams: Vec<Vec<TcpStream>>,
+        streams: Vec<Vec<Stream>>,
     ) -> Result<Lanes, SetupError> {
         let malformed = || SetupError::Malformed { what: "lane grants" };
         if grants.len() != requests.len() || streams.len() != requests.len() {

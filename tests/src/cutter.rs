@@ -13,11 +13,11 @@ use std::time::{Duration, Instant};
 
 use crate::{assert_refused, stderr};
 
-const GREETING: usize = 32;
+pub(crate) const GREETING: usize = 32;
 /// Where a greeting has what it is for, and what it has there of a control connection and of a lane.
-const PURPOSE: usize = 10;
+pub(crate) const PURPOSE: usize = 10;
 const CONTROL: u8 = 0;
-const LANE: u8 = 1;
+pub(crate) const LANE: u8 = 1;
 const FRAME_HEADER: usize = 8;
 
 /// Relays connections to `target` and cuts each control connection when `messages` messages have

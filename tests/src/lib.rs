@@ -11,6 +11,7 @@ pub mod qemu;
 pub mod reports;
 pub mod strangers;
 pub mod system;
+pub mod tap;
 
 use std::io::{BufRead, BufReader, Read};
 use std::ops::Deref;

@@ -1,5 +1,5 @@
-//! Control connections under TLS: which hosts give a guest to each other. The tiny guest, on this host's KVM, verifies
-//! every word that it reads.
+//! Migrations under TLS: which hosts give a guest to each other, and what somebody on the way hears of it and can do to it. The
+//! tiny guest, on this host's KVM, verifies every word that it reads.
 #![allow(clippy::unwrap_used)] // helpers of tests, where a panic is the report
 
 use std::path::Path;
@@ -7,6 +7,7 @@ use std::process::Command;
 
 use postcopy_e2e::authority::Authority;
 use postcopy_e2e::reports::assert_whole;
+use postcopy_e2e::tap::Tap;
 use postcopy_e2e::{
     Pcvm, Scratch, assert_refused, free_port, free_ports, program, receive_args, run, stderr,
 };
@@ -82,6 +83,85 @@ fn it_goes_to_nobody_else_and_comes_from_nobody_else() {
         source.migrate(&format!("{HERE}:{port}"), &[&["--transport", "tcp"][..], &tls(&good)].concat());
     assert_whole(&report, PAGES);
     destination.assert_runs();
+}
+
+/// Moves the tiny guest from one new process to another, by way of a tap.
+fn moved_by_way_of_a_tap(
+    name: &str,
+    (receives, migrates): (&[&str], &[&str]),
+    prepare: impl FnOnce(&Tap),
+) -> (Tap, serde_json::Value) {
+    let (scratch, port) = (Scratch::new(name), free_port());
+    let source = Pcvm::run_tiny(&scratch, "a");
+    let destination = Pcvm::receive(&scratch, "b", port, receives);
+    let tap = Tap::to(([127, 0, 0, 1], port));
+    prepare(&tap);
+    let report = source.migrate(&tap.address().to_string(), migrates);
+    assert_whole(&report, PAGES);
+    destination.assert_runs();
+    (tap, report)
+}
+
+/// Bytes of the tiny guest's memory that no move changes: the end of its program.
+fn some_memory() -> Vec<u8> {
+    let file = postcopy_guest::tiny::tiny_elf();
+    file[file.len() - 64..].to_vec()
+}
+
+/// With one thread and with several, in place, and in hybrid.
+const WAYS: [(&[&str], &[&str]); 4] = [
+    (&["--self-service", "off"], &[]),
+    (&["--shards", "2", "--connections", "2"], &[]),
+    (&["--landing", "in-place"], &[]),
+    (&[], &["--mode", "hybrid"]),
+];
+
+#[test]
+fn nobody_on_the_way_hears_a_page() {
+    let scratch = Scratch::new("tls-tap");
+    let folder = Authority::default().folder(&scratch, "certificates", HERE);
+    for (receives, migrates) in WAYS {
+        // It is said on no side that it has to be tcp: nothing else is taken then.
+        let (receives, migrates) = ([receives, &tls(&folder)].concat(), [migrates, &tls(&folder)].concat());
+        let (tap, report) = moved_by_way_of_a_tap("tls-heard", (&receives, &migrates), |_| {});
+        assert_eq!((&report["transport"], &report["pages_encrypted"]), (&"tcp".into(), &true.into()));
+        assert!(!tap.has_heard(&some_memory()), "{receives:?}");
+    }
+    let (tap, report) = moved_by_way_of_a_tap("tls-in-clear", (&[], &["--transport", "tcp"]), |_| {});
+    assert_eq!(report["pages_encrypted"], false);
+    assert!(tap.has_heard(&some_memory()), "it hears what is in clear");
+}
+
+#[test]
+fn a_lane_that_shows_no_certificate_is_not_taken_for_one() {
+    let scratch = Scratch::new("tls-pretender");
+    let folder = Authority::default().folder(&scratch, "certificates", HERE);
+    let how = (&tls(&folder)[..], &tls(&folder)[..]);
+    let (tap, _) = moved_by_way_of_a_tap("tls-pretended", how, Tap::pretend);
+    assert!(tap.pretended() > 1, "before the urgent lane, and before that for bulk");
+}
+
+#[test]
+fn a_page_that_was_changed_on_the_way_ends_its_lane_and_comes_again() {
+    let scratch = Scratch::new("tls-changed");
+    let folder = Authority::default().folder(&scratch, "certificates", HERE);
+    // In hybrid it is in the round, while the guest runs at its source.
+    let (hybrid, ways) = WAYS.split_last().unwrap();
+    for (receives, migrates) in ways {
+        let (receives, migrates) =
+            ([*receives, &tls(&folder)].concat(), [*migrates, &tls(&folder), &["--patience", "30"]].concat());
+        let (tap, report) =
+            moved_by_way_of_a_tap("tls-spoilt", (&receives, &migrates), |tap| tap.change_after(3 << 20));
+        assert!(tap.has_changed(), "{report}");
+    }
+    let port = free_port();
+    let source = Pcvm::run_tiny(&scratch, "a");
+    let _destination = receive(&scratch, "b", port, &folder);
+    let tap = Tap::to(([127, 0, 0, 1], port));
+    tap.change_after(3 << 20);
+    let out = source.try_migrate(&tap.address().to_string(), &[hybrid.1, &tls(&folder)].concat());
+    assert_refused(&out, &["the guest runs on here", "decrypt"]);
+    source.wait_for_progress();
 }
 
 /// Runs the documentation's commands of that number.

@@ -107,12 +107,7 @@ struct Variant {
 }
 
 fn pair(transport: Transport) -> (Pair, Vec<u8>) {
-    pair_by(&Variant {
-        transport,
-        tls: false,
-        class: LaneClass::Urgent,
-        options: EndpointOptions::default(),
-    })
+    pair_by(&Variant { transport, tls: false, class: LaneClass::Urgent, options: EndpointOptions::default() })
 }
 
 fn pair_by(Variant { transport, tls, class, options }: &Variant) -> (Pair, Vec<u8>) {

@@ -122,7 +122,7 @@ fn watched(stream: &TcpStream) -> Result<Addresses, SessionError> {
 }
 
 /// Waits until both sides know who they are.
-async fn agreed<L>(handshake: impl Future<Output = io::Result<L>>) -> Result<L, SessionError> {
+pub(super) async fn agreed<L>(handshake: impl Future<Output = io::Result<L>>) -> Result<L, SessionError> {
     let (waiting_for, patience) = ("its part of the TLS handshake", STEP_PATIENCE);
     let agreed = tokio::time::timeout(patience, handshake).await;
     agreed.map_err(|_| SessionError::Silent { waiting_for, patience })?.map_err(broken)

@@ -14,7 +14,8 @@ use super::preamble::{self, Preamble, Purpose, SessionId};
 use super::query_migrate::QueryMigrate;
 use super::report::{ArrivalReport, MigrationReport, Phase, Progress};
 use super::source::MigrateOptions;
-use super::{DRAIN_PATIENCE, STEP_PATIENCE, SessionError};
+use super::tls::taken_unasked;
+use super::{DRAIN_PATIENCE, STEP_PATIENCE, SessionError, track};
 use crate::export::{Export, LANES, MAX_LANES};
 use crate::stats::PagerReport;
 
@@ -74,20 +75,21 @@ impl Course {
                 false
             }
         };
-        Ok([Transport::Verbs, Transport::Tcp].iter().filter(|one| usable(one)).map(name).collect())
+        let all = [Transport::Verbs, Transport::Tcp].into_iter();
+        let taken = all.filter(|one| taken_unasked(*one, self.options.tls.is_some()) && usable(one));
+        Ok(taken.map(|one| name(&one)).collect())
     }
 
-    /// Connects to the destination and says what for. Whoever will speak there is answered.
+    /// Connects to the destination and says what for. Whoever will speak there is answered; TLS is yet to follow.
     pub(super) async fn dial(&self, purpose: Purpose) -> Result<TcpStream, SessionError> {
         let unreachable =
             |source: std::io::Error| SessionError::Unreachable { peer: self.peer.to_string(), source };
         let dialed = tokio::time::timeout(STEP_PATIENCE, TcpStream::connect(self.peer)).await;
         let timed_out = || std::io::Error::from(std::io::ErrorKind::TimedOut);
         let mut stream = dialed.map_err(|_| unreachable(timed_out()))?.map_err(unreachable)?;
-        let speaks = !matches!(purpose, Purpose::Lane(_));
-        let tls = speaks && self.options.tls.is_some();
+        let tls = self.options.tls.is_some();
         preamble::write(&mut stream, Preamble { session: self.session, purpose, tls }).await?;
-        if speaks {
+        if !matches!(purpose, Purpose::Lane(_)) {
             preamble::read(&mut stream, STEP_PATIENCE).await?.agrees(tls)?;
         }
         Ok(stream)
@@ -112,6 +114,7 @@ impl Course {
                     transport.parse().map_err(|_| SessionError::Protocol("it accepted an unknown transport"));
                 let known: Transport = known?;
                 self.report.transport = known.name().into();
+                self.report.pages_encrypted = known == Transport::Tcp && self.options.tls.is_some();
                 Ok(Accepted { transport: known, lanes, order })
             }
             other => Err(unexpected(&other, "Accept")),
@@ -136,8 +139,7 @@ impl Course {
         for (lane, streams) in streams.into_iter().enumerate() {
             for _ in 0..streams {
                 let stream = self.dial(Purpose::Lane(lane as u32)).await?;
-                let stream = stream.into_std().map_err(|source| SessionError::Connection { source })?;
-                export.attach(stream)?;
+                export.attach(track::dialed(stream, self.peer.ip(), self.options.tls.as_ref()).await?)?;
             }
         }
         Ok(())

@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 
+use postcopy_transport::tcp::Stream;
 use postcopy_transport::{LaneRequest, Transport};
 use tokio::net::{TcpListener, TcpStream};
 
@@ -11,6 +12,8 @@ use super::door::Door;
 use super::message::Message;
 use super::preamble::{self, Preamble, Purpose, SessionId};
 use super::round::Connected;
+use super::tls::{DestinationTls, taken_unasked};
+use super::track;
 use super::unpack::granted;
 use super::{STEP_PATIENCE, SessionError, WORK_PATIENCE, blocking};
 use crate::import::Import;
@@ -47,8 +50,15 @@ impl<'a> Dock<'a> {
         let ours = |transport: &&Transport| {
             self.options.transports.is_empty() || self.options.transports.contains(transport)
         };
-        let mut refusals = Vec::new();
+        let (mut refusals, tls) = (Vec::new(), self.options.tls.is_some());
         for transport in offered.iter().filter(ours).copied() {
+            if self.options.transports.is_empty() && !taken_unasked(transport, tls) {
+                refusals.push(format!(
+                    "over {transport} pages cross in clear, and this side is set up for TLS: it takes them so \
+                     where it is told to (--transport {transport})"
+                ));
+                continue;
+            }
             let landing = landing(transport);
             let (memory, endpoint) = (memory.clone(), self.options.endpoint.clone());
             match blocking(move || Import::new(transport, &memory, (landing, shards), &endpoint)).await {
@@ -87,16 +97,17 @@ impl<'a> Dock<'a> {
 
     /// Accepts the source's lane connections, so many for each lane, in any order; others are not
     /// let in.
-    async fn accept_lanes(&self, needed: &[usize]) -> Result<Vec<Vec<std::net::TcpStream>>, SessionError> {
-        let mut lanes: Vec<Vec<std::net::TcpStream>> = needed.iter().map(|_| Vec::new()).collect();
+    async fn accept_lanes(&self, needed: &[usize]) -> Result<Vec<Vec<Stream>>, SessionError> {
+        let mut lanes: Vec<Vec<Stream>> = needed.iter().map(|_| Vec::new()).collect();
         let (mut door, session, source) = (Door::at(self.listener), self.session, self.peer);
+        let tls = &self.options.tls;
         while lanes.iter().zip(needed).any(|(lane, needed)| lane.len() < *needed) {
-            let next = door.next(|stream, from| lane_of(stream, session, (from, source)));
+            let next = door.next(|stream, from| lane_of(stream, session, tls.clone(), (from, source)));
             let silent = SessionError::Silent { waiting_for: "its lanes", patience: STEP_PATIENCE };
             let (lane, stream) = tokio::time::timeout(STEP_PATIENCE, next).await.map_err(|_| silent)??;
             let slot = lanes.get_mut(lane).filter(|slot| slot.len() < needed[lane]);
             let slot = slot.ok_or(SessionError::Protocol("a lane that was not granted"))?;
-            slot.push(stream.into_std().map_err(|source| SessionError::Connection { source })?);
+            slot.push(stream);
         }
         Ok(lanes)
     }
@@ -106,15 +117,21 @@ impl<'a> Dock<'a> {
 async fn lane_of(
     mut stream: TcpStream,
     session: SessionId,
+    tls: Option<DestinationTls>,
     (from, source): (SocketAddr, Option<SocketAddr>),
-) -> Option<(usize, TcpStream)> {
-    match preamble::read(&mut stream, STEP_PATIENCE).await {
-        Ok(Preamble { session: theirs, purpose: Purpose::Lane(lane), .. }) if theirs == session => {
-            Some((lane as usize, stream))
+) -> Option<(usize, Stream)> {
+    let greeted = preamble::read(&mut stream, STEP_PATIENCE).await;
+    let refused = match greeted {
+        Ok(Preamble { session: theirs, purpose: Purpose::Lane(lane), tls: under_tls })
+            if theirs == session && under_tls == tls.is_some() =>
+        {
+            match track::accepted(stream, tls.as_ref()).await {
+                Ok(track) => return Some((lane as usize, track)),
+                Err(error) => error.to_string(),
+            }
         }
-        other => {
-            tracing::warn!(%from, ?source, ?other, "a connection that is no lane of this session");
-            None
-        }
-    }
+        other => format!("{other:?}"),
+    };
+    tracing::warn!(%from, ?source, refused, "a connection that is no lane of this session");
+    None
 }

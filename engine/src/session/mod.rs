@@ -38,6 +38,7 @@ mod round;
 mod source;
 mod state;
 mod tls;
+mod track;
 mod unpack;
 
 use std::net::SocketAddr;

@@ -7,9 +7,9 @@
 //!
 //! The layout of these 32 bytes is the same in every version, so that two versions can tell each
 //! other what they are. The dialer sends it first; on a connection to speak over (control, rejoin) the listener answers
-//! with its own. The highest bit of `kind` says there that the sender is set up for TLS: it follows if both are, and neither
+//! with its own. The highest bit of `kind` says that the sender is set up for TLS: it follows if both are, and neither
 //! goes on if one is not. The session id is 128 random bits chosen by the dialer: it is what ties a lane's
-//! connection to its session, and nobody else knows it.
+//! connection to its session. Who sees the packets knows it, and without TLS nothing else tells a lane's ends from strangers.
 
 use std::time::Duration;
 
@@ -19,7 +19,7 @@ use tokio::net::TcpStream;
 use super::SessionError;
 
 /// Version of the protocol. Peers must have the same.
-pub const PROTOCOL_VERSION: u16 = 13;
+pub const PROTOCOL_VERSION: u16 = 14;
 
 const MAGIC: [u8; 8] = *b"PCOPYMIG";
 pub(super) const PREAMBLE_BYTES: usize = 32;
@@ -45,7 +45,7 @@ pub(super) enum Purpose {
 pub(super) struct Preamble {
     pub(super) session: SessionId,
     pub(super) purpose: Purpose,
-    /// Of a connection to speak over: TLS is to follow.
+    /// TLS is to follow.
     pub(super) tls: bool,
 }
 
@@ -89,7 +89,7 @@ impl Preamble {
         let tls = short(10) & TLS != 0;
         let purpose = match (short(10) & !TLS, lane) {
             (CONTROL, 0) => Purpose::Control,
-            (LANE, lane) if !tls => Purpose::Lane(lane),
+            (LANE, lane) => Purpose::Lane(lane),
             (REJOIN, 0) => Purpose::Rejoin,
             _ => return Err(SessionError::Protocol("a connection of unknown purpose")),
         };
@@ -136,7 +136,7 @@ mod tests {
     fn golden_bytes() {
         let mut golden = [7u8; 32];
         golden[..8].copy_from_slice(b"PCOPYMIG");
-        golden[8..16].copy_from_slice(&[13, 0, 1, 0, 5, 0, 0, 0]);
+        golden[8..16].copy_from_slice(&[14, 0, 1, 0, 5, 0, 0, 0]);
         assert_eq!(example(Purpose::Lane(5)).encode(), golden);
         assert_eq!(Preamble::decode(&golden).unwrap(), example(Purpose::Lane(5)));
         golden[10..16].copy_from_slice(&[2, 0, 0, 0, 0, 0]);
@@ -155,10 +155,10 @@ mod tests {
         http[..8].copy_from_slice(b"GET / HT");
         assert!(matches!(Preamble::decode(&http), Err(SessionError::NotOurs)));
         let mut newer = good;
-        newer[8] = 14;
+        newer[8] = 15;
         let said = Preamble::decode(&newer).unwrap_err().to_string();
-        assert!(said.contains("14") && said.contains("13"), "{said}");
-        for (at, kind) in [(10, [3, 0]), (10, [3, 0x80]), (10, [1, 0x80]), (12, [1, 0])] {
+        assert!(said.contains("15") && said.contains("14"), "{said}");
+        for (at, kind) in [(10, [3, 0]), (10, [3, 0x80]), (12, [1, 0])] {
             let mut bad = good;
             bad[at..at + 2].copy_from_slice(&kind);
             assert!(matches!(Preamble::decode(&bad), Err(SessionError::Protocol(_))));

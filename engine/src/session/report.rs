@@ -26,6 +26,9 @@ pub struct MigrationReport {
     pub version: u32,
     /// The transport that was used.
     pub transport: String,
+    /// Whether pages crossed encrypted: over tcp, where both sides are set up for TLS.
+    #[serde(default)]
+    pub pages_encrypted: bool,
     /// When memory moved.
     #[serde(default)]
     pub mode: Mode,

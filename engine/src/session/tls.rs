@@ -1,18 +1,19 @@
-//! Who may speak to whom: control connections under TLS 1.3, on which both ends have shown a certificate that one
+//! Who may speak to whom: connections under TLS 1.3, on which both ends have shown a certificate that one
 //! authority has signed.
 //!
 //! A folder has what a host needs, by the names that QEMU's `tls-creds-x509` has for them: `ca-cert.pem`; for a source,
 //! which dials, `client-cert.pem` and `client-key.pem`; for a destination `server-cert.pem` and `server-key.pem`; and, if
 //! there is one, `ca-crl.pem`: the certificates that the authority has taken back.
 //!
-//! The guest's state, the keys of its memory and all that the two sides say are encrypted. Lanes are not: pages cross as they
-//! are, over RDMA as over TCP.
+//! The guest's state, the keys of its memory and all that the two sides say are encrypted, and so are pages that cross over TCP.
+//! Over RDMA they are not: a device that reads by itself knows nothing of TLS.
 
 use std::io;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use postcopy_transport::Transport;
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 use tokio_rustls::rustls::client::WebPkiServerVerifier;
@@ -124,6 +125,12 @@ impl DestinationTls {
         let _ = tokio::time::timeout(STEP_PATIENCE, goodbye).await;
         Err(error)
     }
+}
+
+/// Whether a side that nobody has told which transports to use takes this one, between hosts. Who wants TLS does not
+/// expect pages to be in clear.
+pub(super) fn taken_unasked(transport: Transport, tls: bool) -> bool {
+    transport != Transport::Verbs || !tls
 }
 
 /// What one side is, and whom it trusts.

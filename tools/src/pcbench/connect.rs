@@ -9,6 +9,7 @@ use std::time::Duration;
 use anyhow::{Context, bail, ensure};
 use postcopy_tools::machine::Machine;
 use postcopy_tools::text::printable;
+use postcopy_transport::tcp::Stream;
 use postcopy_transport::{
     EndpointOptions, Exporter, Importer, LaneClass, LaneRequest, RemoteRegion, SetupError, Transport,
 };
@@ -178,12 +179,12 @@ impl Control {
     /// `count` connections for lanes, and for those of the mirror after them.
     ///
     /// Errors: it lets them not in.
-    pub(crate) fn dial_lanes(&self, granted: &Granted, count: usize) -> anyhow::Result<Vec<TcpStream>> {
+    pub(crate) fn dial_lanes(&self, granted: &Granted, count: usize) -> anyhow::Result<Vec<Stream>> {
         let one = |index| {
             let mut stream = dial(self.server, self.patience).context("connecting a lane")?;
             send(&mut stream, &Hello::Lane(LaneHello { name: granted.name.clone(), index }))?;
             stream.set_write_timeout(None)?;
-            Ok(stream)
+            Ok(stream.into())
         };
         (0..count).map(one).collect()
     }

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
+use postcopy_transport::tcp::Stream;
 use postcopy_transport::{
     EndpointOptions, HostMemory, Importer, LaneClass, LaneRequest, RemoteRegion, Transport,
 };
@@ -27,7 +28,7 @@ pub(crate) struct Mirror {
     importer: Importer,
     landing: HostMemory,
     pending: Vec<(LaneRequest, String)>,
-    streams: Vec<TcpStream>,
+    streams: Vec<Stream>,
     driver: Option<Driver>,
 }
 
@@ -58,7 +59,7 @@ impl Mirror {
     }
 
     /// The connections of the lanes, where the transport needs them.
-    pub(crate) fn give_streams(&mut self, streams: Vec<TcpStream>) {
+    pub(crate) fn give_streams(&mut self, streams: Vec<Stream>) {
         self.streams = streams;
     }
 

@@ -19,6 +19,7 @@ use postcopy_engine::pagemap::PageMap;
 use postcopy_tools::device::DeviceArgs;
 use postcopy_tools::machine::Machine;
 use postcopy_tools::text::{one_line, printable};
+use postcopy_transport::tcp::Stream;
 use postcopy_transport::{Exporter, HostMemory, Transport};
 
 use crate::args::ServeArgs;
@@ -308,14 +309,14 @@ impl<'a> Awaiting<'a> {
     }
 
     /// `count` connections in the order of their indices.
-    fn streams(&self, count: usize) -> anyhow::Result<Vec<TcpStream>> {
+    fn streams(&self, count: usize) -> anyhow::Result<Vec<Stream>> {
         let deadline = Instant::now() + PATIENCE;
-        let mut streams: Vec<Option<TcpStream>> = (0..count).map(|_| None).collect();
+        let mut streams: Vec<Option<Stream>> = (0..count).map(|_| None).collect();
         for _ in 0..count {
             let left = deadline.saturating_duration_since(Instant::now());
             let (index, stream) = self.lanes.recv_timeout(left).ok().context("its lanes did not come")?;
             let place = streams.get_mut(index).context("a lane of a number that was not granted")?;
-            ensure!(place.replace(stream).is_none(), "a lane that came twice");
+            ensure!(place.replace(stream.into()).is_none(), "a lane that came twice");
         }
         Ok(streams.into_iter().flatten().collect())
     }

@@ -113,6 +113,7 @@ impl TlsStream {
 
     /// See [`Stream::holds_bytes`](super::stream::Stream::holds_bytes).
     pub(super) fn holds_bytes(&mut self) -> bool {
-        self.taken < self.received.len() || !matches!(self.connection.reader().fill_buf(), Err(error) if error.kind() == ErrorKind::WouldBlock)
+        self.taken < self.received.len()
+            || !matches!(self.connection.reader().fill_buf(), Err(error) if error.kind() == ErrorKind::WouldBlock)
     }
 }

@@ -1,0 +1,36 @@
+//! What lanes run on: connections of their own between the hosts of a session, in clear or under TLS as it is.
+
+use std::net::IpAddr;
+
+use postcopy_transport::tcp::Stream;
+use tokio::net::TcpStream;
+
+use super::SessionError;
+use super::channel::agreed;
+use super::tls::{DestinationTls, SourceTls};
+
+/// Of a connection that this side has dialed to `peer`; it has been greeted.
+pub(super) async fn dialed(
+    stream: TcpStream,
+    peer: IpAddr,
+    tls: Option<&SourceTls>,
+) -> Result<Stream, SessionError> {
+    let Some(tls) = tls else { return Ok(plain(stream)?.into()) };
+    let (stream, connection) = agreed(tls.dial(stream, peer)).await?.into_inner();
+    Ok(Stream::under_tls(plain(stream)?, connection))
+}
+
+/// Of one that this side has accepted, and greeted.
+pub(super) async fn accepted(
+    stream: TcpStream,
+    tls: Option<&DestinationTls>,
+) -> Result<Stream, SessionError> {
+    let Some(tls) = tls else { return Ok(plain(stream)?.into()) };
+    let (stream, connection) = agreed(tls.accept(stream)).await?.into_inner();
+    Ok(Stream::under_tls(plain(stream)?, connection))
+}
+
+/// Takes a connection away from the control plane.
+fn plain(stream: TcpStream) -> Result<std::net::TcpStream, SessionError> {
+    stream.into_std().map_err(|source| SessionError::Connection { source })
+}
