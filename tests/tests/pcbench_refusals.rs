@@ -173,18 +173,18 @@ fn strangers_do_not_disturb_a_server() {
     silent[1].write_all(&[0xff; 100_000]).ok();
     silent[2].write_all(b"{\"lane\":{\"name\":\"x\",\"index\":0}}\n").unwrap();
     silent[3]
-        .write_all(b"{\"read\":{\"version\":3,\"transport\":\"tcp\",\"requests\":[],\"mirror\":false}}\n")
+        .write_all(b"{\"read\":{\"version\":4,\"tls\":false,\"transport\":\"tcp\",\"requests\":[],\"mirror\":false}}\n")
         .unwrap();
     silent[4]
         .write_all(
-            b"{\"read\":{\"version\":3,\"transport\":\"verbs\",\"requests\":[\"zz\"],\"mirror\":true}}\n",
+            b"{\"read\":{\"version\":4,\"tls\":false,\"transport\":\"verbs\",\"requests\":[\"zz\"],\"mirror\":true}}\n",
         )
         .unwrap();
     for paging in
         ["{\"memory\":18446744073709551615}", "{\"memory\":0}", "{\"memory\":4097}", "{\"memory\":-1}"]
     {
         let hello = format!(
-            "{{\"read\":{{\"version\":3,\"transport\":\"tcp\",\"requests\":[\"00\"],\"mirror\":false,\"paging\":{paging}}}}}\n"
+            "{{\"read\":{{\"version\":4,\"tls\":false,\"transport\":\"tcp\",\"requests\":[\"00\"],\"mirror\":false,\"paging\":{paging}}}}}\n"
         );
         let mut stream = TcpStream::connect(served.address()).unwrap();
         stream.write_all(hello.as_bytes()).unwrap();

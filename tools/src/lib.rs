@@ -11,3 +11,4 @@ pub mod ink;
 pub mod machine;
 pub mod size;
 pub mod text;
+pub mod trust;

@@ -14,6 +14,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use postcopy_transport::Transport;
+use postcopy_transport::tcp::Stream;
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 use tokio_rustls::rustls::client::WebPkiServerVerifier;
@@ -24,7 +25,7 @@ use tokio_rustls::rustls::pki_types::{
 };
 use tokio_rustls::rustls::server::{VerifierBuilderError, WebPkiClientVerifier};
 use tokio_rustls::rustls::version::TLS13;
-use tokio_rustls::rustls::{ClientConfig, RootCertStore, ServerConfig};
+use tokio_rustls::rustls::{ClientConfig, ClientConnection, RootCertStore, ServerConfig, ServerConnection};
 use tokio_rustls::{TlsAcceptor, TlsConnector, client, server};
 
 use super::STEP_PATIENCE;
@@ -77,13 +78,27 @@ impl SourceTls {
         Ok(Self { config: Arc::new(config), name: name.transpose()? })
     }
 
+    /// Speaks TLS over a connection for a lane that was dialed to `peer`, as a session does over its own; for who has no
+    /// session. The socket must be one that waits, and how long is its timeouts' matter.
+    ///
+    /// Errors: the two do not trust each other, or the connection fails or times out.
+    pub fn dial_lane(&self, mut socket: std::net::TcpStream, peer: IpAddr) -> io::Result<Stream> {
+        let mut connection =
+            ClientConnection::new(self.config.clone(), self.name_of(peer)).map_err(io::Error::other)?;
+        connection.complete_io(&mut socket)?;
+        Ok(Stream::under_tls(socket, connection))
+    }
+
     pub(super) async fn dial(
         &self,
         stream: TcpStream,
         peer: IpAddr,
     ) -> io::Result<client::TlsStream<TcpStream>> {
-        let name = self.name.clone().unwrap_or_else(|| ServerName::IpAddress(peer.into()));
-        TlsConnector::from(self.config.clone()).connect(name, stream).await
+        TlsConnector::from(self.config.clone()).connect(self.name_of(peer), stream).await
+    }
+
+    fn name_of(&self, peer: IpAddr) -> ServerName<'static> {
+        self.name.clone().unwrap_or_else(|| ServerName::IpAddress(peer.into()))
     }
 }
 
@@ -109,6 +124,15 @@ impl DestinationTls {
         // Who comes again shows its certificate again.
         config.send_tls13_tickets = 0;
         Ok(Self(Arc::new(config)))
+    }
+
+    /// As [`SourceTls::dial_lane`], at the other end.
+    ///
+    /// Errors: as there.
+    pub fn accept_lane(&self, mut socket: std::net::TcpStream) -> io::Result<Stream> {
+        let mut connection = ServerConnection::new(self.0.clone()).map_err(io::Error::other)?;
+        connection.complete_io(&mut socket)?;
+        Ok(Stream::under_tls(socket, connection))
     }
 
     pub(super) async fn accept(&self, stream: TcpStream) -> io::Result<server::TlsStream<TcpStream>> {

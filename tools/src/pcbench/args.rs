@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use postcopy_tools::device::DeviceArgs;
 use postcopy_tools::size;
+use postcopy_tools::trust::TrustArgs;
 use postcopy_transport::Transport;
 use serde::{Deserialize, Serialize};
 
@@ -92,6 +93,11 @@ pub(crate) struct ServeArgs {
     /// Most readers at the same time; others are refused.
     #[arg(long, default_value_t = 64, value_name = "N")]
     pub(crate) max_clients: u32,
+    /// Serve over tcp alone, under TLS, and only readers whose certificate one authority has signed: the folder of its
+    /// `ca-cert.pem` and of this host's `server-cert.pem` and `server-key.pem`, as for QEMU. Only lanes are under it; it is
+    /// there to be measured. See docs/tls.md.
+    #[arg(long, value_name = "FOLDER")]
+    pub(crate) tls: Option<PathBuf>,
     /// Processors to serve on: a list such as 0,2-5; `auto`, those near the RDMA device; `none`.
     #[arg(long, default_value = "auto", value_name = "LIST|auto|none")]
     pub(crate) cpu: String,
@@ -178,6 +184,8 @@ pub(crate) struct ReadArgs {
     /// Give up when nothing has arrived for so many seconds.
     #[arg(long, default_value_t = 10.0, value_name = "S", help_heading = "How")]
     pub(crate) give_up_after: f64,
+    #[command(flatten, next_help_heading = "TLS")]
+    pub(crate) trust: TrustArgs,
     #[command(flatten, next_help_heading = "RDMA")]
     pub(crate) device: DeviceArgs,
     #[command(flatten, next_help_heading = "Report")]

@@ -7,6 +7,7 @@ use std::net::{IpAddr, SocketAddr, TcpStream, ToSocketAddrs};
 use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
+use postcopy_engine::session::SourceTls;
 use postcopy_tools::machine::Machine;
 use postcopy_tools::text::printable;
 use postcopy_transport::tcp::Stream;
@@ -25,6 +26,10 @@ use crate::plan::Plan;
 use crate::run::driver::{Driver, Load};
 use crate::serve::MEMORY;
 
+/// What to say to who wants lanes to this process itself under TLS.
+pub(crate) const ALONE: &str =
+    "--tls is for HOST, where `pcbench serve --tls` runs: within this process there is nobody to trust";
+
 /// A connected reader over one transport.
 pub(crate) struct Reader {
     pub(crate) transport: Transport,
@@ -40,6 +45,8 @@ pub(crate) struct Control {
     stream: TcpStream,
     server: SocketAddr,
     patience: Duration,
+    /// Of lanes.
+    tls: Option<SourceTls>,
 }
 
 /// The server said no.
@@ -76,7 +83,7 @@ impl Reader {
     ///
     /// Errors: it is not there, refuses, hangs, or speaks another language.
     pub(crate) fn connect(server: SocketAddr, transport: Transport, plan: &Plan) -> anyhow::Result<Self> {
-        let mut control = Control::open(server, plan.patience)?;
+        let mut control = Control::open(server, plan.patience, plan.tls.clone())?;
         let endpoint = plan.device.endpoint(control.local());
         let landing = pattern::memory("pcbench-landing", landing_bytes(plan), plan.huge_pages)?;
         let importer = Importer::new(transport, std::slice::from_ref(&landing), &endpoint)?;
@@ -139,13 +146,17 @@ impl Reader {
 }
 
 impl Control {
-    /// Connects to `server`.
+    /// Connects to `server`. Lanes are to be under TLS if `tls` says whom to trust.
     ///
     /// Errors: it is not there.
-    pub(crate) fn open(server: SocketAddr, patience: Duration) -> anyhow::Result<Self> {
+    pub(crate) fn open(
+        server: SocketAddr,
+        patience: Duration,
+        tls: Option<SourceTls>,
+    ) -> anyhow::Result<Self> {
         let stream = dial(server, patience)
             .with_context(|| format!("cannot reach {server}; is `pcbench serve` running there?"))?;
-        Ok(Self { stream, server, patience })
+        Ok(Self { stream, server, patience, tls })
     }
 
     /// This host's address on the way to the server.
@@ -167,7 +178,8 @@ impl Control {
         let asked = requests.len();
         let requests = requests.iter().map(|blob| hex(blob)).collect();
         let transport = transport.name().into();
-        let hello = ReadHello { version: VERSION, transport, requests, mirror, paging };
+        let tls = self.tls.is_some();
+        let hello = ReadHello { version: VERSION, transport, requests, mirror, tls, paging };
         send(&mut self.stream, &Hello::Read(hello))?;
         let Answer::Granted(granted) = self.answer()? else {
             bail!("{server} answered something else than a grant; it is no `pcbench serve` of this release");
@@ -183,8 +195,14 @@ impl Control {
         let one = |index| {
             let mut stream = dial(self.server, self.patience).context("connecting a lane")?;
             send(&mut stream, &Hello::Lane(LaneHello { name: granted.name.clone(), index }))?;
-            stream.set_write_timeout(None)?;
-            Ok(stream.into())
+            let Some(tls) = &self.tls else {
+                stream.set_write_timeout(None)?;
+                return Ok(stream.into());
+            };
+            stream.set_read_timeout(Some(self.patience))?;
+            let lane = tls.dial_lane(stream, self.server.ip()).context("a lane under TLS (docs/tls.md)")?;
+            lane.set_timeouts(None)?;
+            Ok(lane)
         };
         (0..count).map(one).collect()
     }

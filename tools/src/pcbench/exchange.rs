@@ -4,7 +4,8 @@
 //!  reader                                server
 //!  Hello::Read {version, requests} ───▶            the control connection; it stays open, and
 //!             ◀─── Answer::Granted {grants}         what it opened is closed when it closes
-//!  Hello::Lane {name, index} ─────────▶            TCP: one more connection for each path
+//!  Hello::Lane {name, index} ─────────▶            TCP: one more connection for each path,
+//!                                                   under TLS from here on if that was asked for
 //!  Order::Mirror {grants} ────────────▶            bidirectional only
 //!             ◀─── Answer::Ready
 //!  Order::Start / Order::Stop ────────▶            bidirectional: around each measurement
@@ -30,7 +31,7 @@ use crate::args::Completion;
 use crate::report::Latency;
 
 /// Version of the messages. Both sides must speak the same one.
-pub(crate) const VERSION: u32 = 3;
+pub(crate) const VERSION: u32 = 4;
 /// Longest line: a grant for each of 66 lanes, twice, and a machine's description.
 const MAX_LINE: usize = 64 << 10;
 /// Longest text of a peer that is shown.
@@ -55,6 +56,8 @@ pub(crate) struct ReadHello {
     pub(crate) requests: Vec<String>,
     /// The server shall read from the reader too.
     pub(crate) mirror: bool,
+    /// Lanes are under TLS.
+    pub(crate) tls: bool,
     /// The memory is to be faulted in: it comes with a page map.
     #[serde(default)]
     pub(crate) paging: Option<Paging>,

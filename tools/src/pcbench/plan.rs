@@ -1,8 +1,9 @@
-//! What will be measured: the command line, checked. Nothing is opened or connected here.
+//! What will be measured: the command line, checked, and the certificates that it names. Nothing is connected here.
 
 use std::time::Duration;
 
 use anyhow::{anyhow, bail, ensure};
+use postcopy_engine::session::SourceTls;
 use postcopy_tools::device::DeviceArgs;
 use postcopy_tools::size;
 use postcopy_transport::{MAX_READ, Transport};
@@ -51,6 +52,8 @@ pub(crate) struct Plan {
     pub(crate) bidirectional: bool,
     pub(crate) verify: bool,
     pub(crate) patience: Duration,
+    /// Whom lanes go to. `None`: to anybody, in clear.
+    pub(crate) tls: Option<SourceTls>,
     pub(crate) device: DeviceArgs,
     pub(crate) format: Format,
     pub(crate) output: OutputArgs,
@@ -107,6 +110,7 @@ impl TryFrom<&ReadArgs> for Plan {
             bidirectional: args.bidirectional,
             verify: args.verify,
             patience: seconds("--give-up-after", args.give_up_after)?,
+            tls: args.trust.read()?,
             device: args.device.clone(),
             format: args.output.format.unwrap_or(if args.output.json { Format::Json } else { Format::Table }),
             output: args.output.clone(),
@@ -119,6 +123,17 @@ fn transports(args: &ReadArgs) -> anyhow::Result<(Vec<Transport>, Vec<String>)> 
     let asked = &args.transport;
     for (index, transport) in asked.iter().enumerate() {
         ensure!(!asked[..index].contains(transport), "--transport names {transport} twice");
+    }
+    if args.trust.tls.is_some() {
+        ensure!(
+            asked.is_empty() || *asked == [Transport::Tcp],
+            "--tls is for tcp: over the others nothing is encrypted"
+        );
+        ensure!(
+            !args.device.is_chosen(),
+            "--device and what else tunes RDMA are for verbs, and --tls is for tcp"
+        );
+        return Ok((vec![Transport::Tcp], Vec::new()));
     }
     if args.device.is_chosen() {
         ensure!(

@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, anyhow, bail, ensure};
 use postcopy_engine::export;
 use postcopy_engine::pagemap::PageMap;
+use postcopy_engine::session::DestinationTls;
 use postcopy_tools::device::DeviceArgs;
 use postcopy_tools::machine::Machine;
 use postcopy_tools::text::{one_line, printable};
@@ -43,7 +44,7 @@ const MAX_STRANGERS: u32 = 256;
 const KEEP_ALIVE: (Duration, Duration, u32) = (Duration::from_secs(30), Duration::from_secs(5), 4);
 
 /// Lanes that are awaited, by name.
-type Awaited = Mutex<HashMap<String, Sender<(usize, TcpStream)>>>;
+type Awaited = Mutex<HashMap<String, Sender<(usize, Stream)>>>;
 
 /// What connections share.
 pub(crate) struct Server {
@@ -54,6 +55,8 @@ pub(crate) struct Server {
     strangers: AtomicU32,
     clients: AtomicU32,
     max_clients: u32,
+    /// Whom lanes are served to. `None`: anybody, in clear.
+    tls: Option<DestinationTls>,
     /// Say on stderr who comes and goes.
     talks: bool,
 }
@@ -90,7 +93,10 @@ pub(crate) fn serve(args: &ServeArgs) -> anyhow::Result<()> {
     let pin: Pin = args.cpu.parse()?;
     pin.apply_to_all(args.device.device.first().map(String::as_str));
     pin.apply()?;
-    let server = Server::new(args.memory, args.huge_pages, args.max_clients, args.device.clone(), true)?;
+    let mut server = Server::new(args.memory, args.huge_pages, args.max_clients, args.device.clone())?;
+    server.tls = args.tls.as_deref().map(DestinationTls::read).transpose()?;
+    server.talks = true;
+    let server = Arc::new(server);
     eprintln!("pcbench: serving {} KiB on {}", args.memory >> 10, listener.local_addr()?);
     server.run(&listener);
     Ok(())
@@ -112,25 +118,21 @@ pub(crate) fn check(args: &ServeArgs) -> anyhow::Result<()> {
 pub(crate) fn loopback(device: &DeviceArgs, huge_pages: bool) -> anyhow::Result<SocketAddr> {
     let listener = TcpListener::bind("127.0.0.1:0").context("listening on the loopback")?;
     let address = listener.local_addr()?;
-    let server = Server::new(MEMORY, huge_pages, MAX_STRANGERS, device.clone(), false)?;
+    let server = Arc::new(Server::new(MEMORY, huge_pages, MAX_STRANGERS, device.clone())?);
     std::thread::Builder::new().name("serve".into()).spawn(move || server.run(&listener))?;
     Ok(address)
 }
 
 impl Server {
-    fn new(
-        memory: u64,
-        huge_pages: bool,
-        max_clients: u32,
-        device: DeviceArgs,
-        talks: bool,
-    ) -> anyhow::Result<Arc<Self>> {
+    /// In clear, and silent.
+    fn new(memory: u64, huge_pages: bool, max_clients: u32, device: DeviceArgs) -> anyhow::Result<Self> {
         let memory =
             pattern::memory("pcbench", memory as usize, huge_pages).context("making memory to read")?;
         pattern::fill(&memory);
         let (strangers, clients) = (AtomicU32::new(0), AtomicU32::new(0));
         let (machine, awaited) = (Machine::here(), Awaited::default());
-        Ok(Arc::new(Self { memory, device, machine, awaited, strangers, clients, max_clients, talks }))
+        let (tls, talks) = (None, false);
+        Ok(Self { memory, device, machine, awaited, strangers, clients, max_clients, tls, talks })
     }
 
     /// Serves until the process ends.
@@ -191,10 +193,21 @@ impl Server {
 
     /// Gives a lane's connection to the reader that awaits it.
     fn give(&self, LaneHello { name, index }: LaneHello, stream: TcpStream) -> anyhow::Result<()> {
-        stream.set_write_timeout(None)?;
-        let awaited = self.awaited.lock().unwrap_or_else(PoisonError::into_inner);
-        let reader = awaited.get(&name).context("a lane that nobody awaits")?;
-        reader.send((index, stream)).ok().context("a lane that nobody awaits any more")
+        let reader = self.reader_of(&name).context("a lane that nobody awaits")?;
+        let lane = match &self.tls {
+            None => stream.into(),
+            Some(tls) => {
+                stream.set_read_timeout(Some(PATIENCE))?;
+                tls.accept_lane(stream).context("a lane under TLS (docs/tls.md)")?
+            }
+        };
+        lane.set_timeouts(None)?;
+        reader.send((index, lane)).ok().context("a lane that nobody awaits any more")
+    }
+
+    /// Who awaits lanes by that name.
+    fn reader_of(&self, name: &str) -> Option<Sender<(usize, Stream)>> {
+        self.awaited.lock().unwrap_or_else(PoisonError::into_inner).get(name).cloned()
     }
 
     /// Opens the memory to one reader, until its connection closes.
@@ -210,11 +223,20 @@ impl Server {
                 self.max_clients
             )
         })?;
+        match (&self.tls, hello.tls) {
+            (None, true) => bail!("this server has no certificates; start it with --tls"),
+            (Some(_), false) => bail!("the lanes of this server are under TLS; read with --tls"),
+            _ => {}
+        }
         let lanes = hello.requests.len();
         let most = if hello.paging.is_some() { export::MAX_LANES } else { MAX_LANES as usize };
         ensure!((1..=most).contains(&lanes), "{lanes} lanes; ask for 1 to {most}");
         let transport: Transport =
             printable(&hello.transport, MAX_TEXT).parse().map_err(|error: String| anyhow!(error))?;
+        ensure!(
+            !hello.tls || transport == Transport::Tcp,
+            "--tls is for tcp: over {transport} nothing is encrypted"
+        );
         let mut opened = self.open(stream, transport, hello)?;
         let what = if opened.map.is_some() { "faults" } else { "reads" };
         self.say(format_args!("{peer}: {what} over {transport}, lanes: {lanes}, readers: {}", self.count()));
@@ -297,7 +319,7 @@ fn keep_alive(stream: &TcpStream) -> std::io::Result<()> {
 struct Awaiting<'a> {
     awaited: &'a Awaited,
     name: String,
-    lanes: Receiver<(usize, TcpStream)>,
+    lanes: Receiver<(usize, Stream)>,
 }
 
 impl<'a> Awaiting<'a> {
@@ -316,7 +338,7 @@ impl<'a> Awaiting<'a> {
             let left = deadline.saturating_duration_since(Instant::now());
             let (index, stream) = self.lanes.recv_timeout(left).ok().context("its lanes did not come")?;
             let place = streams.get_mut(index).context("a lane of a number that was not granted")?;
-            ensure!(place.replace(stream.into()).is_none(), "a lane that came twice");
+            ensure!(place.replace(stream).is_none(), "a lane that came twice");
         }
         Ok(streams.into_iter().flatten().collect())
     }

@@ -7,8 +7,9 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use postcopy_engine::session::{Mode, SourceTls, TlsError};
+use postcopy_engine::session::Mode;
 use postcopy_tools::size;
+use postcopy_tools::trust::TrustArgs;
 
 use crate::control::PATIENCE;
 
@@ -173,34 +174,6 @@ pub(crate) struct MigrateArgs {
     pub(crate) trust: TrustArgs,
     #[command(flatten)]
     pub(crate) told: ToldArgs,
-}
-
-/// Whom to give a guest to.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Args, serde::Serialize, serde::Deserialize)]
-pub(crate) struct TrustArgs {
-    /// Speak with the destination under TLS, and only if one authority has signed its certificate: the folder of its
-    /// `ca-cert.pem` and of this host's `client-cert.pem` and `client-key.pem`, as for QEMU. Pages cross as they are: see
-    /// docs/tls.md.
-    #[arg(long, value_name = "FOLDER")]
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(crate) tls: Option<PathBuf>,
-    /// The name that the destination's certificate has to have. If not given: the IP address that is dialed.
-    #[arg(long, value_name = "NAME", requires = "tls")]
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(crate) tls_hostname: Option<String>,
-}
-
-impl TrustArgs {
-    /// Errors: the certificates cannot be used.
-    pub(crate) fn read(&self) -> Result<Option<SourceTls>, TlsError> {
-        self.tls.as_deref().map(|folder| SourceTls::read(folder, self.tls_hostname.as_deref())).transpose()
-    }
-
-    /// The same for a process with another working folder.
-    pub(crate) fn absolute(&self) -> std::io::Result<Self> {
-        let tls = self.tls.as_deref().map(std::path::absolute).transpose()?;
-        Ok(Self { tls, tls_hostname: self.tls_hostname.clone() })
-    }
 }
 
 #[derive(Debug, Args)]

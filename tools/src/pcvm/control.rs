@@ -7,7 +7,9 @@ use postcopy_engine::stats::PagerReport;
 use postcopy_tools::device::DeviceArgs;
 use serde::{Deserialize, Serialize};
 
-use crate::args::{Resolution, TrustArgs};
+use postcopy_tools::trust::TrustArgs;
+
+use crate::args::Resolution;
 
 /// Longest request line.
 pub(crate) const MAX_REQUEST: u64 = 64 << 10;

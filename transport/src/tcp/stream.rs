@@ -3,6 +3,7 @@
 use std::io::{self, Write as _};
 use std::net::TcpStream;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::time::Duration;
 
 use super::tls::TlsStream;
 use super::vectored::{self, Vectors, Wait};
@@ -26,6 +27,14 @@ impl Stream {
     /// has seen it.
     pub fn under_tls(socket: TcpStream, connection: impl Into<rustls::Connection>) -> Self {
         Self(Kind::Tls(Box::new(TlsStream::new(socket, connection.into()))))
+    }
+
+    /// For how long it waits where it does.
+    ///
+    /// Errors: the system refuses.
+    pub fn set_timeouts(&self, patience: Option<Duration>) -> io::Result<()> {
+        self.socket().set_read_timeout(patience)?;
+        self.socket().set_write_timeout(patience)
     }
 
     pub(super) fn socket(&self) -> &TcpStream {

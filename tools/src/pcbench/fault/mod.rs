@@ -24,6 +24,7 @@ use postcopy_engine::planner::Policy;
 use postcopy_engine::stats::{PagerReport, Percentiles};
 use postcopy_tools::device::DeviceArgs;
 use postcopy_tools::drain::BulkWaitArgs;
+use postcopy_tools::trust::TrustArgs;
 use postcopy_tools::{cli, size};
 use postcopy_transport::{EndpointOptions, Transport};
 use serde::Serialize;
@@ -123,6 +124,8 @@ pub(crate) struct FaultArgs {
     /// Print JSON.
     #[arg(long)]
     pub(crate) json: bool,
+    #[command(flatten, next_help_heading = "TLS")]
+    pub(crate) trust: TrustArgs,
     #[command(flatten, next_help_heading = "RDMA")]
     pub(crate) device: DeviceArgs,
 }
@@ -146,6 +149,11 @@ impl FaultArgs {
             self.transport == Transport::Verbs || !self.device.is_chosen(),
             "--device and what else tunes RDMA are for verbs; add --transport verbs"
         );
+        ensure!(
+            self.trust.tls.is_none() || self.transport == Transport::Tcp,
+            "--tls is for tcp: over the others nothing is encrypted"
+        );
+        ensure!(self.trust.tls.is_none() || self.host.is_some(), "{}", connect::ALONE);
         seconds("--give-up-after", self.give_up_after).map(drop)
     }
 
@@ -215,6 +223,8 @@ struct Outcome {
 struct FaultReport {
     version: u32,
     transport: &'static str,
+    /// Whether lanes were under TLS.
+    tls: bool,
     /// Where the memory was; absent if here.
     server: Option<Server>,
     memory_bytes: u64,
@@ -248,7 +258,7 @@ fn measure(args: &FaultArgs) -> anyhow::Result<FaultReport> {
     args.transport.available()?;
     let patience = seconds("--give-up-after", args.give_up_after)?;
     let source = match &args.host {
-        Some(host) => Source::There { server: connect::resolve(host)?, patience },
+        Some(host) => Source::There { server: connect::resolve(host)?, patience, tls: args.trust.read()? },
         None => Source::here(args.bytes())?,
     };
     let cases = args.cases();
@@ -279,6 +289,7 @@ fn measure(args: &FaultArgs) -> anyhow::Result<FaultReport> {
     Ok(FaultReport {
         version: 1,
         transport: args.transport.name(),
+        tls: args.trust.tls.is_some(),
         server,
         memory_bytes: args.bytes(),
         pattern: args.pattern,

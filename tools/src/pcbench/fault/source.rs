@@ -11,6 +11,7 @@ use anyhow::{Context, ensure};
 use postcopy_engine::export::Export;
 use postcopy_engine::import::{Import, Lanes};
 use postcopy_engine::memory::GuestMemory;
+use postcopy_engine::session::SourceTls;
 use postcopy_transport::{
     AnyLane, Exporter, HostMemory, Importer, LaneClass, LaneRequest, LocalRegion, RemoteRegion,
 };
@@ -26,7 +27,7 @@ pub(super) enum Source {
     /// In this process.
     Here(GuestMemory),
     /// At a server.
-    There { server: SocketAddr, patience: Duration },
+    There { server: SocketAddr, patience: Duration, tls: Option<SourceTls> },
 }
 
 /// A source's memory and page map over connected lanes.
@@ -99,8 +100,8 @@ impl Source {
                 let regions = export.regions();
                 Ok(Opened { import, lanes, regions, hold: Hold::Here(Box::new(export)) })
             }
-            Self::There { server, patience } => {
-                let mut control = Control::open(*server, *patience)?;
+            Self::There { server, patience, tls } => {
+                let mut control = Control::open(*server, *patience, tls.clone())?;
                 let endpoint = args.endpoint(control.local());
                 let import = Import::new(args.transport, memory, (args.landing, shards), &endpoint)?;
                 let (requests, blobs) = import.request(shards, servers)?;
@@ -138,8 +139,8 @@ impl Source {
                 let (server, _exporter, _control) = (None, Some(exporter), None);
                 Ok(Bare { bulk, urgent, remote, local, server, _exporter, _control })
             }
-            Self::There { server, patience } => {
-                let mut control = Control::open(*server, *patience)?;
+            Self::There { server, patience, tls } => {
+                let mut control = Control::open(*server, *patience, tls.clone())?;
                 let importer = Importer::new(args.transport, landing, &args.endpoint(control.local()))?;
                 let (bulk, bulk_blob) = importer.request(LaneClass::Bulk)?;
                 let (urgent, urgent_blob) = importer.request(LaneClass::Urgent)?;

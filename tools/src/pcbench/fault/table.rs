@@ -15,9 +15,10 @@ pub(super) fn table(report: &FaultReport) -> String {
     }
     let _ = writeln!(
         out,
-        "{} of {} MiB, {:?} {:?}, {} thread(s), {} shard(s), landing {}, medians of {} rounds\n\
+        "{}{} of {} MiB, {:?} {:?}, {} thread(s), {} shard(s), landing {}, medians of {} rounds\n\
          raw 4 KiB read: p50 {:.1} µs, p99 {:.1} µs; raw bulk: {:.0} MB/s\n",
         report.transport,
+        if report.tls { ", under TLS," } else { "" },
         report.memory_bytes >> 20,
         report.pattern,
         report.access,

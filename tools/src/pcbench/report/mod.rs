@@ -103,6 +103,9 @@ pub(crate) struct Settings {
     pub(crate) verify: bool,
     /// Processors that the reading thread was pinned to.
     pub(crate) cpus: Option<Vec<usize>>,
+    /// Whether lanes were under TLS.
+    #[serde(default)]
+    pub(crate) tls: bool,
     /// What the flags of the lanes said: device, queue pairs, MTU and so on.
     pub(crate) device: DeviceArgs,
     /// Transports left out because a side does not have them, and why.
@@ -129,6 +132,7 @@ impl Report {
             bidirectional: plan.bidirectional,
             verify: plan.verify,
             cpus: run.cpus,
+            tls: plan.tls.is_some(),
             device: plan.device.clone(),
             missing: plan.missing.iter().chain(&run.left_out).cloned().collect(),
         };

@@ -60,6 +60,9 @@ pub(super) fn how(settings: &Settings) -> String {
     if let Some(cpus) = &settings.cpus {
         let _ = write!(out, ", on processors {cpus:?}");
     }
+    if settings.tls {
+        out.push_str(", under TLS");
+    }
     if settings.bidirectional {
         out.push_str(", both sides reading");
     }

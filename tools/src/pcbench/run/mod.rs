@@ -11,12 +11,12 @@ mod wait;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant, SystemTime};
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use postcopy_tools::machine::Machine;
 use postcopy_tools::text::one_line;
 use postcopy_transport::Transport;
 
-use crate::connect::{Reader, is_of_one_transport, resolve};
+use crate::connect::{ALONE, Reader, is_of_one_transport, resolve};
 use crate::exchange::Mirrored;
 use crate::plan::{Limit, Plan};
 use crate::serve;
@@ -65,6 +65,7 @@ pub(crate) fn run(plan: &Plan, host: Option<&str>) -> anyhow::Result<Run> {
     let near = plan.pin.apply_to_all(plan.device.device.first().map(String::as_str));
     let address = match host {
         Some(host) => resolve(host)?,
+        None if plan.tls.is_some() => bail!("{ALONE}"),
         None => serve::loopback(&plan.device, plan.huge_pages)?,
     };
     let cpus = plan.pin.apply()?.or(near);

@@ -84,7 +84,8 @@ pub(crate) struct HostArgs {
     pub(crate) landing: Landing,
     /// Take guests in only from sources whose certificate one authority has signed, and speak with them under
     /// TLS: the folder of its `ca-cert.pem` and of this host's `server-cert.pem` and `server-key.pem`, as for QEMU. Pages
-    /// cross as they are: see docs/tls.md.
+    /// are encrypted too over tcp, which is what is taken then if nothing else is said; over verbs they are not. See
+    /// docs/tls.md.
     #[arg(long, value_name = "FOLDER")]
     pub(crate) tls: Option<PathBuf>,
 }
@@ -127,7 +128,7 @@ impl HostArgs {
 /// How memory travels.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct WireArgs {
-    /// Transport: verbs where both sides have it, else tcp.
+    /// Transport: verbs where both sides have it, else tcp; under TLS tcp.
     #[arg(long, value_enum, default_value_t = Wire::Auto)]
     pub(crate) transport: Wire,
     #[command(flatten)]
