@@ -9,7 +9,7 @@ use postcopy_e2e::authority::Authority;
 use postcopy_e2e::reports::assert_whole;
 use postcopy_e2e::tap::Tap;
 use postcopy_e2e::{
-    Pcvm, Scratch, assert_refused, free_port, free_ports, program, receive_args, run, stderr,
+    Pcvm, Scratch, assert_refused, free_port, free_ports, program, receive_args, run, stderr, variable,
 };
 
 /// The address that hosts of these tests have, and so the name in their certificates.
@@ -130,6 +130,37 @@ fn nobody_on_the_way_hears_a_page() {
     let (tap, report) = moved_by_way_of_a_tap("tls-in-clear", (&[], &["--transport", "tcp"]), |_| {});
     assert_eq!(report["pages_encrypted"], false);
     assert!(tap.has_heard(&some_memory()), "it hears what is in clear");
+}
+
+#[test]
+#[ignore = "needs an RDMA device at LAB_RDMA_ADDR: run by scripts/test in the lab"]
+fn pages_cross_over_verbs_where_both_sides_say_so_and_not_else() {
+    let address = variable("LAB_RDMA_ADDR");
+    let (scratch, ports) = (Scratch::new("tls-verbs"), free_ports::<3>());
+    let folder = Authority::default().folder(&scratch, "certificates", &address);
+    let receiver = |name: &str, port: u16, how: &[&str]| {
+        let listen = ["receive", "--listen", &format!("{address}:{port}")];
+        Pcvm::start(&scratch, name, &[&listen[..], &tls(&folder), how].concat())
+    };
+    let (verbs, source) = (["--transport", "verbs"], Pcvm::run_tiny(&scratch, "a"));
+    let unasked = receiver("b", ports[0], &[]);
+    let out = source.try_migrate(&format!("{address}:{}", ports[0]), &[&verbs[..], &tls(&folder)].concat());
+    let words = ["no transport of those offered (verbs)", "pages cross in clear", "the guest runs on here"];
+    assert_refused(&out, &words);
+    drop(unasked);
+    let said = [
+        (receiver("c", ports[1], &[]), ports[1], &[][..], "tcp"),
+        (receiver("d", ports[2], &verbs), ports[2], &verbs, "verbs"),
+    ];
+    let mut here = source;
+    for (there, port, how, transport) in said {
+        let report = here.migrate(&format!("{address}:{port}"), &[how, &tls(&folder)].concat());
+        assert_whole(&report, PAGES);
+        assert_eq!(report["transport"], transport);
+        assert_eq!(report["pages_encrypted"], transport == "tcp");
+        there.assert_runs();
+        here = there;
+    }
 }
 
 #[test]

@@ -4,18 +4,17 @@
 
 #![allow(clippy::unwrap_used)] // helpers of tests, where a panic is the report
 
+mod pairs;
+
 use std::io::{Read as _, Write as _};
-use std::net::{TcpListener, TcpStream};
-use std::sync::Arc;
+use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
-use postcopy_transport::tcp::Stream;
+use pairs::{stream_pair, tls_pair, tls_pair_and_socket};
 use postcopy_transport::{
     AnyLane, Completion, EndpointOptions, Exporter, HostMemory, Importer, Lane, LaneClass, LaneError, Read,
     ReadError, RemoteRegion, SetupError, Token, Transport,
 };
-use rustls::pki_types::{CertificateDer, PrivateKeyDer};
-use rustls::{ClientConfig, ClientConnection, Connection, RootCertStore, ServerConfig, ServerConnection};
 
 const MEMORY: usize = 4 << 20;
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -40,45 +39,6 @@ fn available() -> Vec<Transport> {
             }
         })
         .collect()
-}
-
-fn stream_pair() -> (TcpStream, TcpStream) {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let one = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-    (one, listener.accept().unwrap().0)
-}
-
-/// A connected pair under TLS: who dials is served by who listens, as in a session a source by its destination.
-fn tls_pair() -> (Stream, Stream) {
-    let (dials, listens, _) = tls_pair_and_socket();
-    (dials, listens)
-}
-
-/// And what the one who dials has, below TLS.
-fn tls_pair_and_socket() -> (Stream, Stream, TcpStream) {
-    let key = rcgen::generate_simple_self_signed(["peer".to_owned()]).unwrap();
-    let certificate: CertificateDer = key.cert.der().clone();
-    let mut authorities = RootCertStore::empty();
-    authorities.add(certificate.clone()).unwrap();
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let client = ClientConfig::builder_with_provider(provider.clone()).with_safe_default_protocol_versions();
-    let client = client.unwrap().with_root_certificates(authorities).with_no_client_auth();
-    let server = ServerConfig::builder_with_provider(provider).with_safe_default_protocol_versions();
-    let own = PrivateKeyDer::try_from(key.signing_key.serialize_der()).unwrap();
-    let server = server.unwrap().with_no_client_auth().with_single_cert(vec![certificate], own).unwrap();
-    let (mut dials, mut listens) = stream_pair();
-    let serving = std::thread::spawn(move || {
-        let mut connection: Connection = ServerConnection::new(Arc::new(server)).unwrap().into();
-        connection.complete_io(&mut listens).unwrap();
-        Stream::under_tls(listens, connection)
-    });
-    let name = "peer".try_into().unwrap();
-    let mut connection: Connection = ClientConnection::new(Arc::new(client), name).unwrap().into();
-    while connection.is_handshaking() {
-        connection.complete_io(&mut dials).unwrap();
-    }
-    let below = dials.try_clone().unwrap();
-    (Stream::under_tls(dials, connection), serving.join().unwrap(), below)
 }
 
 /// Bytes that differ by position, over all of memory.

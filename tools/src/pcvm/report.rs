@@ -43,6 +43,14 @@ fn share_line(pager: &PagerReport) -> String {
     format!("{share:5.1} % of {:.0} MiB", mebibytes(pager.total_pages * PAGE_SIZE))
 }
 
+/// How pages crossed.
+pub(crate) fn wire(report: &MigrationReport) -> String {
+    match report.pages_encrypted {
+        true => format!("{}, encrypted", report.transport),
+        false => report.transport.clone(),
+    }
+}
+
 /// The report as a table.
 pub(crate) fn table(report: &MigrationReport) -> String {
     let mut out = String::new();
@@ -51,7 +59,7 @@ pub(crate) fn table(report: &MigrationReport) -> String {
     let mut row = |name: &str, value: String| {
         let _ = writeln!(out, "{name:<22} {value}");
     };
-    row("transport", report.transport.clone());
+    row("transport", wire(report));
     row("memory", format!("{:.0} MiB", mebibytes(report.memory_bytes)));
     row("device state", format!("{} bytes", report.state_bytes));
     row(

@@ -6,6 +6,7 @@ use postcopy_engine::memory::PAGE_SIZE;
 use postcopy_engine::stats::Percentiles;
 
 use super::input::{GuestReport, Migration};
+use crate::report::wire;
 
 /// In place of what a migration has no number for.
 const NOTHING: &str = "-";
@@ -50,7 +51,7 @@ fn row(migrations: &[Migration], name: impl Into<String>, cell: impl Fn(&Migrati
 fn times(of: &[Migration]) -> Section {
     let ms = |micros: u64| format!("{:.2}", milliseconds(micros));
     let rows = vec![
-        row(of, "transport", |m| m.report.transport.clone()),
+        row(of, "transport", |m| wire(&m.report)),
         row(of, "guest memory, MiB", |m| format!("{:.0}", mebibytes(m.report.memory_bytes))),
         row(of, "downtime, ms", |m| ms(m.report.downtime_us)),
         row(of, "  of that freeze, ms", |m| ms(m.report.freeze_us)),
