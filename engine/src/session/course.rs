@@ -113,8 +113,12 @@ impl Course {
                 let known =
                     transport.parse().map_err(|_| SessionError::Protocol("it accepted an unknown transport"));
                 let known: Transport = known?;
+                // Of one that goes on over another transport, all pages or none are said to have been encrypted.
+                let first = self.report.transport.is_empty();
+                self.report.pages_encrypted = (first || self.report.pages_encrypted)
+                    && known == Transport::Tcp
+                    && self.options.tls.is_some();
                 self.report.transport = known.name().into();
-                self.report.pages_encrypted = known == Transport::Tcp && self.options.tls.is_some();
                 Ok(Accepted { transport: known, lanes, order })
             }
             other => Err(unexpected(&other, "Accept")),

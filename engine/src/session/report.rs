@@ -26,7 +26,7 @@ pub struct MigrationReport {
     pub version: u32,
     /// The transport that was used.
     pub transport: String,
-    /// Whether pages crossed encrypted: over tcp, where both sides are set up for TLS.
+    /// Whether all pages crossed encrypted: over tcp, where both sides are set up for TLS.
     #[serde(default)]
     pub pages_encrypted: bool,
     /// When memory moved.
