@@ -22,9 +22,19 @@ fail() {
     exit 1
 }
 
-# Keeps what there is to see, whatever happens.
+# Keeps what there is to see, whatever happens, and leaves nothing else behind: not all of this is in a lab, which ends.
 # shellcheck disable=SC2317 # by the trap
-keep() { cp "$work"/*.log "$work"/*.console "$LAB_SCRATCH" 2>/dev/null || true; }
+keep() {
+    cp "$work"/*.log "$work"/*.console "$LAB_SCRATCH" 2>/dev/null || true
+    local each
+    for each in "${processes[@]}"; do
+        # One that ended may have left its number to somebody else. SIGKILL ends those that stand still, too.
+        [[ $(ps -o ppid= -p "$each") -eq $$ ]] || continue
+        # shellcheck disable=SC2046 # words are what they are
+        kill -KILL "$each" $(children "$each") 2>/dev/null || true
+    done
+    rm -rf "$work"
+}
 trap keep EXIT
 
 # children PID: all that it has started, and what they have.
