@@ -2,8 +2,10 @@
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
-use std::sync::atomic::{AtomicBool, AtomicI64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicI64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
+
+use postcopy_engine::session::SourceTls;
 
 use crate::cutter::{GREETING, LANE, PURPOSE};
 
@@ -17,7 +19,8 @@ struct State {
     target: SocketAddr,
     /// All that has passed on lanes.
     heard: Mutex<Vec<u8>>,
-    pretends: AtomicBool,
+    /// What it pretends to be a source by: no certificate, or this one.
+    pretends: Mutex<Option<Option<SourceTls>>>,
     pretended: AtomicUsize,
     /// Bytes from the source that lanes still carry before one is changed.
     changes_after: AtomicI64,
@@ -31,7 +34,7 @@ impl Tap {
         let state = Arc::new(State {
             target: target.into(),
             heard: Mutex::default(),
-            pretends: AtomicBool::new(false),
+            pretends: Mutex::default(),
             pretended: AtomicUsize::new(0),
             changes_after: AtomicI64::new(i64::MAX),
         });
@@ -55,9 +58,9 @@ impl Tap {
         self.state.heard.lock().unwrap().windows(bytes.len()).any(|heard| heard == bytes)
     }
 
-    /// Comes before each lane, greets as it does, and says nothing that a source would.
-    pub fn pretend(&self) {
-        self.state.pretends.store(true, Ordering::SeqCst);
+    /// Comes before each lane and greets as it does; then shows that certificate, or says nothing that a source would.
+    pub fn pretend(&self, by: Option<SourceTls>) {
+        *self.state.pretends.lock().unwrap() = Some(by);
     }
 
     /// How often it has pretended.
@@ -81,8 +84,9 @@ impl State {
         let mut greeting = [0; GREETING];
         client.read_exact(&mut greeting)?;
         let is_lane = greeting[PURPOSE] == LANE;
-        if is_lane && self.pretends.load(Ordering::SeqCst) {
-            self.pretend(&greeting)?;
+        let pretends = self.pretends.lock().unwrap().clone();
+        if let (true, Some(by)) = (is_lane, pretends) {
+            self.pretend(&greeting, by)?;
         }
         let mut server = TcpStream::connect(self.target)?;
         server.write_all(&greeting)?;
@@ -94,11 +98,18 @@ impl State {
     }
 
     /// Its lane is there before the one that it has heard of, and is listened to.
-    fn pretend(&self, greeting: &[u8]) -> std::io::Result<()> {
+    fn pretend(&self, greeting: &[u8], by: Option<SourceTls>) -> std::io::Result<()> {
         let mut server = TcpStream::connect(self.target)?;
         server.write_all(greeting)?;
-        server.write_all(&[0xee; 256])?;
-        server.shutdown(Shutdown::Write)?;
+        let below = server.try_clone()?;
+        let _lane = match by {
+            Some(certificate) => Some(certificate.dial_lane(below, self.target.ip())?),
+            None => {
+                server.write_all(&[0xee; 256])?;
+                server.shutdown(Shutdown::Write)?;
+                None
+            }
+        };
         // What it hears is that it is not wanted.
         let _ = server.read_to_end(&mut Vec::new());
         self.pretended.fetch_add(1, Ordering::SeqCst);

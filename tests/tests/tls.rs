@@ -11,6 +11,7 @@ use postcopy_e2e::tap::Tap;
 use postcopy_e2e::{
     Pcvm, Scratch, assert_refused, free_port, free_ports, program, receive_args, run, stderr, variable,
 };
+use postcopy_engine::session::SourceTls;
 
 /// The address that hosts of these tests have, and so the name in their certificates.
 const HERE: &str = "127.0.0.1";
@@ -164,12 +165,16 @@ fn pages_cross_over_verbs_where_both_sides_say_so_and_not_else() {
 }
 
 #[test]
-fn a_lane_that_shows_no_certificate_is_not_taken_for_one() {
-    let scratch = Scratch::new("tls-pretender");
-    let folder = Authority::default().folder(&scratch, "certificates", HERE);
+fn a_lane_that_does_not_show_its_sources_certificate_is_not_taken_for_one() {
+    let (scratch, authority) = (Scratch::new("tls-pretender"), Authority::default());
+    let [folder, another] = ["source", "another"].map(|host| authority.folder(&scratch, host, HERE));
     let how = (&tls(&folder)[..], &tls(&folder)[..]);
-    let (tap, _) = moved_by_way_of_a_tap("tls-pretended", how, Tap::pretend);
-    assert!(tap.pretended() > 1, "before the urgent lane, and before that for bulk");
+    // Of the same authority, so that the destination would take a guest from it.
+    let another = SourceTls::read(&another, None).unwrap();
+    for by in [None, Some(another)] {
+        let (tap, _) = moved_by_way_of_a_tap("tls-pretended", how, |tap| tap.pretend(by));
+        assert!(tap.pretended() > 1, "before the urgent lane, and before that for bulk");
+    }
 }
 
 #[test]

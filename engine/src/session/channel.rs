@@ -11,13 +11,14 @@ use tokio::net::TcpStream;
 use tokio_rustls::rustls;
 
 use super::message::{self, Message};
-use super::tls::{DestinationTls, SourceTls};
+use super::tls::{DestinationTls, Shown, SourceTls};
 use super::{STEP_PATIENCE, SessionError};
 
 /// One side of a control connection.
 pub(super) struct Channel {
     line: Box<dyn Line>,
     addresses: Addresses,
+    shown: Option<Shown>,
     incoming: BytesMut,
     outgoing: BytesMut,
 }
@@ -45,7 +46,7 @@ impl Channel {
             None => Box::new(stream),
             Some(tls) => Box::new(agreed(tls.dial(stream, peer)).await?),
         };
-        Ok(Self::over(line, addresses))
+        Ok(Self::over(line, addresses, None))
     }
 
     /// For one that this side has accepted, and greeted.
@@ -54,19 +55,23 @@ impl Channel {
         tls: Option<&DestinationTls>,
     ) -> Result<Self, SessionError> {
         let addresses = watched(&stream)?;
-        let line: Box<dyn Line> = match tls {
-            None => Box::new(stream),
-            Some(tls) => Box::new(agreed(tls.accept(stream)).await?),
-        };
-        Ok(Self::over(line, addresses))
+        let Some(tls) = tls else { return Ok(Self::over(Box::new(stream), addresses, None)) };
+        let line = agreed(tls.accept(stream)).await?;
+        let shown = Shown::by(line.get_ref().1);
+        Ok(Self::over(Box::new(line), addresses, shown))
     }
 
-    fn over(line: Box<dyn Line>, addresses: Addresses) -> Self {
-        Self { line, addresses, incoming: BytesMut::new(), outgoing: BytesMut::new() }
+    fn over(line: Box<dyn Line>, addresses: Addresses, shown: Option<Shown>) -> Self {
+        Self { line, addresses, shown, incoming: BytesMut::new(), outgoing: BytesMut::new() }
     }
 
     pub(super) fn addresses(&self) -> Addresses {
         self.addresses
+    }
+
+    /// The certificate of who has dialed, if that is under TLS.
+    pub(super) fn shown(&self) -> Option<Shown> {
+        self.shown.clone()
     }
 
     pub(super) async fn send(&mut self, message: &Message) -> Result<(), SessionError> {

@@ -146,7 +146,7 @@ pub async fn receive<H: DestinationHost>(
     let Caller { mut channel, session, said } =
         await_call(listener, options.tls.as_ref(), is_source, else_told).await?;
     let begun = Instant::now();
-    let dock = Dock::of(listener, channel.addresses(), session, options);
+    let dock = Dock::of(listener, &channel, session, options);
     let mut destination = Destination { dock, host, begun };
     match destination.take_in(&mut channel, said).await {
         Ok((guest, memory, pager)) => {

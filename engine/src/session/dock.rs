@@ -12,7 +12,7 @@ use super::door::Door;
 use super::message::Message;
 use super::preamble::{self, Preamble, Purpose, SessionId};
 use super::round::Connected;
-use super::tls::{DestinationTls, taken_unasked};
+use super::tls::{DestinationTls, Shown, taken_unasked};
 use super::track;
 use super::unpack::granted;
 use super::{STEP_PATIENCE, SessionError, WORK_PATIENCE, blocking};
@@ -25,19 +25,21 @@ pub(super) struct Dock<'a> {
     listener: &'a TcpListener,
     pub(super) options: ReceiveOptions,
     peer: Option<SocketAddr>,
+    shown: Option<Shown>,
     pub(super) session: SessionId,
 }
 
 impl<'a> Dock<'a> {
-    /// For the source at the other end of a control connection, whose address here is that of the lanes too.
+    /// For the source at the other end of a control connection, whose address here is that of the lanes too, and whose certificate.
     pub(super) fn of(
         listener: &'a TcpListener,
-        Addresses { local, peer }: Addresses,
+        channel: &Channel,
         session: SessionId,
         mut options: ReceiveOptions,
     ) -> Self {
+        let (Addresses { local, peer }, shown) = (channel.addresses(), channel.shown());
         options.endpoint.local = local;
-        Self { listener, options, peer, session }
+        Self { listener, options, peer, shown, session }
     }
 
     /// Registers memory for the first offered transport that works here.
@@ -100,9 +102,9 @@ impl<'a> Dock<'a> {
     async fn accept_lanes(&self, needed: &[usize]) -> Result<Vec<Vec<Stream>>, SessionError> {
         let mut lanes: Vec<Vec<Stream>> = needed.iter().map(|_| Vec::new()).collect();
         let (mut door, session, source) = (Door::at(self.listener), self.session, self.peer);
-        let tls = &self.options.tls;
+        let trust = (self.options.tls.clone(), self.shown.clone());
         while lanes.iter().zip(needed).any(|(lane, needed)| lane.len() < *needed) {
-            let next = door.next(|stream, from| lane_of(stream, session, tls.clone(), (from, source)));
+            let next = door.next(|stream, from| lane_of(stream, session, trust.clone(), (from, source)));
             let silent = SessionError::Silent { waiting_for: "its lanes", patience: STEP_PATIENCE };
             let (lane, stream) = tokio::time::timeout(STEP_PATIENCE, next).await.map_err(|_| silent)??;
             let slot = lanes.get_mut(lane).filter(|slot| slot.len() < needed[lane]);
@@ -117,7 +119,7 @@ impl<'a> Dock<'a> {
 async fn lane_of(
     mut stream: TcpStream,
     session: SessionId,
-    tls: Option<DestinationTls>,
+    (tls, shown): (Option<DestinationTls>, Option<Shown>),
     (from, source): (SocketAddr, Option<SocketAddr>),
 ) -> Option<(usize, Stream)> {
     let greeted = preamble::read(&mut stream, STEP_PATIENCE).await;
@@ -125,7 +127,7 @@ async fn lane_of(
         Ok(Preamble { session: theirs, purpose: Purpose::Lane(lane), tls: under_tls })
             if theirs == session && under_tls == tls.is_some() =>
         {
-            match track::accepted(stream, tls.as_ref()).await {
+            match track::accepted(stream, tls.as_ref(), shown).await {
                 Ok(track) => return Some((lane as usize, track)),
                 Err(error) => error.to_string(),
             }

@@ -216,7 +216,11 @@ impl Parted {
         let else_told = "a guest is here already, and its own source is waited for";
         let Caller { mut channel, said, .. } =
             await_call(listener, options.tls.as_ref(), is_source, else_told).await?;
-        let dock = Dock::of(listener, channel.addresses(), session, options);
+        if channel.shown() != self.drain.channel.shown() {
+            channel.turn_away("a guest is here already, whose source has another certificate").await;
+            return Err(SessionError::Protocol("it shows another certificate than the guest's source"));
+        }
+        let dock = Dock::of(listener, &channel, session, options);
         let offered = rejoins(said)?;
         if let Why::Unheard(arrival) = &self.why {
             return released(&mut channel, arrival).await;

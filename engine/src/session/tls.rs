@@ -151,6 +151,17 @@ impl DestinationTls {
     }
 }
 
+/// The certificate that a source has shown, which its lanes have to show too.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Shown(CertificateDer<'static>);
+
+impl Shown {
+    /// None: it has shown nothing.
+    pub(super) fn by(connection: &ServerConnection) -> Option<Self> {
+        connection.peer_certificates()?.first().cloned().map(Self)
+    }
+}
+
 /// Whether a side that nobody has told which transports to use takes this one, between hosts. Who wants TLS does not
 /// expect pages to be in clear.
 pub(super) fn taken_unasked(transport: Transport, tls: bool) -> bool {

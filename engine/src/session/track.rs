@@ -7,7 +7,7 @@ use tokio::net::TcpStream;
 
 use super::SessionError;
 use super::channel::agreed;
-use super::tls::{DestinationTls, SourceTls};
+use super::tls::{DestinationTls, Shown, SourceTls};
 
 /// Of a connection that this side has dialed to `peer`; it has been greeted.
 pub(super) async fn dialed(
@@ -20,13 +20,17 @@ pub(super) async fn dialed(
     Ok(Stream::under_tls(plain(stream)?, connection))
 }
 
-/// Of one that this side has accepted, and greeted.
+/// Of one that this side has accepted, and greeted, from the source that has `shown` that certificate.
 pub(super) async fn accepted(
     stream: TcpStream,
     tls: Option<&DestinationTls>,
+    shown: Option<Shown>,
 ) -> Result<Stream, SessionError> {
     let Some(tls) = tls else { return Ok(plain(stream)?.into()) };
     let (stream, connection) = agreed(tls.accept(stream)).await?.into_inner();
+    if Shown::by(&connection) != shown {
+        return Err(SessionError::Protocol("a lane under another certificate than its session"));
+    }
     Ok(Stream::under_tls(plain(stream)?, connection))
 }
 
