@@ -288,6 +288,13 @@ pub fn pcbench(args: &[&str]) -> Output {
     run(Command::new(program("pcbench")).args(args))
 }
 
+/// Runs pcbench, which must succeed; what it printed as JSON.
+pub fn pcbench_report(args: &[&str]) -> Value {
+    let out = pcbench(&[args, &["--json"]].concat());
+    assert!(out.status.success(), "{args:?}: {}", stderr(&out));
+    serde_json::from_slice(&out.stdout).unwrap()
+}
+
 /// Runs pcvm to its end.
 pub fn pcvm(args: &[&str]) -> Output {
     run(Command::new(program("pcvm")).args(args))

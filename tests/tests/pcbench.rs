@@ -6,19 +6,12 @@
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use postcopy_e2e::{Scratch, Served, pcbench, program, stderr, wait_until};
+use postcopy_e2e::{Scratch, Served, pcbench, pcbench_report as report, program, stderr, wait_until};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
 fn stdout(out: &std::process::Output) -> String {
     String::from_utf8_lossy(&out.stdout).into_owned()
-}
-
-/// Runs pcbench, which must succeed; what it printed as JSON.
-fn report(args: &[&str]) -> Value {
-    let out = pcbench(&[args, &["--json"]].concat());
-    assert!(out.status.success(), "{args:?}: {}", stderr(&out));
-    serde_json::from_slice(&out.stdout).unwrap()
 }
 
 fn us(report: &Value, path: &str) -> f64 {

@@ -2,17 +2,10 @@
 #![allow(clippy::unwrap_used)] // helpers of tests, where a panic is the report
 
 use postcopy_e2e::authority::Authority;
-use postcopy_e2e::{Scratch, Served, assert_refused, pcbench, stderr};
-use serde_json::Value;
+use postcopy_e2e::{Scratch, Served, assert_refused, pcbench, pcbench_report};
 
 const HERE: &str = "127.0.0.1";
 const SHORT: [&str; 4] = ["--iterations", "200", "--rounds", "1"];
-
-fn json(args: &[&str]) -> Value {
-    let out = pcbench(&[args, &["--json"]].concat());
-    assert!(out.status.success(), "{args:?}: {}", stderr(&out));
-    serde_json::from_slice(&out.stdout).unwrap()
-}
 
 #[test]
 fn lanes_under_tls_carry_the_same_bytes() {
@@ -22,13 +15,13 @@ fn lanes_under_tls_carry_the_same_bytes() {
     let served = Served::start(&tls);
     let reads =
         ["read", served.address(), "--sizes", "64,4K,1M", "--verify", "--bidirectional", "--lanes", "2"];
-    let report = json(&[&reads[..], &SHORT, &tls].concat());
+    let report = pcbench_report(&[&reads[..], &SHORT, &tls].concat());
     assert_eq!(report["settings"]["tls"], true);
     for measured in report["measurements"].as_array().unwrap() {
         assert_eq!((&measured["transport"], &measured["latency"]["count"]), (&"tcp".into(), &200.into()));
     }
     let faults = ["fault", served.address(), "--memory", "4M", "--rounds", "1"];
-    let report = json(&[&faults[..], &tls].concat());
+    let report = pcbench_report(&[&faults[..], &tls].concat());
     assert_eq!(report["tls"], true);
     for case in report["cases"].as_array().unwrap() {
         assert_eq!(case["touched"], 1024, "each was compared: {case}");
@@ -56,5 +49,5 @@ fn nobody_else_reads() {
     let asks = [&["read", clear.address()][..], &ours].concat();
     assert_refused(&pcbench(&asks), &["this server has no certificates; start it with --tls"]);
     // It serves on.
-    json(&[&reads[..], &ours].concat());
+    pcbench_report(&[&reads[..], &ours].concat());
 }

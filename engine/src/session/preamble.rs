@@ -139,6 +139,9 @@ mod tests {
         golden[8..16].copy_from_slice(&[14, 0, 1, 0, 5, 0, 0, 0]);
         assert_eq!(example(Purpose::Lane(5)).encode(), golden);
         assert_eq!(Preamble::decode(&golden).unwrap(), example(Purpose::Lane(5)));
+        golden[11] = 0x80;
+        assert_eq!(Preamble { tls: true, ..example(Purpose::Lane(5)) }.encode(), golden);
+        assert!(Preamble::decode(&golden).unwrap().tls);
         golden[10..16].copy_from_slice(&[2, 0, 0, 0, 0, 0]);
         assert_eq!(example(Purpose::Rejoin).encode(), golden);
         assert_eq!(Preamble::decode(&golden).unwrap(), example(Purpose::Rejoin));

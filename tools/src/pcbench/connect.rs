@@ -26,7 +26,9 @@ use crate::plan::Plan;
 use crate::run::driver::{Driver, Load};
 use crate::serve::MEMORY;
 
-/// What to say to who wants lanes to this process itself under TLS.
+/// What to say to who wants another transport under TLS.
+pub(crate) const TCP_ALONE: &str = "--tls is for tcp: over the others nothing is encrypted";
+/// And to who wants lanes to this process itself under it.
 pub(crate) const ALONE: &str =
     "--tls is for HOST, where `pcbench serve --tls` runs: within this process there is nobody to trust";
 
@@ -195,12 +197,13 @@ impl Control {
         let one = |index| {
             let mut stream = dial(self.server, self.patience).context("connecting a lane")?;
             send(&mut stream, &Hello::Lane(LaneHello { name: granted.name.clone(), index }))?;
-            let Some(tls) = &self.tls else {
-                stream.set_write_timeout(None)?;
-                return Ok(stream.into());
+            let lane = match &self.tls {
+                None => stream.into(),
+                Some(tls) => {
+                    stream.set_read_timeout(Some(self.patience))?;
+                    tls.dial_lane(stream, self.server.ip()).context("a lane under TLS (docs/tls.md)")?
+                }
             };
-            stream.set_read_timeout(Some(self.patience))?;
-            let lane = tls.dial_lane(stream, self.server.ip()).context("a lane under TLS (docs/tls.md)")?;
             lane.set_timeouts(None)?;
             Ok(lane)
         };

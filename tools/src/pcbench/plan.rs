@@ -9,6 +9,7 @@ use postcopy_tools::size;
 use postcopy_transport::{MAX_READ, Transport};
 
 use crate::args::{Completion, Format, OutputArgs, ReadArgs};
+use crate::connect::TCP_ALONE;
 use crate::pin::Pin;
 
 /// Most reads in flight on one lane that can be asked for; a lane may hold fewer.
@@ -125,10 +126,7 @@ fn transports(args: &ReadArgs) -> anyhow::Result<(Vec<Transport>, Vec<String>)> 
         ensure!(!asked[..index].contains(transport), "--transport names {transport} twice");
     }
     if args.trust.tls.is_some() {
-        ensure!(
-            asked.is_empty() || *asked == [Transport::Tcp],
-            "--tls is for tcp: over the others nothing is encrypted"
-        );
+        ensure!(asked.is_empty() || *asked == [Transport::Tcp], "{TCP_ALONE}");
         ensure!(
             !args.device.is_chosen(),
             "--device and what else tunes RDMA are for verbs, and --tls is for tcp"

@@ -93,10 +93,9 @@ pub(crate) fn serve(args: &ServeArgs) -> anyhow::Result<()> {
     let pin: Pin = args.cpu.parse()?;
     pin.apply_to_all(args.device.device.first().map(String::as_str));
     pin.apply()?;
-    let mut server = Server::new(args.memory, args.huge_pages, args.max_clients, args.device.clone())?;
-    server.tls = args.tls.as_deref().map(DestinationTls::read).transpose()?;
-    server.talks = true;
-    let server = Arc::new(server);
+    let tls = args.tls.as_deref().map(DestinationTls::read).transpose()?;
+    let server = Server::new(args.memory, args.huge_pages, args.max_clients, args.device.clone())?;
+    let server = Arc::new(Server { tls, talks: true, ..server });
     eprintln!("pcbench: serving {} KiB on {}", args.memory >> 10, listener.local_addr()?);
     server.run(&listener);
     Ok(())

@@ -5,9 +5,8 @@
 use postcopy_engine::session::{MigrationReport, Mode, Progress};
 use postcopy_engine::stats::PagerReport;
 use postcopy_tools::device::DeviceArgs;
-use serde::{Deserialize, Serialize};
-
 use postcopy_tools::trust::TrustArgs;
+use serde::{Deserialize, Serialize};
 
 use crate::args::Resolution;
 

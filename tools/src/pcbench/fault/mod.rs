@@ -149,11 +149,10 @@ impl FaultArgs {
             self.transport == Transport::Verbs || !self.device.is_chosen(),
             "--device and what else tunes RDMA are for verbs; add --transport verbs"
         );
-        ensure!(
-            self.trust.tls.is_none() || self.transport == Transport::Tcp,
-            "--tls is for tcp: over the others nothing is encrypted"
-        );
-        ensure!(self.trust.tls.is_none() || self.host.is_some(), "{}", connect::ALONE);
+        if self.trust.tls.is_some() {
+            ensure!(self.transport == Transport::Tcp, "{}", connect::TCP_ALONE);
+            ensure!(self.host.is_some(), "{}", connect::ALONE);
+        }
         seconds("--give-up-after", self.give_up_after).map(drop)
     }
 
