@@ -118,7 +118,7 @@ fn a_peer_that_is_not_there() {
     let scratch = Scratch::new("unreachable");
     let source = Pcvm::run_tiny(&scratch, "a");
     let out = source.try_migrate(&format!("127.0.0.1:{}", free_port()), &[]);
-    assert_refused(&out, &["cannot reach 127.0.0.1:", "is `pcvm receive` listening there?", "runs on here"]);
+    assert_refused(&out, &["cannot reach 127.0.0.1:", "is the destination listening there?", "runs on here"]);
     source.wait_for_progress();
     assert_eq!(source.status()["state"], "running");
 }

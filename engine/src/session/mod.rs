@@ -77,7 +77,7 @@ pub const DRAIN_PATIENCE: Duration = postcopy_transport::tcp::LOST_AFTER;
 #[non_exhaustive]
 pub enum SessionError {
     /// Nobody listens there, or no way leads there.
-    #[error("cannot reach {peer}: {source}; is `pcvm receive` listening there?")]
+    #[error("cannot reach {peer}: {source}; is the destination listening there?")]
     Unreachable {
         /// Who.
         peer: String,
