@@ -164,8 +164,8 @@ fn warnings(before: &Report, after: &Report) -> Vec<String> {
             out.push(format!("{what} differs: {} and {}", printable(&a, 120), printable(&b, 120)));
         }
     };
-    differs("the machine", before.environment.line(), after.environment.line());
-    differs("the build", before.build.profile.clone(), after.build.profile.clone());
+    differs("the machine", before.at.environment.line(), after.at.environment.line());
+    differs("the build", before.at.build.profile.clone(), after.at.build.profile.clone());
     let (a, b) = (&before.settings, &after.settings);
     differs("the depth", a.depth.to_string(), b.depth.to_string());
     differs("the number of lanes", a.lanes.to_string(), b.lanes.to_string());
@@ -183,10 +183,10 @@ fn change(before: f64, after: f64) -> f64 {
 
 impl Difference {
     fn new(before: &Measurement, after: &Measurement, fail_above: Option<f64>) -> Self {
-        let (a, b) = (&before.latency, &after.latency);
+        let (a, b) = (&before.times.latency, &after.times.latency);
         // The bounds that both intervals allow: at best, at worst.
-        let low_percent = change(before.median_ci.high_us, after.median_ci.low_us);
-        let high_percent = change(before.median_ci.low_us, after.median_ci.high_us);
+        let low_percent = change(before.times.median_ci.high_us, after.times.median_ci.low_us);
+        let high_percent = change(before.times.median_ci.low_us, after.times.median_ci.high_us);
         let p50_percent = change(a.p50_us, b.p50_us);
         let verdict = match (low_percent > 0.0, high_percent < 0.0) {
             (true, _) if fail_above.is_some_and(|allowed| p50_percent > allowed) => Verdict::Worse,

@@ -104,7 +104,9 @@ fn dispatch(cli: Cli) -> Ended {
 fn measure(args: &ReadArgs, host: Option<&str>) -> Ended {
     let plan = Plan::try_from(args).map_err(Failure::Usage)?;
     plan.pin.check().map_err(Failure::Usage)?;
-    let outputs = Outputs::open(&plan).map_err(Failure::Usage)?;
+    let tag = |transport| plan.sizes.iter().map(move |bytes| format!("{transport}-{bytes}"));
+    let tags = plan.transports.iter().flat_map(tag).collect();
+    let outputs = Outputs::open(&plan.output, tags).map_err(Failure::Usage)?;
     let report = Report::new(&plan, run::run(&plan, host)?)?;
     outputs.write(&report)?;
     cli::print(&report.text(plan.format)?).map_err(anyhow::Error::from)?;

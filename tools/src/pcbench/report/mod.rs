@@ -5,26 +5,32 @@
 //!                        ├─ table, verdict ─▶ for people
 //!                        ├─ formats ─▶ CSV, and the columns of perftest and OMB
 //!                        ├─ hdr ─▶ .hgrm, .hlog
-//!                        └─ plot, page ─▶ SVG, HTML
+//!                        └─ reads (its plots), plot, page ─▶ SVG, HTML
 //! ```
+//!
+//! The report of `pcbench fault` is another ([`crate::fault`]), and made of the same: [`Times`], [`Circumstances`], and
+//! what turns them into plots, pages and files.
 //!
 //! Times are in microseconds, sizes in bytes, bandwidth in MB/s of 10^6 bytes, unless a name says
 //! otherwise.
 
-mod formats;
+pub(crate) mod formats;
 mod hdr;
 mod measurement;
 mod output;
-mod page;
-mod plot;
-mod table;
+pub(crate) mod page;
+pub(crate) mod plot;
+mod reads;
+pub(crate) mod table;
 #[cfg(test)]
 mod tests;
-mod verdict;
+mod times;
+pub(crate) mod verdict;
 
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, ensure};
+use plot::Panel;
 use postcopy_tools::device::DeviceArgs;
 use postcopy_tools::machine::Machine;
 use serde::{Deserialize, Serialize};
@@ -35,7 +41,8 @@ use crate::plan::Plan;
 use crate::run::Run;
 pub(crate) use crate::run::recorder::Latency;
 pub(crate) use measurement::Measurement;
-pub(crate) use output::Outputs;
+pub(crate) use output::{Outputs, Written};
+pub(crate) use times::Times;
 
 /// Version of the JSON.
 pub(crate) const VERSION: u32 = 2;
@@ -44,6 +51,17 @@ pub(crate) const VERSION: u32 = 2;
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Report {
     pub(crate) version: u32,
+    #[serde(flatten)]
+    pub(crate) at: Circumstances,
+    pub(crate) settings: Settings,
+    pub(crate) measurements: Vec<Measurement>,
+    /// What it means, in words.
+    pub(crate) verdict: Vec<String>,
+}
+
+/// By whom it was measured, where and when.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Circumstances {
     pub(crate) build: Build,
     /// Seconds since 1970 when the first round began.
     pub(crate) started_unix_s: f64,
@@ -53,10 +71,6 @@ pub(crate) struct Report {
     pub(crate) environment: Machine,
     /// The server; absent over the loopback.
     pub(crate) server: Option<Server>,
-    pub(crate) settings: Settings,
-    pub(crate) measurements: Vec<Measurement>,
-    /// What it means, in words.
-    pub(crate) verdict: Vec<String>,
 }
 
 /// The program that measured.
@@ -115,7 +129,6 @@ pub(crate) struct Settings {
 impl Report {
     /// The report of a run.
     pub(crate) fn new(plan: &Plan, run: Run) -> anyhow::Result<Self> {
-        let since_1970 = run.begun.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         let measurements = run.measured.iter().map(Measurement::new).collect::<anyhow::Result<_>>()?;
         let server = run.server.map(|(address, machine)| Server { address: address.to_string(), machine });
         let settings = Settings {
@@ -136,17 +149,8 @@ impl Report {
             device: plan.device.clone(),
             missing: plan.missing.iter().chain(&run.left_out).cloned().collect(),
         };
-        let mut report = Self {
-            version: VERSION,
-            build: Build::this(),
-            started_unix_s: since_1970.as_secs_f64(),
-            took_s: run.took.as_secs_f64(),
-            environment: run.environment,
-            server,
-            settings,
-            measurements,
-            verdict: Vec::new(),
-        };
+        let at = Circumstances::new(run.begun, run.took, run.environment, server);
+        let mut report = Self { version: VERSION, at, settings, measurements, verdict: Vec::new() };
         report.verdict = verdict::verdict(&report);
         Ok(report)
     }
@@ -175,6 +179,41 @@ impl Report {
     /// Whether more than one read is in flight: bandwidth is then what matters.
     fn is_streaming(&self) -> bool {
         self.settings.depth * self.settings.lanes > 1 && self.settings.rate.is_none()
+    }
+}
+
+impl Written for Report {
+    fn circumstances(&self) -> &Circumstances {
+        &self.at
+    }
+
+    fn distributions(&self) -> Vec<(String, &Times)> {
+        self.measurements.iter().map(|m| (m.tag(), &m.times)).collect()
+    }
+
+    fn panels(&self) -> Vec<Panel<'_>> {
+        reads::panels(self)
+    }
+
+    fn label(&self) -> &'static str {
+        "pcbench: latency of one-sided reads"
+    }
+
+    fn page(&self) -> anyhow::Result<String> {
+        page::page(self)
+    }
+}
+
+impl Circumstances {
+    /// Of this program, which has begun then, taken so long, and run here.
+    pub(crate) fn new(
+        begun: SystemTime,
+        took: Duration,
+        environment: Machine,
+        server: Option<Server>,
+    ) -> Self {
+        let started_unix_s = begun.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs_f64();
+        Self { build: Build::this(), started_unix_s, took_s: took.as_secs_f64(), environment, server }
     }
 }
 

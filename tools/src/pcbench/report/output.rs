@@ -5,10 +5,27 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, ensure};
-use postcopy_transport::Transport;
 
-use super::{Report, hdr, page, plot};
-use crate::plan::Plan;
+use super::plot::{Panel, picture};
+use super::times::Times;
+use super::{Circumstances, hdr};
+use crate::args::OutputArgs;
+
+/// A report as it is written to files.
+pub(crate) trait Written {
+    /// When it was measured, and by whom.
+    fn circumstances(&self) -> &Circumstances;
+    /// What was measured: a tag for names of files and in logs, and the times.
+    fn distributions(&self) -> Vec<(String, &Times)>;
+    /// Its plots.
+    fn panels(&self) -> Vec<Panel<'_>>;
+    /// What a picture of them shows, for those who do not see it.
+    fn label(&self) -> &'static str;
+    /// One HTML page that needs nothing else.
+    ///
+    /// Errors: a plot cannot be drawn.
+    fn page(&self) -> anyhow::Result<String>;
+}
 
 /// Files that are open for writing; those that did not exist before are removed again if nothing
 /// is written.
@@ -28,11 +45,11 @@ struct Output {
 }
 
 impl Outputs {
-    /// Opens every file that `plan` names.
+    /// Opens every file that is asked for; `tags` are those that the report's
+    /// [distributions](Written::distributions) may have.
     ///
     /// Errors: one cannot be written, or is named twice.
-    pub(crate) fn open(plan: &Plan) -> anyhow::Result<Self> {
-        let asked = &plan.output;
+    pub(crate) fn open(asked: &OutputArgs, tags: Vec<String>) -> anyhow::Result<Self> {
         let named = [&asked.report, &asked.plot, &asked.hlog, &asked.hgrm].map(|path| path.as_deref());
         let mut paths: Vec<&Path> = named.into_iter().flatten().collect();
         paths.sort();
@@ -42,10 +59,9 @@ impl Outputs {
         let open = |path: &Option<PathBuf>| path.clone().map(Output::open).transpose();
         let mut hgrm = Vec::new();
         if let Some(path) = &asked.hgrm {
-            let all = plan.transports.iter().flat_map(|t| plan.sizes.iter().map(|bytes| (*t, *bytes)));
-            let single = plan.transports.len() * plan.sizes.len() == 1;
-            for (transport, bytes) in all {
-                let (tag, path) = distribution(path, transport, bytes, single);
+            let single = tags.len() == 1;
+            for tag in tags {
+                let path = if single { path.clone() } else { beside(path, &tag) };
                 hgrm.push((tag, Output::open(path)?));
             }
         }
@@ -55,34 +71,32 @@ impl Outputs {
     /// Writes every file.
     ///
     /// Errors: a plot cannot be drawn, or the system refuses.
-    pub(crate) fn write(self, report: &Report) -> anyhow::Result<()> {
+    pub(crate) fn write(self, report: &impl Written) -> anyhow::Result<()> {
         if let Some(output) = self.report {
-            output.write(page::page(report)?.as_bytes())?;
+            output.write(report.page()?.as_bytes())?;
         }
         if let Some(output) = self.plot {
-            output.write(plot::picture(report)?.as_bytes())?;
+            output.write(picture(&report.panels(), report.label())?.as_bytes())?;
         }
+        let measured = report.distributions();
         if let Some(output) = self.hlog {
-            output.write(&hdr::hlog(report)?)?;
+            output.write(&hdr::hlog(report.circumstances(), &measured)?)?;
         }
         for (tag, output) in self.hgrm {
-            // A transport that was left out has none, and its file is removed again.
-            if let Some(measurement) = report.measurements.iter().find(|m| m.tag() == tag) {
-                output.write(hdr::hgrm(measurement).as_bytes())?;
+            // What was left out has none, and its file is removed again.
+            if let Some((_, times)) = measured.iter().find(|(of, _)| *of == tag) {
+                output.write(hdr::hgrm(times).as_bytes())?;
             }
         }
         Ok(())
     }
 }
 
-/// The tag of a measurement, and the file for its distribution: the one that was named if there is
-/// no other measurement, else beside it.
-fn distribution(path: &Path, transport: Transport, bytes: u32, single: bool) -> (String, PathBuf) {
-    let tag = format!("{transport}-{bytes}");
+/// The file for the distribution of one measurement among several.
+fn beside(path: &Path, tag: &str) -> PathBuf {
     let (stem, extension) = (path.file_stem().unwrap_or_default(), path.extension().unwrap_or_default());
     let name = format!("{}-{tag}.{}", stem.to_string_lossy(), extension.to_string_lossy());
-    let own = path.with_file_name(name.trim_end_matches('.'));
-    (tag, if single { path.to_owned() } else { own })
+    path.with_file_name(name.trim_end_matches('.'))
 }
 
 impl Output {

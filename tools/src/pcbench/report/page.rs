@@ -9,9 +9,10 @@ use postcopy_tools::machine::Machine;
 use postcopy_tools::size;
 use postcopy_tools::text::{date, escape};
 
-use super::plot::plots;
+use super::plot::Panel;
+use super::reads::panels;
 use super::table::{by_size, how, time};
-use super::{Measurement, Report};
+use super::{Circumstances, Measurement, Report};
 
 /// The columns of the table of figures.
 const COLUMNS: [&str; 13] = [
@@ -30,69 +31,92 @@ const COLUMNS: [&str; 13] = [
     "MB/s",
 ];
 
-/// The whole page.
+/// What a page has around its figures.
+pub(crate) struct Frame<'a> {
+    pub(crate) title: String,
+    /// How it was measured, in words.
+    pub(crate) how: String,
+    pub(crate) at: &'a Circumstances,
+    pub(crate) verdict: &'a [String],
+    pub(crate) panels: Vec<Panel<'a>>,
+}
+
+/// The whole page of a report of reads.
 ///
 /// Errors: a plot cannot be drawn.
 pub(super) fn page(report: &Report) -> anyhow::Result<String> {
-    let mut out = String::new();
-    head(&mut out, report);
-    if !report.verdict.is_empty() {
-        out.push_str("<section>\n<h2>Verdict</h2>\n<ul>\n");
-        for sentence in &report.verdict {
-            let _ = writeln!(out, "<li>{}</li>", escape(sentence));
-        }
-        out.push_str("</ul>\n</section>\n");
-    }
-    for plot in plots(report)? {
-        let (title, about, svg) = (escape(&plot.title), escape(plot.about), &plot.svg);
-        let _ =
-            writeln!(out, "<section>\n<h2>{title}</h2>\n<p>{about}</p>\n<figure>{svg}</figure>\n</section>");
-    }
-    figures(&mut out, report);
-    circumstances(&mut out, report);
-    out.push_str("</main>\n</body>\n</html>\n");
-    Ok(out)
-}
-
-fn head(out: &mut String, report: &Report) {
-    let (how, machine) = (escape(&how(&report.settings)), escape(&report.environment.line()));
-    out.push_str(&page_head(&match &report.server {
+    let title = match &report.at.server {
         Some(server) => format!("One-sided reads from {}", server.address),
         None => "One-sided reads over the loopback".to_owned(),
-    }));
-    let _ = writeln!(out, "<p class=\"machine\">Measured on: {machine}</p>\n<p class=\"machine\">{how}</p>");
+    };
+    let (how, panels) = (how(&report.settings), panels(report));
+    let frame = Frame { title, how, at: &report.at, verdict: &report.verdict, panels };
+    frame.around(&figures(report))
 }
 
-fn figures(out: &mut String, report: &Report) {
-    out.push_str(
-        "<section>\n<h2>Figures</h2>\n<p>Latency in µs; percentiles are medians over the rounds.</p>\n",
-    );
+impl Frame<'_> {
+    /// The page, with `figures` below its plots.
+    ///
+    /// Errors: a plot cannot be drawn.
+    pub(crate) fn around(&self, figures: &str) -> anyhow::Result<String> {
+        let mut out = page_head(&self.title);
+        let (how, machine) = (escape(&self.how), escape(&self.at.environment.line()));
+        let _ =
+            writeln!(out, "<p class=\"machine\">Measured on: {machine}</p>\n<p class=\"machine\">{how}</p>");
+        if !self.verdict.is_empty() {
+            out.push_str("<section>\n<h2>Verdict</h2>\n<ul>\n");
+            for sentence in self.verdict {
+                let _ = writeln!(out, "<li>{}</li>", escape(sentence));
+            }
+            out.push_str("</ul>\n</section>\n");
+        }
+        for panel in &self.panels {
+            let (title, about, svg) = (escape(&panel.title), escape(panel.about), panel.svg()?);
+            let _ = writeln!(
+                out,
+                "<section>\n<h2>{title}</h2>\n<p>{about}</p>\n<figure>{svg}</figure>\n</section>"
+            );
+        }
+        out.push_str(figures);
+        circumstances(&mut out, self.at);
+        out.push_str("</main>\n</body>\n</html>\n");
+        Ok(out)
+    }
+}
+
+/// A section with a table: what it is of, its columns, and its rows as HTML.
+pub(crate) fn section(title: &str, about: &str, columns: &[&str], rows: &str) -> String {
+    let mut out = format!("<section>\n<h2>{title}</h2>\n<p>{about}</p>\n");
     out.push_str("<div class=\"scroll\"><table class=\"dense\">\n<thead><tr>");
-    for column in COLUMNS {
+    for column in columns {
         let _ = write!(out, "<th scope=\"col\">{column}</th>");
     }
-    out.push_str("</tr></thead>\n<tbody>\n");
-    for measurement in by_size(report) {
-        row(out, measurement);
-    }
-    out.push_str("</tbody>\n</table></div>\n</section>\n");
+    let _ = write!(out, "</tr></thead>\n<tbody>\n{rows}</tbody>\n</table></div>\n</section>\n");
+    out
+}
+
+fn figures(report: &Report) -> String {
+    let mut rows = String::new();
+    by_size(report).into_iter().for_each(|measurement| row(&mut rows, measurement));
+    let about = "Latency in µs; percentiles are medians over the rounds.";
+    section("Figures", about, &COLUMNS, &rows)
 }
 
 fn row(out: &mut String, m: &Measurement) {
-    let l = &m.latency;
+    let l = &m.times.latency;
     let _ = write!(out, "<tr><th scope=\"row\">{}</th>", escape(&m.transport));
     let cells = [
         size::short(m.bytes.into()),
         l.count.to_string(),
         time(l.min_us),
         time(l.p50_us),
-        format!("{}–{}", time(m.median_ci.low_us), time(m.median_ci.high_us)),
+        format!("{}–{}", time(m.times.median_ci.low_us), time(m.times.median_ci.high_us)),
         time(l.p90_us),
         time(l.p99_us),
         time(l.p999_us),
         time(l.p9999_us),
         time(l.max_us),
-        format!("{} ± {}", time(m.mean_us), time(m.stdev_us)),
+        format!("{} ± {}", time(m.times.mean_us), time(m.times.stdev_us)),
         format!("{:.1}", m.mb_per_s),
     ];
     for cell in cells {
@@ -124,17 +148,16 @@ fn row(out: &mut String, m: &Measurement) {
     }
 }
 
-fn circumstances(out: &mut String, report: &Report) {
+fn circumstances(out: &mut String, at: &Circumstances) {
     out.push_str(
         "<section>\n<h2>Circumstances</h2>\n<div class=\"scroll\"><table class=\"facts\">\n<tbody>\n",
     );
-    let build = &report.build;
+    let build = &at.build;
     let program = format!("pcbench {}, {} build, {}", build.version, build.profile, build.architecture);
     fact(out, "Program", &program);
-    let measured = format!("{}, {:.1} s", date(report.started_unix_s), report.took_s);
-    fact(out, "Run", &measured);
-    machine(out, "This machine", &report.environment);
-    if let Some(server) = &report.server {
+    fact(out, "Run", &format!("{}, {:.1} s", date(at.started_unix_s), at.took_s));
+    machine(out, "This machine", &at.environment);
+    if let Some(server) = &at.server {
         machine(out, "The server", &server.machine);
     }
     out.push_str("</tbody>\n</table></div>\n</section>\n");

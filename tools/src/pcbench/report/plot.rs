@@ -1,182 +1,105 @@
-//! The plots: latency by size, percentiles of one size, latencies over the run.
+//! Plots of times: percentiles, and latencies over the run. What is measured has its own beside them ([`Panel`]).
 //!
-//! Each is drawn on any area, so that the page has three pictures and `--plot` one.
+//! Each is drawn on any area, so that a page has several pictures and `--plot` one.
 
 use anyhow::anyhow;
 use plotters::coord::Shift;
 use plotters::prelude::*;
 use postcopy_tools::ink::{FONT, TEXT, axis_time, labelled, quiet, series, text_style};
-use postcopy_tools::size;
 
-use super::{Measurement, Report};
+use super::times::{Moment, Times};
 
-type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
-type Drawn = Result<(), Box<dyn std::error::Error>>;
+pub(crate) type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
+pub(crate) type Drawn = Result<(), Box<dyn std::error::Error>>;
 
 const WIDTH: u32 = 960;
-const HEIGHT: u32 = 400;
-/// Room right of a plot for the names of its lines.
-const NAMES: i32 = 90;
+pub(crate) const HEIGHT: u32 = 400;
 /// Shortest time that a logarithmic axis shows, in µs.
-const SHORTEST_US: f64 = 0.01;
-/// The page size, the one to look at closely if it was measured.
-const PAGE: u32 = 4096;
+pub(crate) const SHORTEST_US: f64 = 0.01;
 
-/// A plot with its title and what it shows.
-pub(super) struct Plot {
-    pub(super) title: String,
-    pub(super) about: &'static str,
-    pub(super) svg: String,
+/// A plot: what it shows, and how it is drawn.
+pub(crate) struct Panel<'a> {
+    /// Above it.
+    pub(crate) title: String,
+    /// Below its title on a page: how to read it.
+    pub(crate) about: &'static str,
+    pub(crate) draw: Box<dyn Fn(&Area<'_>) -> Drawn + 'a>,
 }
 
-/// A line: its name, its place among the transports, its points.
-struct Line {
-    name: String,
-    ink: usize,
-    points: Vec<(f64, f64)>,
+/// What has lines in plots: its name, its colour, its times.
+#[derive(Clone)]
+pub(crate) struct Series<'a> {
+    pub(crate) name: String,
+    pub(crate) ink: usize,
+    pub(crate) times: &'a Times,
 }
 
-/// Every plot that the report has values for.
-///
-/// Errors: a plot cannot be drawn.
-pub(super) fn plots(report: &Report) -> anyhow::Result<Vec<Plot>> {
-    let mut plots = Vec::new();
-    let shown = size::short(shown_size(report).into());
-    if sizes(report).len() > 1 {
-        let title = "Latency by size".to_owned();
-        let about = "Medians, and p99 as the faint line above. Both axes logarithmic.";
-        plots.push(Plot { svg: alone(&title, |area| by_size(area, report))?, title, about });
-    }
-    let title = format!("Percentiles at {shown}");
-    let about = "How long the given part of all reads took at most. Further right is rarer.";
-    plots.push(Plot { svg: alone(&title, |area| percentiles(area, report))?, title, about });
-    let title = format!("Over the run at {shown}");
-    let about = "Median (dot) and maximum (faint dot above it) of each short interval; gaps are the turns of other \
-                 transports and sizes.";
-    plots.push(Plot { svg: alone(&title, |area| timeline(area, report))?, title, about });
-    Ok(plots)
+/// The two plots that all times have. `room` is the space for the names of lines, in pixels.
+pub(crate) fn of_times<'a>(
+    shown: &[Series<'a>],
+    room: i32,
+    [percentiles_of, over_the_run]: [(String, &'static str); 2],
+) -> [Panel<'a>; 2] {
+    let (first, second) = (shown.to_vec(), shown.to_vec());
+    let panel = |(title, about), draw| Panel { title, about, draw };
+    [
+        panel(percentiles_of, Box::new(move |area: &Area<'_>| percentiles(area, &first, room)) as Box<_>),
+        panel(over_the_run, Box::new(move |area: &Area<'_>| timeline(area, &second, room)) as Box<_>),
+    ]
 }
 
 fn failed(error: impl std::fmt::Display) -> anyhow::Error {
     anyhow!("drawing a plot: {error}")
 }
 
-fn alone(title: &str, draw: impl Fn(&Area<'_>) -> Drawn) -> anyhow::Result<String> {
-    let mut svg = String::new();
-    {
-        let root = SVGBackend::with_string(&mut svg, (WIDTH, HEIGHT)).into_drawing_area();
-        draw(&root).map_err(failed)?;
-        root.present().map_err(failed)?;
+impl Panel<'_> {
+    /// Its picture alone.
+    ///
+    /// Errors: it cannot be drawn.
+    pub(super) fn svg(&self) -> anyhow::Result<String> {
+        let mut svg = String::new();
+        {
+            let root = SVGBackend::with_string(&mut svg, (WIDTH, HEIGHT)).into_drawing_area();
+            (self.draw)(&root).map_err(failed)?;
+            root.present().map_err(failed)?;
+        }
+        Ok(labelled(&svg, &self.title))
     }
-    Ok(labelled(&svg, title))
 }
 
 /// All plots as one picture on white.
 ///
 /// Errors: a plot cannot be drawn.
-pub(super) fn picture(report: &Report) -> anyhow::Result<String> {
-    let has_sizes = sizes(report).len() > 1;
-    let count = if has_sizes { 3 } else { 2 };
+pub(crate) fn picture(panels: &[Panel<'_>], label: &str) -> anyhow::Result<String> {
     let mut svg = String::new();
     {
-        let root = SVGBackend::with_string(&mut svg, (WIDTH, count * (HEIGHT + 40))).into_drawing_area();
-        draw_all(&root, report, has_sizes, count as usize).map_err(failed)?;
+        let height = panels.len() as u32 * (HEIGHT + 40);
+        let root = SVGBackend::with_string(&mut svg, (WIDTH, height)).into_drawing_area();
+        draw_all(&root, panels).map_err(failed)?;
         root.present().map_err(failed)?;
     }
-    Ok(labelled(&svg, "pcbench: latency of one-sided reads"))
+    Ok(labelled(&svg, label))
 }
 
-fn draw_all(root: &Area<'_>, report: &Report, has_sizes: bool, count: usize) -> Drawn {
+fn draw_all(root: &Area<'_>, panels: &[Panel<'_>]) -> Drawn {
     root.fill(&WHITE)?;
-    let shown = size::short(shown_size(report).into());
-    let mut areas = root.split_evenly((count, 1)).into_iter();
     let heading = (FONT.0, 20).into_font().color(&TEXT.light);
-    let mut next = |title: &str| -> Result<Area<'_>, Box<dyn std::error::Error>> {
-        Ok(areas.next().ok_or("no room for a plot")?.titled(title, heading.clone())?)
-    };
-    if has_sizes {
-        by_size(&next("Latency by size: median, and p99 (faint)")?, report)?;
+    for (area, panel) in root.split_evenly((panels.len(), 1)).iter().zip(panels) {
+        (panel.draw)(&area.titled(&panel.title, heading.clone())?)?;
     }
-    percentiles(&next(&format!("Percentiles at {shown}"))?, report)?;
-    timeline(&next(&format!("Median and maximum over the run at {shown}"))?, report)
-}
-
-fn transports(report: &Report) -> Vec<&str> {
-    let mut names: Vec<&str> = Vec::new();
-    for measurement in &report.measurements {
-        if !names.contains(&measurement.transport.as_str()) {
-            names.push(&measurement.transport);
-        }
-    }
-    names
-}
-
-fn sizes(report: &Report) -> Vec<u32> {
-    let mut sizes: Vec<u32> = report.measurements.iter().map(|measurement| measurement.bytes).collect();
-    sizes.sort_unstable();
-    sizes.dedup();
-    sizes
-}
-
-/// The size whose distribution is shown: a page if there is one, else the smallest.
-fn shown_size(report: &Report) -> u32 {
-    let sizes = sizes(report);
-    if sizes.contains(&PAGE) { PAGE } else { sizes.first().copied().unwrap_or(PAGE) }
-}
-
-fn shown(report: &Report) -> Vec<(usize, &Measurement)> {
-    let bytes = shown_size(report);
-    let of = |name: &str| report.measurements.iter().find(|m| m.transport == name && m.bytes == bytes);
-    transports(report).into_iter().enumerate().filter_map(|(index, name)| Some((index, of(name)?))).collect()
+    Ok(())
 }
 
 /// Decades around all values, in µs.
-fn decades<'a>(values: impl Iterator<Item = f64> + 'a) -> (f64, f64) {
+pub(crate) fn decades<'a>(values: impl Iterator<Item = f64> + 'a) -> (f64, f64) {
     let (low, high) = values
         .map(|us| us.max(SHORTEST_US))
         .fold((f64::INFINITY, SHORTEST_US), |(low, high), us| (low.min(us), high.max(us)));
     (10f64.powf(low.min(high).log10().floor()), 10f64.powf((high * 1.1).log10().ceil()))
 }
 
-fn by_size(area: &Area<'_>, report: &Report) -> Drawn {
-    let value = |m: &Measurement, us: f64| (f64::from(m.bytes), us.max(SHORTEST_US));
-    let (low, high) = decades(report.measurements.iter().flat_map(|m| [m.latency.p50_us, m.latency.p99_us]));
-    let sizes = sizes(report);
-    let (first, last) = (sizes.first().copied().unwrap_or(1), sizes.last().copied().unwrap_or(1));
-    let span = f64::from(first)..f64::from(last) * 1.02;
-    let mut chart = ChartBuilder::on(area)
-        .margin(10)
-        .margin_right(NAMES)
-        .x_label_area_size(32)
-        .y_label_area_size(80)
-        .build_cartesian_2d(span.log_scale().base(2.0), (low..high).log_scale())?;
-    quiet(&mut chart.configure_mesh())
-        .disable_x_mesh()
-        .x_labels(12)
-        .x_label_formatter(&|bytes| size::short(bytes.round() as u64))
-        .y_label_formatter(&|us| axis_time(*us))
-        .draw()?;
-    let mut ends = Vec::new();
-    for (index, name) in transports(report).into_iter().enumerate() {
-        let color = series(index).light;
-        let mut own: Vec<&Measurement> = report.measurements.iter().filter(|m| m.transport == name).collect();
-        own.sort_by_key(|m| m.bytes);
-        let tails: Vec<_> = own.iter().map(|m| value(m, m.latency.p99_us)).collect();
-        chart.draw_series([PathElement::new(tails, color.mix(0.35).stroke_width(2))])?;
-        let points: Vec<_> = own.iter().map(|m| value(m, m.latency.p50_us)).collect();
-        chart.draw_series([PathElement::new(points.clone(), color.stroke_width(2))])?;
-        chart.draw_series(points.iter().map(|at| Circle::new(*at, 4, color.filled())))?;
-        ends.extend(points.last().map(|end| (index, name.to_owned(), *end)));
-    }
-    for (index, name, end, down) in beside(ends, low, high) {
-        let label = Text::new(name, (12, down - 8), text_style(series(index)));
-        chart.draw_series([EmptyElement::at(end) + label])?;
-    }
-    Ok(())
-}
-
 /// Names of lines beside their ends, moved down where they would cover each other.
-fn beside(
+pub(crate) fn beside(
     ends: Vec<(usize, String, (f64, f64))>,
     low: f64,
     high: f64,
@@ -201,10 +124,10 @@ fn nines(quantile: f64) -> f64 {
 }
 
 /// The points of a percentile curve, up to the rank of the maximum.
-fn curve(measurement: &Measurement) -> Vec<(f64, f64)> {
-    let histogram = &measurement.samples.histogram;
+fn curve(times: &Times) -> Vec<(f64, f64)> {
+    let histogram = &times.samples.histogram;
     let count = histogram.len().max(1) as f64;
-    let (least, most) = (measurement.pooled.min_us, measurement.pooled.max_us);
+    let (least, most) = (times.pooled.min_us, times.pooled.max_us);
     let last = nines(1.0 - 1.0 / count);
     let steps = 200;
     let at = |step: i32| {
@@ -217,17 +140,14 @@ fn curve(measurement: &Measurement) -> Vec<(f64, f64)> {
     points
 }
 
-fn percentiles(area: &Area<'_>, report: &Report) -> Drawn {
-    let lines: Vec<Line> = shown(report)
-        .into_iter()
-        .map(|(ink, m)| Line { name: m.transport.clone(), ink, points: curve(m) })
-        .collect();
-    let all = || lines.iter().flat_map(|line| line.points.iter());
+fn percentiles(area: &Area<'_>, shown: &[Series<'_>], room: i32) -> Drawn {
+    let lines: Vec<_> = shown.iter().map(|series| (series, curve(series.times))).collect();
+    let all = || lines.iter().flat_map(|(_, points)| points.iter());
     let (low, high) = decades(all().map(|point| point.1));
     let right = all().map(|point| point.0).fold(2.0, f64::max);
     let mut chart = ChartBuilder::on(area)
         .margin(10)
-        .margin_right(NAMES)
+        .margin_right(room)
         .x_label_area_size(32)
         .y_label_area_size(80)
         .build_cartesian_2d(0.0..right, (low..high).log_scale())?;
@@ -237,10 +157,10 @@ fn percentiles(area: &Area<'_>, report: &Report) -> Drawn {
         .y_label_formatter(&|us| axis_time(*us))
         .draw()?;
     let mut ends = Vec::new();
-    for line in &lines {
+    for (line, points) in &lines {
         let color = series(line.ink).light;
-        chart.draw_series([PathElement::new(line.points.clone(), color.stroke_width(2))])?;
-        ends.extend(line.points.last().map(|end| (line.ink, line.name.clone(), *end)));
+        chart.draw_series([PathElement::new(points.clone(), color.stroke_width(2))])?;
+        ends.extend(points.last().map(|end| (line.ink, line.name.clone(), *end)));
     }
     for (index, name, end, down) in beside(ends, low, high) {
         let label = Text::new(name, (10, down - 8), text_style(series(index)));
@@ -259,14 +179,13 @@ fn percent(x: f64) -> String {
     }
 }
 
-fn timeline(area: &Area<'_>, report: &Report) -> Drawn {
-    let shown = shown(report);
-    let all = || shown.iter().flat_map(|(_, m)| m.timeline.iter());
+fn timeline(area: &Area<'_>, shown: &[Series<'_>], room: i32) -> Drawn {
+    let all = || shown.iter().flat_map(|series| series.times.timeline.iter());
     let (low, high) = decades(all().flat_map(|moment| [moment.p50_us, moment.max_us]));
     let end = all().map(|moment| moment.start_s + moment.seconds).fold(0.001, f64::max);
     let mut chart = ChartBuilder::on(area)
         .margin(10)
-        .margin_right(NAMES)
+        .margin_right(room)
         .x_label_area_size(32)
         .y_label_area_size(80)
         .build_cartesian_2d(0.0..end * 1.01, (low..high).log_scale())?;
@@ -277,10 +196,10 @@ fn timeline(area: &Area<'_>, report: &Report) -> Drawn {
         .y_label_formatter(&|us| axis_time(*us))
         .draw()?;
     let mut ends = Vec::new();
-    for (index, measurement) in &shown {
-        let color = series(*index).light;
-        let moments = &measurement.timeline;
-        let x = |moment: &super::measurement::Moment| moment.start_s + moment.seconds / 2.0;
+    for line in shown {
+        let color = series(line.ink).light;
+        let moments = &line.times.timeline;
+        let x = |moment: &Moment| moment.start_s + moment.seconds / 2.0;
         chart.draw_series(
             moments
                 .iter()
@@ -289,8 +208,8 @@ fn timeline(area: &Area<'_>, report: &Report) -> Drawn {
         chart.draw_series(
             moments.iter().map(|m| Circle::new((x(m), m.p50_us.max(SHORTEST_US)), 3, color.filled())),
         )?;
-        let last = moments.last().map(|_| (end * 1.01, measurement.latency.p50_us.max(SHORTEST_US)));
-        ends.extend(last.map(|at| (*index, measurement.transport.clone(), at)));
+        let last = moments.last().map(|_| (end * 1.01, line.times.latency.p50_us.max(SHORTEST_US)));
+        ends.extend(last.map(|at| (line.ink, line.name.clone(), at)));
     }
     for (index, name, at, down) in beside(ends, low, high) {
         let label = Text::new(name, (10, down - 8), text_style(series(index)));

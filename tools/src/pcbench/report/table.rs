@@ -36,8 +36,8 @@ pub(super) fn by_size(report: &Report) -> Vec<&Measurement> {
 
 /// The machines and how it was measured, a line each.
 fn heading(report: &Report) -> String {
-    let mut out = format!("{}\n", report.environment.line());
-    if let Some(server) = &report.server {
+    let mut out = format!("{}\n", report.at.environment.line());
+    if let Some(server) = &report.at.server {
         let _ = writeln!(out, "reads from {}: {}", server.address, server.machine.line());
     }
     let _ = writeln!(out, "{}; latency in µs", how(&report.settings));
@@ -73,12 +73,12 @@ pub(super) fn how(settings: &Settings) -> String {
 }
 
 fn row(out: &mut String, m: &Measurement, bandwidth: bool) {
-    let l = &m.latency;
+    let l = &m.times.latency;
     let _ = write!(out, "{:<9} {:>5} {:>8}", m.transport, size::short(m.bytes.into()), l.count);
     for us in [l.min_us, l.p50_us, l.p90_us, l.p99_us, l.p999_us, l.p9999_us, l.max_us] {
         let _ = write!(out, " {:>8}", time(us));
     }
-    let interval = format!("{}–{}", time(m.median_ci.low_us), time(m.median_ci.high_us));
+    let interval = format!("{}–{}", time(m.times.median_ci.low_us), time(m.times.median_ci.high_us));
     let _ = write!(out, "  {interval:<16} {:>8.1}", m.mb_per_s);
     if bandwidth {
         let _ = write!(out, "  {:>10.0}", m.reads_per_s);
@@ -95,7 +95,7 @@ fn row(out: &mut String, m: &Measurement, bandwidth: bool) {
 }
 
 /// A time in microseconds with as many digits as tell something.
-pub(super) fn time(us: f64) -> String {
+pub(crate) fn time(us: f64) -> String {
     match us {
         us if us >= 10_000.0 => format!("{us:.0}"),
         us if us >= 100.0 => format!("{us:.1}"),
@@ -104,7 +104,7 @@ pub(super) fn time(us: f64) -> String {
 }
 
 /// A sentence on lines that fit a terminal, after a dash.
-fn wrap(out: &mut String, sentence: &str) {
+pub(crate) fn wrap(out: &mut String, sentence: &str) {
     const WIDTH: usize = 100;
     out.push('-');
     let mut column = 1;

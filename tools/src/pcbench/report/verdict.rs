@@ -1,6 +1,6 @@
 //! What the figures mean, in words. Every sentence follows from values of the report.
 
-use super::{Measurement, Report};
+use super::{Circumstances, Measurement, Report};
 use postcopy_tools::machine::RdmaPort;
 use postcopy_tools::size;
 
@@ -39,9 +39,9 @@ fn of_a_page(report: &Report) -> impl Iterator<Item = &Measurement> {
 
 /// What a fault waits, and how that compares with a copy inside the machine.
 fn faults(out: &mut Vec<String>, report: &Report) {
-    let floor = of_a_page(report).find(|m| m.transport == "shm").map(|m| m.latency.p50_us);
+    let floor = of_a_page(report).find(|m| m.transport == "shm").map(|m| m.times.latency.p50_us);
     for m in of_a_page(report).filter(|m| m.transport != "shm" && report.settings.rate.is_none()) {
-        let l = &m.latency;
+        let l = &m.times.latency;
         let mut sentence = format!(
             "A 4 KiB page over {} takes {:.1} µs at the median and {:.1} µs at p99, before the kernel's share of a fault",
             m.transport, l.p50_us, l.p99_us
@@ -58,7 +58,7 @@ fn faults(out: &mut Vec<String>, report: &Report) {
     if let (Some(tcp), Some(verbs)) =
         (of_a_page(report).find(|m| m.transport == "tcp"), of_a_page(report).find(|m| m.transport == "verbs"))
     {
-        let ratio = tcp.latency.p50_us / verbs.latency.p50_us;
+        let ratio = tcp.times.latency.p50_us / verbs.times.latency.p50_us;
         out.push(match ratio >= 1.0 {
             true => format!("Verbs beats TCP {ratio:.1} times at 4 KiB."),
             false => format!(
@@ -86,16 +86,17 @@ fn what_dominates(report: &Report) -> Vec<String> {
         if large.bytes < 64 * small.bytes.max(64) {
             continue;
         }
-        let per_byte = (large.latency.p50_us - small.latency.p50_us) / f64::from(large.bytes - small.bytes);
+        let per_byte =
+            (large.times.latency.p50_us - small.times.latency.p50_us) / f64::from(large.bytes - small.bytes);
         if per_byte <= 0.0 {
             continue;
         }
-        let even = small.latency.p50_us / per_byte;
+        let even = small.times.latency.p50_us / per_byte;
         out.push(format!(
             "Over {} a read costs {:.1} µs whatever its size and {:.2} µs for each KiB: below some {} the fixed cost \
              dominates, above it the bytes.",
             m.transport,
-            small.latency.p50_us,
+            small.times.latency.p50_us,
             per_byte * 1024.0,
             size::short((even as u64).next_power_of_two().max(1))
         ));
@@ -116,33 +117,43 @@ fn kept_up(out: &mut Vec<String>, report: &Report) {
 }
 
 fn noise(out: &mut Vec<String>, report: &Report) {
-    let worst = report.measurements.iter().max_by(|a, b| a.spread().total_cmp(&b.spread()));
-    if let Some(m) = worst.filter(|m| m.rounds.len() > 1) {
-        let (what, spread) =
-            (format!("{} at {}", m.transport, size::short(m.bytes.into())), 100.0 * m.spread());
-        out.push(match m.spread() > NOISY_SPREAD {
-            true => format!(
-                "The machine is noisy: medians of the rounds lie up to {spread:.0} % apart ({what}); trust no \
-                 difference below that, and ask for more --rounds."
-            ),
-            false => format!("The machine is quiet: medians of the rounds lie at most {spread:.0} % apart ({what})."),
-        });
+    if report.settings.rounds > 1 {
+        let named =
+            |m: &Measurement| (format!("{} at {}", m.transport, size::short(m.bytes.into())), m.times.spread);
+        out.extend(noisy(report.measurements.iter().map(named)));
     }
-    let tail = |m: &&Measurement| m.latency.p50_us > 0.0 && m.latency.p999_us > LONG_TAIL * m.latency.p50_us;
+    let tail = |m: &&Measurement| {
+        m.times.latency.p50_us > 0.0 && m.times.latency.p999_us > LONG_TAIL * m.times.latency.p50_us
+    };
     if let Some(m) = of_a_page(report).filter(|m| m.transport != "shm").find(tail) {
         out.push(format!(
             "One 4 KiB read of {} in a thousand takes {:.0} × the median or longer: something else runs on these \
              processors, or they sleep between reads.",
             m.transport,
-            m.latency.p999_us / m.latency.p50_us
+            m.times.latency.p999_us / m.times.latency.p50_us
         ));
     }
 }
 
+/// How far the rounds lie apart, by the [spread](super::Times::spread) of each that was measured.
+pub(crate) fn noisy(spreads: impl Iterator<Item = (String, f64)>) -> Option<String> {
+    let (what, spread) = spreads.max_by(|a, b| a.1.total_cmp(&b.1))?;
+    let percent = 100.0 * spread;
+    Some(match spread > NOISY_SPREAD {
+        true => format!(
+            "The machine is noisy: medians of the rounds lie up to {percent:.0} % apart ({what}); trust no \
+             difference below that, and ask for more --rounds."
+        ),
+        false => {
+            format!("The machine is quiet: medians of the rounds lie at most {percent:.0} % apart ({what}).")
+        }
+    })
+}
+
 /// Whether a 4 KiB read takes now one time and then quite another, interval by interval.
 fn modes(out: &mut Vec<String>, report: &Report) {
-    for m in of_a_page(report).filter(|m| m.timeline.len() >= FEWEST_INTERVALS) {
-        let mut medians: Vec<f64> = m.timeline.iter().map(|moment| moment.p50_us).collect();
+    for m in of_a_page(report).filter(|m| m.times.timeline.len() >= FEWEST_INTERVALS) {
+        let mut medians: Vec<f64> = m.times.timeline.iter().map(|moment| moment.p50_us).collect();
         medians.sort_by(f64::total_cmp);
         let (low, high) = (medians[medians.len() / 10], medians[medians.len() * 9 / 10]);
         if low > 0.0 && high > TWO_MODES * low {
@@ -157,16 +168,23 @@ fn modes(out: &mut Vec<String>, report: &Report) {
 
 /// What about this machine moves the figures.
 fn surroundings(out: &mut Vec<String>, report: &Report) {
-    let here = &report.environment;
-    if report.build.profile == "debug" {
-        out.push("This is a debug build: its figures mean little; build with --release.".into());
-    }
-    if report.server.is_none() && here.cores <= 2 {
+    let here = &report.at.environment;
+    if report.at.server.is_none() && here.cores <= 2 {
         out.push(format!(
             "Over the loopback reader and responder share {} processor{}: TCP's figures include their competition.",
             here.cores,
             if here.cores == 1 { "" } else { "s" }
         ));
+    }
+    out.extend(of_the_machine(&report.at, report.measurements.iter().any(|m| m.transport == "verbs")));
+    out.extend(report.settings.missing.iter().map(|reason| format!("Not measured: {reason}.")));
+}
+
+/// What of the build and the machine moves any figure; `verbs`, whether its RDMA devices were used.
+pub(crate) fn of_the_machine(at: &Circumstances, verbs: bool) -> Vec<String> {
+    let (here, mut out) = (&at.environment, Vec::new());
+    if at.build.profile == "debug" {
+        out.push("This is a debug build: its figures mean little; build with --release.".into());
     }
     if here.load > BUSY * here.cores as f64 {
         out.push(format!(
@@ -182,10 +200,10 @@ fn surroundings(out: &mut Vec<String>, report: &Report) {
             "Processors may slow down (governor `{governor}`): set `performance` for figures that repeat."
         ));
     }
-    if report.measurements.iter().any(|m| m.transport == "verbs") {
+    if verbs {
         out.extend(here.rdma.iter().filter_map(small_mtu));
     }
-    out.extend(report.settings.missing.iter().map(|reason| format!("Not measured: {reason}.")));
+    out
 }
 
 fn small_mtu(port: &RdmaPort) -> Option<String> {
