@@ -1,6 +1,6 @@
 //! pcbench as its users run it: forms of the report, many readers of one server, comparisons.
 //!
-//! Refusals and hostile servers are in `pcbench_refusals.rs`.
+//! Refusals and hostile servers are in `pcbench_refusals.rs`, faults in `pcbench_fault.rs`.
 #![allow(clippy::unwrap_used)] // helpers of tests, where a panic is the report
 
 use std::process::{Child, Command, Stdio};
@@ -214,65 +214,6 @@ fn comparisons_end_with_a_status_for_scripts() {
         (&true.into(), &"worse".into())
     );
     assert!((us(&comparison, "/differences/0/p50_percent") - 200.0).abs() < 0.1);
-}
-
-#[test]
-fn faults_under_every_policy_bring_each_page_once() {
-    const PAGES: u64 = 1024;
-    let policies = ["linear", "bubble-multi:3:dual", "adaptive"];
-    let args = ["fault", "--memory", "4M", "--rounds", "1", "--self-service", "off", "--json"];
-    let out = pcbench(&[&args[..], &["--pattern", "sequential", "--policy", &policies.join(",")]].concat());
-    assert!(out.status.success(), "{}", stderr(&out));
-    let report: Value = serde_json::from_slice(&out.stdout).unwrap();
-    let cases = report["cases"].as_array().unwrap();
-    let names: Vec<&Value> = cases.iter().map(|case| &case["policy"]).collect();
-    assert_eq!(names, [&Value::Null, &policies[0].into(), &policies[1].into(), &policies[2].into()]);
-    for case in cases {
-        let pages = |what: &str| case["pager"]["pages"][what].as_u64().unwrap();
-        let brought = [pages("fault_pages"), pages("prepage_pages"), pages("drain_pages")];
-        assert_eq!(brought.iter().sum::<u64>(), PAGES, "{case}");
-        let told = ["touched_pages", "hit_pages", "wasted_pages"].map(|what| case[what].as_u64().unwrap());
-        if case["drain"] == false {
-            assert_eq!((brought[0], told), (PAGES, [PAGES, 0, 0]), "{case}");
-        }
-        let [touched, hits, waste] = told;
-        assert!(touched <= PAGES && hits <= touched && hits + waste == brought[1] + brought[2], "{case}");
-        if case["policy"] == "linear" {
-            assert_eq!(brought[1], 0, "{case}");
-        }
-    }
-}
-
-#[test]
-fn memory_of_another_process_is_faulted_in_and_every_page_comes_once() {
-    const PAGES: u64 = 1024;
-    let served = Served::start(&["--memory", "8M"]);
-    let args = ["fault", served.address(), "--memory", "4M", "--rounds", "2", "--threads", "2", "--json"];
-    let out = pcbench(&[&args[..], &["--transport", "tcp", "--access", "write"]].concat());
-    assert!(out.status.success(), "{}", stderr(&out));
-    let report: Value = serde_json::from_slice(&out.stdout).unwrap();
-    assert_eq!(report["server"]["address"], served.address());
-    assert!(us(&report, "/raw_read/p50_us") > 0.0 && us(&report, "/raw_bulk_mb_s") > 0.0);
-    let cases = report["cases"].as_array().unwrap();
-    assert_eq!(cases.len(), 4, "handler and self-service, each with and without the drain");
-    for case in cases {
-        let pages = |what: &str| case["pager"]["pages"][what].as_u64().unwrap();
-        let brought = [pages("fault_pages"), pages("prepage_pages"), pages("drain_pages")];
-        assert_eq!((brought.iter().sum::<u64>(), &case["touched"]), (PAGES, &PAGES.into()), "{case}");
-        assert!(pages("prepage_hits") <= brought[1], "{case}");
-        for stage in ["post", "read", "install", "total"] {
-            let path = format!("/pager/stages/{stage}");
-            assert!(us(case, &format!("{path}/count")) > 0.0, "{case}");
-            assert!(us(case, &format!("{path}/p50_us")) <= us(case, &format!("{path}/p99_us")), "{case}");
-        }
-    }
-    wait_until("nothing is left of it at the server", || served.threads() == 1);
-    let text = stdout(&pcbench(&["fault", served.address(), "--memory", "1M", "--rounds", "1"]));
-    for word in
-        ["memory at 127.0.0.1", "tcp of 1 MiB", "prepaged", "hits", "waste", "stages of a fault", "install"]
-    {
-        assert!(text.contains(word), "`{word}` is not in:\n{text}");
-    }
 }
 
 #[test]

@@ -42,7 +42,11 @@ fn nobody_else_reads() {
     refused(&theirs, &["a lane under TLS (docs/tls.md)", "invalid peer certificate"]);
     refused(&[&ours[..], &["--tls-hostname", "elsewhere.example"]].concat(), &["not valid for name"]);
     refused(&[&ours[..], &["--transport", "shm"]].concat(), &["--tls is for tcp"]);
-    refused(&["--tls", "/nowhere"], &["/nowhere/ca-cert.pem: "]);
+    for command in ["read", "fault"] {
+        let out = pcbench(&[command, served.address(), "--tls", "/nowhere"]);
+        assert_refused(&out, &["/nowhere/ca-cert.pem: "]);
+        assert_eq!(out.status.code(), Some(2), "that is of the command line");
+    }
     assert_refused(&pcbench(&[&SHORT[..], &ours].concat()), &["--tls is for HOST", "pcbench serve --tls"]);
     assert_refused(&pcbench(&[&["fault"][..], &ours].concat()), &["--tls is for HOST"]);
     let clear = Served::start(&[]);

@@ -100,6 +100,26 @@ where
         .label_style(text_style(TEXT))
 }
 
+/// The end of a line in a plot: what it is, its name, and where it is.
+pub type LineEnd = (usize, String, (f64, f64));
+
+/// Names of lines beside their ends, each with the pixels that it is moved down by, where they would cover each other. The
+/// vertical axis is logarithmic, between these values on so many pixels.
+pub fn beside(ends: Vec<LineEnd>, (low, high): (f64, f64), height: u32) -> Vec<(LineEnd, i32)> {
+    const LINE: i32 = 18;
+    let pixel = |value: f64| (f64::from(height) * (high / value).ln() / (high / low).ln()) as i32;
+    let mut sorted = ends;
+    sorted.sort_by(|a, b| b.2.1.total_cmp(&a.2.1));
+    let mut free = i32::MIN;
+    let place = |end: LineEnd| {
+        let wanted = pixel(end.2.1);
+        let given = wanted.max(free);
+        free = given + LINE;
+        (end, given - wanted)
+    };
+    sorted.into_iter().map(place).collect()
+}
+
 /// The beginning of a page, up to and with its heading. `title` is plain text.
 pub fn page_head(title: &str) -> String {
     let (title, dark) = (escape(title), dark_style());

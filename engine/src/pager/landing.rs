@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use std::str::FromStr;
 
 use postcopy_transport::{HostMemory, LocalRegion, LocalSlice, Transport};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::PagerError;
 use super::trap::PartTrap;
@@ -17,7 +17,7 @@ use crate::memory::{PAGE_SIZE, PageIndex};
 use crate::planner::{LaneId, MAX_READ_PAGES, Run};
 
 /// Where reads are to land.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Landing {
     /// In a pool, unless a round of pre-copy or a device asks for in place.

@@ -21,6 +21,7 @@ Examples:
   pcbench read HOST --rate 20000 --depth 16    open loop: 20,000 reads a second, whatever happens
   pcbench read HOST --report run.html          one page with plots
   pcbench fault HOST                           what a fault costs, its memory at that host
+  pcbench fault --report faults.html           the same over the loopback, with plots
   pcbench compare old.json new.json --fail-above 5%
   pcbench doctor                               what is in the way on this machine";
 
@@ -207,7 +208,7 @@ pub(crate) struct OutputArgs {
     #[arg(long, value_name = "FILE.svg")]
     pub(crate) plot: Option<PathBuf>,
     /// Write percentile distributions for HdrHistogram plotters; of several measurements, each into
-    /// a file of its own: FILE-tcp-4096.hgrm.
+    /// a file of its own, such as FILE-tcp-4096.hgrm.
     #[arg(long, value_name = "FILE.hgrm")]
     pub(crate) hgrm: Option<PathBuf>,
     /// Write an HdrHistogram interval log (V2, compressed), tagged such as tcp-4096.
@@ -216,6 +217,13 @@ pub(crate) struct OutputArgs {
     /// No progress on stderr.
     #[arg(long)]
     pub(crate) quiet: bool,
+}
+
+impl OutputArgs {
+    /// How the report is to be printed.
+    pub(crate) fn format(&self) -> Format {
+        self.format.unwrap_or(if self.json { Format::Json } else { Format::Table })
+    }
 }
 
 #[derive(Debug, Args)]

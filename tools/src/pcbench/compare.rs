@@ -14,7 +14,9 @@ use postcopy_tools::text::printable;
 use serde::Serialize;
 
 use crate::args::CompareArgs;
-use crate::report::{Measurement, Report};
+use crate::fault::{FaultReport, Faulted};
+use crate::report::{Circumstances, Confidence, Measurement, Report};
+use crate::run::recorder::Latency;
 use crate::{Ended, Failure};
 
 /// Version of the JSON.
@@ -34,11 +36,11 @@ struct Comparison {
     warnings: Vec<String>,
 }
 
-/// One size over one transport in both.
+/// One size over one transport, or one case of faults, in both.
 #[derive(Debug, Serialize)]
 struct Difference {
-    transport: String,
-    bytes: u32,
+    #[serde(flatten)]
+    what: What,
     before_p50_us: f64,
     after_p50_us: f64,
     /// Change of the median in percent; positive is slower. Low and high are its bounds.
@@ -47,9 +49,37 @@ struct Difference {
     high_percent: f64,
     p99_percent: f64,
     p999_percent: f64,
-    /// Change of the bandwidth in percent; positive is faster.
+    /// Change of the bandwidth in percent, or of how fast all of memory came; positive is faster.
     bandwidth_percent: f64,
     verdict: Verdict,
+}
+
+/// What was measured, as two reports have to agree on it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+struct What {
+    transport: String,
+    bytes: u64,
+    /// Who served faults, and the drain's policy or `off`. Absent of reads.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    faults_by: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    drain: Option<String>,
+}
+
+/// A report as it is compared.
+struct Comparable {
+    at: Circumstances,
+    /// What else it matters how it was measured: a name, and how.
+    settings: Vec<(&'static str, String)>,
+    rows: Vec<Row>,
+}
+
+struct Row {
+    what: What,
+    latency: Latency,
+    median_ci: Confidence,
+    /// MB/s.
+    rate: f64,
 }
 
 /// What a difference says.
@@ -86,44 +116,103 @@ fn percent(text: &str) -> anyhow::Result<f64> {
     })
 }
 
-fn load(path: &Path) -> anyhow::Result<Report> {
+fn load(path: &Path) -> anyhow::Result<Comparable> {
     let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
-    Report::parse(&text).with_context(|| format!("{} is no report of `pcbench --json`", path.display()))
+    let parsed = match FaultReport::parse(&text) {
+        Some(faults) => faults.map(Comparable::from),
+        None => Report::parse(&text).map(Comparable::from),
+    };
+    parsed.with_context(|| format!("{} is no report of `pcbench --json`", path.display()))
+}
+
+impl From<Report> for Comparable {
+    fn from(Report { at, settings: s, measurements, .. }: Report) -> Self {
+        let settings = vec![
+            ("the depth", s.depth.to_string()),
+            ("the number of lanes", s.lanes.to_string()),
+            ("the span", format!("{:?}", s.span)),
+            ("the rate", format!("{:?}", s.rate)),
+            ("completion", format!("{:?}", s.completion)),
+            ("direction", s.bidirectional.to_string()),
+            ("TLS", s.tls.to_string()),
+        ];
+        let row = |m: Measurement| Row {
+            what: What { transport: m.transport, bytes: m.bytes.into(), faults_by: None, drain: None },
+            latency: m.times.latency,
+            median_ci: m.times.median_ci,
+            rate: m.mb_per_s,
+        };
+        Self { at, settings, rows: measurements.into_iter().map(row).collect() }
+    }
+}
+
+impl From<FaultReport> for Comparable {
+    fn from(report: FaultReport) -> Self {
+        let settings = vec![
+            ("the pattern", format!("{:?}", report.pattern)),
+            ("the access", format!("{:?}", report.access)),
+            ("the number of threads", report.threads.to_string()),
+            ("the number of shards", report.shards.to_string()),
+            ("the landing", report.landing.to_string()),
+            ("TLS", report.tls.to_string()),
+        ];
+        let row = |case: Faulted| {
+            let [by, drain] = case.case.words();
+            let transport = report.transport.clone();
+            Row {
+                what: What { transport, bytes: report.memory_bytes, faults_by: Some(by), drain: Some(drain) },
+                latency: case.times.latency,
+                median_ci: case.times.median_ci,
+                rate: report.memory_bytes as f64 / case.resident_ms.max(1e-3) / 1e3,
+            }
+        };
+        Self { rows: report.cases.into_iter().map(row).collect(), at: report.at, settings }
+    }
+}
+
+impl What {
+    fn words(&self) -> String {
+        let mut out = format!("{:<9} {:>5}", printable(&self.transport, 9), size::short(self.bytes));
+        if let (Some(by), Some(drain)) = (&self.faults_by, &self.drain) {
+            let _ = write!(out, " {:<7} {:<16}", printable(by, 7), printable(drain, 24));
+        }
+        out
+    }
 }
 
 impl Comparison {
-    fn new(before: &Report, after: &Report, fail_above: Option<f64>) -> anyhow::Result<Self> {
-        let pairs = before.measurements.iter().filter_map(|m| Some((m, same(m, after)?)));
+    fn new(before: &Comparable, after: &Comparable, fail_above: Option<f64>) -> anyhow::Result<Self> {
+        let same = |row: &Row, other: &Comparable| other.rows.iter().position(|of| of.what == row.what);
+        let pairs = before.rows.iter().filter_map(|row| Some((row, &after.rows[same(row, after)?])));
         let differences: Vec<Difference> = pairs.map(|(a, b)| Difference::new(a, b, fail_above)).collect();
-        ensure!(!differences.is_empty(), "the two reports have no transport and size in common");
-        let only = |one: &Report, other: &Report, which: &str| -> Vec<String> {
-            let alone = one.measurements.iter().filter(|m| same(m, other).is_none());
-            alone.map(|m| format!("{} only in the {which} report", name(m))).collect()
+        ensure!(!differences.is_empty(), "the two reports have nothing in common that was measured alike");
+        let only = |one: &Comparable, other: &Comparable, which: &str| -> Vec<String> {
+            let alone = one.rows.iter().filter(|row| same(row, other).is_none());
+            let words = |row: &Row| row.what.words().split_whitespace().collect::<Vec<_>>().join(" ");
+            alone.map(|row| format!("{} only in the {which} report", words(row))).collect()
         };
         let mut unmatched = only(before, after, "first");
         unmatched.extend(only(after, before, "second"));
         let worse = differences.iter().any(|difference| difference.verdict == Verdict::Worse);
-        Ok(Self {
-            version: VERSION,
-            fail_above,
-            worse,
-            differences,
-            unmatched,
-            warnings: warnings(before, after),
-        })
+        let warnings = warnings(before, after);
+        Ok(Self { version: VERSION, fail_above, worse, differences, unmatched, warnings })
     }
 
     fn table(&self) -> String {
-        let mut out = String::from(
-            "transport  size      p50 µs  →     p50 µs     change  (95% bounds)            p99     p99.9  bandwidth\n",
+        let of_faults = self.differences.iter().any(|difference| difference.what.drain.is_some());
+        let (what, rate) = match of_faults {
+            true => (" by      drain           ", "resident sooner"),
+            false => ("", "bandwidth"),
+        };
+        let mut out = format!(
+            "transport  size{what}      p50 µs  →     p50 µs     change  (95% bounds)            p99     p99.9  {rate}\n"
         );
         for d in &self.differences {
             let bounds = format!("({:+.1}% to {:+.1}%)", d.low_percent, d.high_percent);
             let _ = writeln!(
                 out,
-                "{:<9} {:>5} {:>11.2}  → {:>10.2} {:>+9.1}%  {bounds:<20} {:>+8.1}% {:>+8.1}% {:>+9.1}%  {}",
-                printable(&d.transport, 9),
-                size::short(d.bytes.into()),
+                "{} {:>11.2}  → {:>10.2} {:>+9.1}%  {bounds:<20} {:>+8.1}% {:>+8.1}% {:>+9.1}%  {}",
+                d.what.words(),
                 d.before_p50_us,
                 d.after_p50_us,
                 d.p50_percent,
@@ -147,32 +236,19 @@ impl Comparison {
     }
 }
 
-fn same<'a>(measurement: &Measurement, report: &'a Report) -> Option<&'a Measurement> {
-    let is_same = |m: &&Measurement| m.transport == measurement.transport && m.bytes == measurement.bytes;
-    report.measurements.iter().find(is_same)
-}
-
-fn name(measurement: &Measurement) -> String {
-    format!("{} at {}", printable(&measurement.transport, 20), size::short(measurement.bytes.into()))
-}
-
 /// What makes two reports hard to compare.
-fn warnings(before: &Report, after: &Report) -> Vec<String> {
+fn warnings(before: &Comparable, after: &Comparable) -> Vec<String> {
     let mut out = Vec::new();
-    let mut differs = |what: &str, a: String, b: String| {
+    let mut differs = |what: &str, a: &str, b: &str| {
         if a != b {
-            out.push(format!("{what} differs: {} and {}", printable(&a, 120), printable(&b, 120)));
+            out.push(format!("{what} differs: {} and {}", printable(a, 120), printable(b, 120)));
         }
     };
-    differs("the machine", before.at.environment.line(), after.at.environment.line());
-    differs("the build", before.at.build.profile.clone(), after.at.build.profile.clone());
-    let (a, b) = (&before.settings, &after.settings);
-    differs("the depth", a.depth.to_string(), b.depth.to_string());
-    differs("the number of lanes", a.lanes.to_string(), b.lanes.to_string());
-    differs("the span", format!("{:?}", a.span), format!("{:?}", b.span));
-    differs("the rate", format!("{:?}", a.rate), format!("{:?}", b.rate));
-    differs("completion", format!("{:?}", a.completion), format!("{:?}", b.completion));
-    differs("direction", a.bidirectional.to_string(), b.bidirectional.to_string());
+    differs("the machine", &before.at.environment.line(), &after.at.environment.line());
+    differs("the build", &before.at.build.profile, &after.at.build.profile);
+    for ((what, a), (_, b)) in before.settings.iter().zip(&after.settings) {
+        differs(what, a, b);
+    }
     out
 }
 
@@ -182,11 +258,11 @@ fn change(before: f64, after: f64) -> f64 {
 }
 
 impl Difference {
-    fn new(before: &Measurement, after: &Measurement, fail_above: Option<f64>) -> Self {
-        let (a, b) = (&before.times.latency, &after.times.latency);
+    fn new(before: &Row, after: &Row, fail_above: Option<f64>) -> Self {
+        let (a, b) = (&before.latency, &after.latency);
         // The bounds that both intervals allow: at best, at worst.
-        let low_percent = change(before.times.median_ci.high_us, after.times.median_ci.low_us);
-        let high_percent = change(before.times.median_ci.low_us, after.times.median_ci.high_us);
+        let low_percent = change(before.median_ci.high_us, after.median_ci.low_us);
+        let high_percent = change(before.median_ci.low_us, after.median_ci.high_us);
         let p50_percent = change(a.p50_us, b.p50_us);
         let verdict = match (low_percent > 0.0, high_percent < 0.0) {
             (true, _) if fail_above.is_some_and(|allowed| p50_percent > allowed) => Verdict::Worse,
@@ -195,8 +271,7 @@ impl Difference {
             _ => Verdict::Same,
         };
         Self {
-            transport: before.transport.clone(),
-            bytes: before.bytes,
+            what: before.what.clone(),
             before_p50_us: a.p50_us,
             after_p50_us: b.p50_us,
             p50_percent,
@@ -204,7 +279,7 @@ impl Difference {
             high_percent,
             p99_percent: change(a.p99_us, b.p99_us),
             p999_percent: change(a.p999_us, b.p999_us),
-            bandwidth_percent: change(before.mb_per_s, after.mb_per_s),
+            bandwidth_percent: change(before.rate, after.rate),
             verdict,
         }
     }

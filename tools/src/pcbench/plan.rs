@@ -113,7 +113,7 @@ impl TryFrom<&ReadArgs> for Plan {
             patience: seconds("--give-up-after", args.give_up_after)?,
             tls: args.trust.read()?,
             device: args.device.clone(),
-            format: args.output.format.unwrap_or(if args.output.json { Format::Json } else { Format::Table }),
+            format: args.output.format(),
             output: args.output.clone(),
         })
     }

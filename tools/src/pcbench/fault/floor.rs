@@ -5,14 +5,14 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use postcopy_engine::memory::PAGE_SIZE;
-use postcopy_engine::stats::Percentiles;
 use postcopy_transport::{AnyLane, Completion, HostMemory, Lane, Read, Token};
 
 use super::source::{Bare, Source};
-use super::touch::{histogram, order};
+use super::touch::order;
 use super::{FaultArgs, Pattern};
 use crate::pattern;
 use crate::report::Server;
+use crate::run::recorder::{Interval, Recorder};
 
 /// Raw reads measured.
 const RAW_READS: u64 = 20_000;
@@ -21,15 +21,21 @@ const PIECE: u64 = 64 << 10;
 
 /// What reads cost without a pager.
 pub(super) struct Floor {
-    pub(super) read: Percentiles,
+    /// Times of reads of 4 KiB.
+    pub(super) reads: Vec<Interval>,
     pub(super) bulk_mb_s: f64,
     pub(super) server: Option<Server>,
 }
 
-/// Measures the floor.
+/// Measures the floor; `epoch` is the beginning of the run.
 ///
 /// Errors: lanes cannot be set up or fail, nothing arrives in time, or the wrong bytes.
-pub(super) fn measure(args: &FaultArgs, source: &Source, patience: Duration) -> anyhow::Result<Floor> {
+pub(super) fn measure(
+    args: &FaultArgs,
+    source: &Source,
+    patience: Duration,
+    epoch: Instant,
+) -> anyhow::Result<Floor> {
     let bytes = args.bytes();
     let landing = HostMemory::anonymous("raw", usize::try_from(bytes)?)?;
     let mut bare = source.open_bare(args, &landing)?;
@@ -47,16 +53,18 @@ pub(super) fn measure(args: &FaultArgs, source: &Source, patience: Duration) -> 
     }
     pattern::check_all(&landing)?;
     let pages = bytes / PAGE_SIZE;
-    let (mut histogram, mut done) = (histogram()?, Vec::new());
+    let (mut recorder, mut done) = (Recorder::new(epoch)?, Vec::new());
     for step in 0..RAW_READS {
         let at = order(Pattern::Random, step % pages, pages) * PAGE_SIZE;
         let begun = Instant::now();
         urgent.post(&[read(at, PAGE_SIZE as u32)?])?;
         await_some(urgent, &mut done, patience)?;
-        histogram.saturating_record(begun.elapsed().as_nanos() as u64);
+        let now = Instant::now();
+        recorder.record(now, now.duration_since(begun).as_nanos() as u64)?;
         done.drain(..).try_for_each(|completion| completion.result)?;
     }
-    Ok(Floor { read: (&histogram).into(), bulk_mb_s, server: server.take() })
+    recorder.end(Instant::now());
+    Ok(Floor { reads: recorder.into_intervals(), bulk_mb_s, server: server.take() })
 }
 
 /// Polls until something has completed.

@@ -6,35 +6,42 @@
 //! that.
 
 mod floor;
+mod forms;
+mod report;
 mod run;
 mod source;
 mod table;
 mod touch;
+mod verdict;
 
-use std::io::IsTerminal;
 use std::net::IpAddr;
 use std::process::ExitCode;
-use std::time::Duration;
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, ensure};
 use clap::{Args, ValueEnum};
 use postcopy_engine::memory::{GuestMemory, MemoryLayout, PAGE_SIZE};
 use postcopy_engine::pager::{Landing, PagerConfig, Shards};
 use postcopy_engine::planner::Policy;
-use postcopy_engine::stats::{PagerReport, Percentiles};
+use postcopy_engine::session::SourceTls;
 use postcopy_tools::device::DeviceArgs;
 use postcopy_tools::drain::BulkWaitArgs;
+use postcopy_tools::machine::Machine;
 use postcopy_tools::trust::TrustArgs;
 use postcopy_tools::{cli, size};
 use postcopy_transport::{EndpointOptions, Transport};
-use serde::Serialize;
-
-use crate::plan::seconds;
-use crate::report::Server;
-use crate::{Ended, Failure, connect, serve};
+use report::{Case, Rounds, raw_tag};
+use serde::{Deserialize, Serialize};
 use source::Source;
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
+pub(crate) use self::report::{FaultReport, Faulted};
+use crate::args::OutputArgs;
+use crate::plan::seconds;
+use crate::report::Outputs;
+use crate::run::progress::Progress;
+use crate::{Ended, Failure, connect, serve};
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum Pattern {
     /// Every page once, in an order without locality.
@@ -45,7 +52,7 @@ pub(crate) enum Pattern {
     Strided,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum Access {
     Read,
@@ -112,7 +119,7 @@ pub(crate) struct FaultArgs {
     pub(crate) policy: Vec<Policy>,
     #[command(flatten)]
     pub(crate) bulk_wait: BulkWaitArgs,
-    /// How long threads poll before they sleep. Default: by the number of cores.
+    /// How long threads poll before they sleep. Default: 100.
     #[arg(long, value_name = "US")]
     pub(crate) spin: Option<u64>,
     /// Rounds of every case, interleaved; the figures are medians over them.
@@ -121,13 +128,12 @@ pub(crate) struct FaultArgs {
     /// Give up when nothing has arrived for so many seconds.
     #[arg(long, default_value_t = 10.0, value_name = "S")]
     pub(crate) give_up_after: f64,
-    /// Print JSON.
-    #[arg(long)]
-    pub(crate) json: bool,
     #[command(flatten, next_help_heading = "TLS")]
     pub(crate) trust: TrustArgs,
     #[command(flatten, next_help_heading = "RDMA")]
     pub(crate) device: DeviceArgs,
+    #[command(flatten, next_help_heading = "Report")]
+    pub(crate) output: OutputArgs,
 }
 
 impl FaultArgs {
@@ -156,6 +162,22 @@ impl FaultArgs {
         seconds("--give-up-after", self.give_up_after).map(drop)
     }
 
+    /// Where the memory is.
+    ///
+    /// Errors: the host is not known, or there is no room for memory here.
+    fn source(&self, tls: Option<SourceTls>) -> anyhow::Result<Source> {
+        let Some(host) = &self.host else { return Source::here(self.bytes()) };
+        let patience = seconds("--give-up-after", self.give_up_after)?;
+        Ok(Source::There { server: connect::resolve(host)?, patience, tls })
+    }
+
+    /// The names of all that is measured, in files and logs.
+    fn tags(&self) -> Vec<String> {
+        let transport = self.transport.name();
+        let cases = self.cases();
+        std::iter::once(raw_tag(transport)).chain(cases.iter().map(|case| case.tag(transport))).collect()
+    }
+
     fn pager(&self, case: Case) -> PagerConfig {
         let planner = self.bulk_wait.planner(case.policy.unwrap_or_default());
         let spin = self.spin.map_or(PagerConfig::default().spin, Duration::from_micros);
@@ -178,129 +200,37 @@ impl FaultArgs {
     }
 }
 
-/// One case of the plan.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-struct Case {
-    self_service: bool,
-    drain: bool,
-    /// Of the drain, if there is one.
-    #[serde(serialize_with = "as_text")]
-    policy: Option<Policy>,
-}
-
-fn as_text<S: serde::Serializer>(policy: &Option<Policy>, serializer: S) -> Result<S::Ok, S::Error> {
-    policy.map(|policy| policy.to_string()).serialize(serializer)
-}
-
-/// What one case showed: the medians over its rounds.
-#[derive(Clone, Debug, Serialize)]
-struct Outcome {
-    #[serde(flatten)]
-    case: Case,
-    /// Touches that stalled, of all.
-    stalled: u64,
-    touched: u64,
-    /// Touches until every page was here.
-    touched_pages: u64,
-    /// Those of them that needed no read of their own: the page had been brought unasked, or was on its way.
-    hit_pages: u64,
-    /// Pages that were brought unasked and had not been touched by then.
-    wasted_pages: u64,
-    /// How long they stalled.
-    stall: Percentiles,
-    /// The median stall as a multiple of the raw read's median.
-    times_raw: f64,
-    /// From the first touch until every page was here.
-    resident_ms: f64,
-    /// What the drain brought a second, while it ran.
-    drain_mb_s: f64,
-    pager: PagerReport,
-}
-
-/// The whole measurement.
-#[derive(Debug, Serialize)]
-struct FaultReport {
-    version: u32,
-    transport: &'static str,
-    /// Whether lanes were under TLS.
-    tls: bool,
-    /// Where the memory was; absent if here.
-    server: Option<Server>,
-    memory_bytes: u64,
-    pattern: Pattern,
-    access: Access,
-    threads: u8,
-    /// Threads of the pager.
-    shards: usize,
-    landing: Landing,
-    rounds: u32,
-    /// One raw 4 KiB read at a time on a lane of the same transport.
-    raw_read: Percentiles,
-    /// The same memory by reads of 64 KiB, as many in flight as the lane takes.
-    raw_bulk_mb_s: f64,
-    cases: Vec<Outcome>,
-}
-
 /// Runs `pcbench fault`.
 pub(crate) fn fault(args: &FaultArgs) -> Ended {
     args.check().map_err(Failure::Usage)?;
-    let report = measure(args)?;
-    let text = match args.json {
-        true => serde_json::to_string_pretty(&report).map_err(anyhow::Error::from)? + "\n",
-        false => table::table(&report),
-    };
-    cli::print(&text).map_err(anyhow::Error::from)?;
+    let tls = args.trust.read().map_err(|error| Failure::Usage(error.into()))?;
+    let outputs = Outputs::open(&args.output, args.tags()).map_err(Failure::Usage)?;
+    let report = FaultReport::new(args, measure(args, &args.source(tls)?)?)?;
+    outputs.write(&report)?;
+    cli::print(&report.text(args.output.format())?).map_err(anyhow::Error::from)?;
     Ok(ExitCode::SUCCESS)
 }
 
-fn measure(args: &FaultArgs) -> anyhow::Result<FaultReport> {
+fn measure(args: &FaultArgs, source: &Source) -> anyhow::Result<Rounds> {
     args.transport.available()?;
     let patience = seconds("--give-up-after", args.give_up_after)?;
-    let source = match &args.host {
-        Some(host) => Source::There { server: connect::resolve(host)?, patience, tls: args.trust.read()? },
-        None => Source::here(args.bytes())?,
-    };
-    let cases = args.cases();
-    let mut rounds: Vec<Vec<Outcome>> = vec![Vec::new(); cases.len()];
-    let (mut raw, mut bulk, mut server) = (Vec::new(), Vec::new(), None);
-    let shows = std::io::stderr().is_terminal();
+    let (environment, begun, epoch) = (Machine::here(), SystemTime::now(), Instant::now());
+    let (mut raw, mut bulk_mb_s, mut server) = (Vec::new(), Vec::new(), None);
+    let mut cases: Vec<_> = args.cases().into_iter().map(|case| (case, Vec::new())).collect();
+    let mut progress = Progress::new(args.output.quiet, (cases.len() + 1) * args.rounds as usize);
     for round in 0..args.rounds {
-        let floor = floor::measure(args, &source, patience)?;
-        bulk.push(floor.bulk_mb_s);
-        for (case, outcomes) in cases.iter().zip(&mut rounds) {
-            if shows {
-                eprint!("\rpcbench: round {} of {}   ", round + 1, args.rounds);
-            }
-            outcomes.push(run::run(args, *case, &source, floor.read.p50_us, patience)?);
-        }
-        raw.push(floor.read);
+        progress.next(round, "raw reads");
+        let floor = floor::measure(args, source, patience, epoch)?;
+        raw.push(floor.reads);
+        bulk_mb_s.push(floor.bulk_mb_s);
         server = floor.server;
+        for (case, turns) in &mut cases {
+            progress.next(round, format_args!("faults by {}", case.words().join(", drain ")));
+            turns.push(run::run(args, *case, source, patience, epoch)?);
+        }
     }
-    if shows {
-        eprint!("\r                              \r");
-    }
-    let middle = |of: &mut Vec<Outcome>| {
-        of.sort_by(|one, other| one.stall.p50_us.total_cmp(&other.stall.p50_us));
-        of.swap_remove(of.len() / 2)
-    };
-    raw.sort_by(|one, other| one.p50_us.total_cmp(&other.p50_us));
-    bulk.sort_by(f64::total_cmp);
-    Ok(FaultReport {
-        version: 1,
-        transport: args.transport.name(),
-        tls: args.trust.tls.is_some(),
-        server,
-        memory_bytes: args.bytes(),
-        pattern: args.pattern,
-        access: args.access,
-        threads: args.threads,
-        shards: args.shards.count(),
-        landing: args.landing.resolved(args.transport, false),
-        rounds: args.rounds,
-        raw_read: raw[raw.len() / 2],
-        raw_bulk_mb_s: bulk[bulk.len() / 2],
-        cases: rounds.iter_mut().map(middle).collect(),
-    })
+    progress.end();
+    Ok(Rounds { begun, epoch, environment, server, raw, bulk_mb_s, cases })
 }
 
 fn guest_memory(bytes: u64) -> anyhow::Result<GuestMemory> {

@@ -4,19 +4,43 @@ use std::fmt::Write as _;
 
 use postcopy_engine::stats::Percentiles;
 
-use super::{Case, FaultReport};
+use super::report::{Case, FaultReport};
+use crate::report::table::wrap;
 
-/// The report as tables: what threads waited and how pages came, and where the time of a fault went.
+/// The report as text: machine, what threads waited and how pages came, where the time of a fault went, verdict.
 pub(super) fn table(report: &FaultReport) -> String {
-    let mut out = String::new();
-    let raw = &report.raw_read;
-    if let Some(server) = &report.server {
+    let mut out = format!("{}\n", report.at.environment.line());
+    if let Some(server) = &report.at.server {
         let _ = writeln!(out, "memory at {}: {}", server.address, server.machine.line());
     }
+    let raw = &report.raw_read.latency;
     let _ = writeln!(
         out,
-        "{}{} of {} MiB, {:?} {:?}, {} thread(s), {} shard(s), landing {}, medians of {} rounds\n\
-         raw 4 KiB read: p50 {:.1} µs, p99 {:.1} µs; raw bulk: {:.0} MB/s\n",
+        "{}\nraw 4 KiB read: p50 {:.1} µs, p99 {:.1} µs; raw bulk: {:.0} MB/s\n",
+        how(report),
+        raw.p50_us,
+        raw.p99_us,
+        report.raw_bulk_mb_s,
+    );
+    stalls(&mut out, report);
+    stages(&mut out, report);
+    out.push('\n');
+    report.verdict.iter().for_each(|sentence| wrap(&mut out, sentence));
+    out
+}
+
+/// What was measured, in a few words.
+pub(super) fn title(report: &FaultReport) -> String {
+    match &report.at.server {
+        Some(server) => format!("Faults on memory at {}", server.address),
+        None => "Faults on memory over the loopback".to_owned(),
+    }
+}
+
+/// How it was measured, in words.
+pub(super) fn how(report: &FaultReport) -> String {
+    format!(
+        "{}{} of {} MiB, {:?} {:?}, {} thread(s), {} shard(s), landing {}, medians of {} rounds",
         report.transport,
         if report.tls { ", under TLS," } else { "" },
         report.memory_bytes >> 20,
@@ -26,18 +50,11 @@ pub(super) fn table(report: &FaultReport) -> String {
         report.shards,
         report.landing,
         report.rounds,
-        raw.p50_us,
-        raw.p99_us,
-        report.raw_bulk_mb_s,
-    );
-    stalls(&mut out, report);
-    stages(&mut out, report);
-    out
+    )
 }
 
 fn head(case: &Case) -> String {
-    let by = if case.self_service { "itself" } else { "handler" };
-    let drain = case.policy.map_or("off".into(), |policy| policy.to_string());
+    let [by, drain] = case.words();
     format!("{by:<9} {drain:<22}")
 }
 
@@ -63,7 +80,7 @@ fn stalls(out: &mut String, report: &FaultReport) {
         "waste",
     );
     for case in &report.cases {
-        let (stall, pages) = (&case.stall, &case.pager.pages);
+        let (stall, pages) = (&case.times.latency, &case.pager.pages);
         let _ = writeln!(
             out,
             "{} {:>8} {:>8.1} {:>6.2} {:>8.1} {:>8.1} {:>8.1} {:>9.1} {:>6.0} ms {:>8.0} {:>8} {:>8} {:>8} {:>8} {:>8}",

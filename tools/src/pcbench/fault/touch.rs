@@ -5,23 +5,18 @@ use std::sync::{Arc, Barrier};
 use std::time::{Duration, Instant};
 
 use anyhow::{bail, ensure};
-use hdrhistogram::Histogram;
 use postcopy_engine::memory::PAGE_SIZE;
 use postcopy_engine::pager::{FaultServer, Pager, PagerState, PagerStatus, SelfService};
 use postcopy_transport::HostMemory;
 use tokio::sync::watch;
 
 use super::{Access, FaultArgs, Pattern};
+use crate::run::recorder::{Interval, Recorder};
 
 /// A touch that took this long or longer was a stall.
 const STALL: Duration = Duration::from_micros(1);
 /// How often it is looked whether pages still come.
 const LOOK: Duration = Duration::from_millis(100);
-
-/// An empty histogram of nanoseconds.
-pub(super) fn histogram() -> anyhow::Result<Histogram<u64>> {
-    Ok(Histogram::new_with_max(60_000_000_000, 3)?)
-}
 
 /// The page that is touched in this step of so many.
 pub(super) fn order(pattern: Pattern, step: u64, pages: u64) -> u64 {
@@ -91,12 +86,12 @@ impl Watch {
 
 /// What a thread that touches has seen.
 pub(super) struct Touched {
-    pub(super) stalls: Histogram<u64>,
+    pub(super) stalls: Vec<Interval>,
     /// When each of its touches was over.
     pub(super) at: Vec<Instant>,
 }
 
-/// Touches every page once, by a thread for each of `servers`.
+/// Touches every page once, by a thread for each of `servers`; `epoch` is the beginning of the run.
 ///
 /// Errors: as [`Watch::look`]; threads may be waiting for pages then.
 pub(super) fn touch_all(
@@ -104,6 +99,7 @@ pub(super) fn touch_all(
     guest: &HostMemory,
     servers: Vec<Option<FaultServer>>,
     watch: &mut Watch,
+    epoch: Instant,
 ) -> anyhow::Result<Vec<Touched>> {
     let threads = servers.len();
     let start = Arc::new(Barrier::new(threads));
@@ -112,7 +108,7 @@ pub(super) fn touch_all(
         let part = Part { args: args.clone(), guest: guest.clone(), thread, threads };
         let (start, ended) = (start.clone(), ended.clone());
         let touching = move || {
-            drop(ended.send(part.touch(server, &start)));
+            drop(ended.send(part.touch(server, &start, epoch)));
         };
         std::thread::Builder::new().name("touch".into()).spawn(touching)?;
     }
@@ -137,11 +133,11 @@ struct Part {
 }
 
 impl Part {
-    fn touch(&self, server: Option<FaultServer>, start: &Barrier) -> anyhow::Result<Touched> {
+    fn touch(&self, server: Option<FaultServer>, start: &Barrier, epoch: Instant) -> anyhow::Result<Touched> {
         let pages = self.args.bytes() / PAGE_SIZE;
         let _service = server.map(SelfService::of_this_thread);
         let (mut stalls, mut at) =
-            (histogram()?, Vec::with_capacity((pages as usize).div_ceil(self.threads)));
+            (Recorder::new(epoch)?, Vec::with_capacity((pages as usize).div_ceil(self.threads)));
         start.wait();
         for step in (self.thread as u64..pages).step_by(self.threads) {
             let offset = order(self.args.pattern, step, pages) * PAGE_SIZE;
@@ -150,11 +146,12 @@ impl Part {
             let over = Instant::now();
             let took = over.duration_since(begun);
             if took >= STALL {
-                stalls.saturating_record(took.as_nanos() as u64);
+                stalls.record(over, took.as_nanos() as u64)?;
             }
             at.push(over);
         }
-        Ok(Touched { stalls, at })
+        stalls.end(Instant::now());
+        Ok(Touched { stalls: stalls.into_intervals(), at })
     }
 }
 

@@ -42,7 +42,7 @@ use crate::run::Run;
 pub(crate) use crate::run::recorder::Latency;
 pub(crate) use measurement::Measurement;
 pub(crate) use output::{Outputs, Written};
-pub(crate) use times::Times;
+pub(crate) use times::{Confidence, Times, median};
 
 /// Version of the JSON.
 pub(crate) const VERSION: u32 = 2;

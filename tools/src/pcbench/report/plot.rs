@@ -5,7 +5,7 @@
 use anyhow::anyhow;
 use plotters::coord::Shift;
 use plotters::prelude::*;
-use postcopy_tools::ink::{FONT, TEXT, axis_time, labelled, quiet, series, text_style};
+use postcopy_tools::ink::{FONT, TEXT, axis_time, beside, labelled, quiet, series, text_style};
 
 use super::times::{Moment, Times};
 
@@ -13,7 +13,9 @@ pub(crate) type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 pub(crate) type Drawn = Result<(), Box<dyn std::error::Error>>;
 
 const WIDTH: u32 = 960;
-pub(crate) const HEIGHT: u32 = 400;
+const HEIGHT: u32 = 400;
+/// What of it the values take.
+pub(crate) const PLOT_HEIGHT: u32 = HEIGHT - 52;
 /// Shortest time that a logarithmic axis shows, in µs.
 pub(crate) const SHORTEST_US: f64 = 0.01;
 
@@ -98,26 +100,6 @@ pub(crate) fn decades<'a>(values: impl Iterator<Item = f64> + 'a) -> (f64, f64) 
     (10f64.powf(low.min(high).log10().floor()), 10f64.powf((high * 1.1).log10().ceil()))
 }
 
-/// Names of lines beside their ends, moved down where they would cover each other.
-pub(crate) fn beside(
-    ends: Vec<(usize, String, (f64, f64))>,
-    low: f64,
-    high: f64,
-) -> Vec<(usize, String, (f64, f64), i32)> {
-    const LINE: i32 = 18;
-    let pixel = |us: f64| (f64::from(HEIGHT - 52) * (high / us).ln() / (high / low).ln()) as i32;
-    let mut sorted = ends;
-    sorted.sort_by(|a, b| b.2.1.total_cmp(&a.2.1));
-    let mut free = i32::MIN;
-    let place = |(index, name, end): (usize, String, (f64, f64))| {
-        let wanted = pixel(end.1);
-        let given = wanted.max(free);
-        free = given + LINE;
-        (index, name, end, given - wanted)
-    };
-    sorted.into_iter().map(place).collect()
-}
-
 /// A quantile as a distance: 0 at 0 %, 1 at 90 %, 2 at 99 %, …
 fn nines(quantile: f64) -> f64 {
     -(1.0 - quantile).max(1e-9).log10()
@@ -162,7 +144,7 @@ fn percentiles(area: &Area<'_>, shown: &[Series<'_>], room: i32) -> Drawn {
         chart.draw_series([PathElement::new(points.clone(), color.stroke_width(2))])?;
         ends.extend(points.last().map(|end| (line.ink, line.name.clone(), *end)));
     }
-    for (index, name, end, down) in beside(ends, low, high) {
+    for ((index, name, end), down) in beside(ends, (low, high), PLOT_HEIGHT) {
         let label = Text::new(name, (10, down - 8), text_style(series(index)));
         chart.draw_series([EmptyElement::at(end) + label])?;
     }
@@ -211,7 +193,7 @@ fn timeline(area: &Area<'_>, shown: &[Series<'_>], room: i32) -> Drawn {
         let last = moments.last().map(|_| (end * 1.01, line.times.latency.p50_us.max(SHORTEST_US)));
         ends.extend(last.map(|at| (line.ink, line.name.clone(), at)));
     }
-    for (index, name, at, down) in beside(ends, low, high) {
+    for ((index, name, at), down) in beside(ends, (low, high), PLOT_HEIGHT) {
         let label = Text::new(name, (10, down - 8), text_style(series(index)));
         chart.draw_series([EmptyElement::at(at) + label])?;
     }

@@ -1,10 +1,10 @@
 //! The plots of reads: latency by size, and the times of one size.
 
 use plotters::prelude::*;
-use postcopy_tools::ink::{axis_time, quiet, series, text_style};
+use postcopy_tools::ink::{axis_time, beside, quiet, series, text_style};
 use postcopy_tools::size;
 
-use super::plot::{Area, Drawn, Panel, SHORTEST_US, Series, beside, decades, of_times};
+use super::plot::{Area, Drawn, PLOT_HEIGHT, Panel, SHORTEST_US, Series, decades, of_times};
 use super::{Measurement, Report};
 
 /// Room right of a plot for the names of its lines.
@@ -97,7 +97,7 @@ fn by_size(area: &Area<'_>, report: &Report) -> Drawn {
         chart.draw_series(points.iter().map(|at| Circle::new(*at, 4, color.filled())))?;
         ends.extend(points.last().map(|end| (index, name.to_owned(), *end)));
     }
-    for (index, name, end, down) in beside(ends, low, high) {
+    for ((index, name, end), down) in beside(ends, (low, high), PLOT_HEIGHT) {
         let label = Text::new(name, (12, down - 8), text_style(series(index)));
         chart.draw_series([EmptyElement::at(end) + label])?;
     }

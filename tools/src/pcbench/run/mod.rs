@@ -4,7 +4,7 @@
 //! leave it out. The readers of all transports are connected before the first round.
 
 pub(crate) mod driver;
-mod progress;
+pub(crate) mod progress;
 pub(crate) mod recorder;
 mod wait;
 
@@ -13,6 +13,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, bail};
 use postcopy_tools::machine::Machine;
+use postcopy_tools::size;
 use postcopy_tools::text::one_line;
 use postcopy_transport::Transport;
 
@@ -116,7 +117,7 @@ fn rounds(plan: &Plan, readers: &mut [Reader], epoch: Instant) -> anyhow::Result
     for round in 0..plan.rounds {
         for (which, bytes) in plan.sizes.iter().enumerate() {
             for (turn, reader) in readers.iter_mut().enumerate() {
-                progress.next(round, reader.transport, *bytes);
+                progress.next(round, format_args!("{}, {}", reader.transport, size::short((*bytes).into())));
                 let done = one(reader, &load(plan, *bytes), plan.warm_up, epoch)?;
                 measured[turn * plan.sizes.len() + which].rounds.push(done);
             }
