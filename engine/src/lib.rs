@@ -16,6 +16,7 @@ pub mod pagemap;
 pub mod pager;
 pub mod planner;
 pub mod proc_pages;
+pub mod room;
 pub mod session;
 pub mod stats;
 pub mod touched;

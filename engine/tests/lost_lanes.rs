@@ -92,7 +92,7 @@ fn outlive(transport: Transport, setup: Setup, told: FaultsTo, seed: u64) -> u64
         loop {
             end = end_of(&pager);
             let PagerState::Failed(error) = &end.state else { return };
-            assert!(error.is_lost_lane(), "{error}");
+            assert!(error.can_go_on(), "{error}");
             let turn = lost.fetch_add(1, Ordering::Relaxed) + 1;
             pager.part();
             // New keys, and the next time around another lane breaks, until enough of them have.

@@ -7,6 +7,7 @@
 mod network;
 mod plain;
 mod storage;
+mod tmpfs;
 
 use std::io::{BufRead, BufReader, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -21,6 +22,7 @@ use serde_json::{Value, json};
 pub use network::{Chatter, Connection, Network};
 pub use plain::{Plain, library};
 pub use storage::Storage;
+pub use tmpfs::Tmpfs;
 
 use crate::process::Process;
 use crate::{PATIENCE, Scratch, free_port, pcvm, program, reports, stderr, variable};

@@ -43,6 +43,17 @@ pub enum PagerError {
         /// Why.
         source: LaneError,
     },
+    /// There was no memory for a page.
+    #[error(
+        "there is no memory left here for the guest's pages ({operation}: {source}); it waits: make room, and have the \
+         source recover"
+    )]
+    NoRoom {
+        /// What was tried.
+        operation: &'static str,
+        /// What the system said.
+        source: std::io::Error,
+    },
     /// The source refused a read.
     #[error("the source refused to give page {page:?}: {source}")]
     Read {
@@ -74,9 +85,9 @@ pub enum PagerError {
 }
 
 impl PagerError {
-    /// Whether it was a lane that was lost: over another the pager can go on.
-    pub fn is_lost_lane(&self) -> bool {
-        matches!(self, Self::Lane { .. } | Self::Server { .. })
+    /// Whether the pager can go on over new lanes: it was a lane that was lost, or there was no room for a page.
+    pub fn can_go_on(&self) -> bool {
+        matches!(self, Self::Lane { .. } | Self::Server { .. } | Self::NoRoom { .. })
     }
 }
 

@@ -265,7 +265,7 @@ impl FaultServer {
         shared.claims.leave();
         match served {
             Ok(()) => Ok(Served::Here),
-            Err(error @ PagerError::Server { .. }) => {
+            Err(error) if error.can_go_on() => {
                 tell_failed(shared, error);
                 Ok(Served::Stranded)
             }

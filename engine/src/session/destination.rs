@@ -24,6 +24,7 @@ use crate::export::MAX_SERVERS;
 use crate::import::Lanes;
 use crate::memory::GuestMemory;
 use crate::pager::{FaultServer, FaultsTo, Landing, Pager, PagerConfig, Shards, Trap};
+use crate::room;
 
 /// Makes guests for what arrives. Called from a blocking thread.
 pub trait DestinationHost: Send + Sync + 'static {
@@ -114,7 +115,7 @@ pub struct ReceiveOptions {
     pub order: PageOrder,
     /// Where pages land. A hybrid migration needs it in place.
     pub landing: Landing,
-    /// The most guest memory to accept, in bytes. `None`: no limit of our own.
+    /// The most guest memory to accept, in bytes. `None`: what there is [room](crate::room) for.
     pub memory_limit: Option<u64>,
     /// Whom to speak with. `None`: anybody, in clear.
     pub tls: Option<DestinationTls>,
@@ -208,10 +209,13 @@ impl<H: DestinationHost> Destination<'_, H> {
 
     fn check_size(&self, description: &GuestDescription) -> Result<(), SessionError> {
         let bytes = description.layout.total_bytes();
-        match self.dock.options.memory_limit {
+        let (limit, whose) = match self.dock.options.memory_limit {
+            Some(limit) => (Some(limit), "this side accepts at most"),
+            None => (room::of_machine(), "this host has no more left, with swap, than"),
+        };
+        match limit {
             Some(limit) if bytes > limit => {
-                let source = std::io::Error::other(format!("this side accepts at most {limit} bytes"));
-                Err(SessionError::Memory { bytes, source })
+                Err(too_much(bytes, &format!("{whose} {limit} bytes (--memory-limit)")))
             }
             _ => Ok(()),
         }
@@ -225,6 +229,7 @@ impl<H: DestinationHost> Destination<'_, H> {
         let (host, shards) = (self.host.clone(), self.dock.options.shards);
         let prepared = blocking(move || {
             let (memory, trap) = host.memory(&description, served, shards)?;
+            has_room(&memory)?;
             Ok((Arc::new(host.prepare(&description, &memory)?), memory, trap))
         });
         prepared.await.map_err(|source: GuestError| match source.downcast::<SessionError>() {
@@ -332,6 +337,25 @@ impl<H: DestinationHost> Destination<'_, H> {
             tracing::warn!(%error, "the source could not be told that its guest runs here");
         }
         Ok(())
+    }
+}
+
+fn too_much(bytes: u64, why: &str) -> SessionError {
+    SessionError::Memory { bytes, source: std::io::Error::other(why.to_owned()) }
+}
+
+/// Refuses memory that its file system has no room for: that would be found out when the guest runs here.
+fn has_room(memory: &GuestMemory) -> Result<(), SessionError> {
+    let bytes = memory.layout().total_bytes();
+    match room::of_file(memory.guest().file()) {
+        Some(room) if room < bytes => Err(too_much(
+            bytes,
+            &format!(
+                "the file system of its RAM has room for {room}; make that larger (mount -o remount,size=SIZE), or use a \
+                 memory-backend-memfd"
+            ),
+        )),
+        _ => Ok(()),
     }
 }
 

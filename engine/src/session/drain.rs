@@ -187,10 +187,10 @@ impl Parted {
         matches!(self.why, Why::Unheard(_))
     }
 
-    /// Whether the source is of use: all is here, or it was a lane that was lost.
+    /// Whether the source is of use: all is here, or a lane was lost, or there was no room for a page.
     pub fn can_rejoin(&self) -> bool {
         match &self.why {
-            Why::Stranded(error) => error.is_lost_lane(),
+            Why::Stranded(error) => error.can_go_on(),
             Why::Unheard(_) => true,
         }
     }

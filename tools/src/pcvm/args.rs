@@ -101,9 +101,6 @@ pub(crate) struct ReceiveArgs {
     pub(crate) host: HostArgs,
     #[command(flatten)]
     pub(crate) wire: WireArgs,
-    /// Refuse guests with more memory than this.
-    #[arg(long, value_parser = size::parse, value_name = "SIZE")]
-    pub(crate) memory_limit: Option<u64>,
     /// What is to run the guest: pcvm itself, or a stock QEMU, started with the command after `--`.
     #[arg(long, value_enum, default_value_t = Vmm::Own)]
     pub(crate) vmm: Vmm,

@@ -212,7 +212,7 @@ pub(crate) fn run(args: &RunArgs) -> anyhow::Result<()> {
     if args.host.again {
         anyhow::ensure!(listen.is_some(), "--again needs --listen HOST:PORT to wait for a guest at");
     }
-    let options = args.host.receive(&args.wire, None)?;
+    let options = args.host.receive(&args.wire)?;
     runtime()?.block_on(async {
         // Tried now, so that a wrong address is said now.
         if let Some(address) = listen {
@@ -232,7 +232,7 @@ pub(crate) fn receive(args: &ReceiveArgs) -> anyhow::Result<()> {
     for transport in args.wire.transports() {
         transport.available()?;
     }
-    let options = args.host.receive(&args.wire, args.memory_limit)?;
+    let options = args.host.receive(&args.wire)?;
     let command = qemu_command(args)?;
     runtime()?.block_on(async {
         let door = Door { open: Some(bind(address).await?), address: Some(address), options };

@@ -198,7 +198,7 @@ impl PartTrap {
                         self.wake(PageIndex::containing(at))?;
                         done += PAGE_SIZE;
                     }
-                    code => return Err(failed("UFFDIO_COPY", code)),
+                    code => return Err(not_filled("UFFDIO_COPY", code)),
                 },
             }
         }
@@ -234,7 +234,7 @@ impl PartTrap {
                     Some(libc::EEXIST) if self.anonymous => return self.wake(page),
                     Some(libc::EEXIST) => return self.publish(Run::one(page)),
                     Some(libc::EAGAIN) => self.let_change()?,
-                    code => return Err(failed("UFFDIO_ZEROPAGE", code)),
+                    code => return Err(not_filled("UFFDIO_ZEROPAGE", code)),
                 },
             }
         }
@@ -304,6 +304,16 @@ impl AsFd for PartTrap {
     fn as_fd(&self) -> BorrowedFd<'_> {
         // SAFETY: the descriptor is owned by `self.uffd`, which the borrow cannot outlive.
         unsafe { BorrowedFd::borrow_raw(self.uffd.as_raw_fd()) }
+    }
+}
+
+/// A page was not made. What a copy has made before it, it finds when it is tried again.
+fn not_filled(operation: &'static str, code: Option<i32>) -> PagerError {
+    match code {
+        Some(libc::ENOMEM) => {
+            PagerError::NoRoom { operation, source: io::Error::from_raw_os_error(libc::ENOMEM) }
+        }
+        code => failed(operation, code),
     }
 }
 

@@ -8,6 +8,7 @@ use postcopy_engine::planner::Policy;
 use postcopy_engine::session::{DestinationTls, PageOrder, ReceiveOptions, TlsError};
 use postcopy_tools::device::DeviceArgs;
 use postcopy_tools::drain::BulkWaitArgs;
+use postcopy_tools::size;
 use postcopy_transport::Transport;
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
@@ -67,7 +68,7 @@ pub(crate) struct HostArgs {
     pub(crate) policy: Policy,
     /// In which order these pages lie: by `address`, or by `recency`, as the guest has used them at the source, what it
     /// used last first. The source watches the guest for one and a half seconds before the move for that; of a stock QEMU's
-    /// guest it sees only what is written.
+    /// guest it sees only what is written, unless the library of `pcvm receive --vmm qemu` is preloaded there.
     #[arg(long, value_enum, default_value_t = Order::Address)]
     pub(crate) order: Order,
     #[command(flatten)]
@@ -82,6 +83,10 @@ pub(crate) struct HostArgs {
     /// migrations need them in place. `auto`: in place for those and over verbs, else in a pool.
     #[arg(long, default_value_t, value_name = "auto|in-place|pool")]
     pub(crate) landing: Landing,
+    /// Refuse guests with more memory than this. Default: more than this host has left, with its swap and within the limits
+    /// of its cgroups.
+    #[arg(long, value_parser = size::parse, value_name = "SIZE")]
+    pub(crate) memory_limit: Option<u64>,
     /// Take guests in only from sources whose certificate one authority has signed, and speak with them under
     /// TLS: the folder of its `ca-cert.pem` and of this host's `server-cert.pem` and `server-key.pem`, as for QEMU. Pages
     /// are encrypted too over tcp, which is what is taken then if nothing else is said; over verbs they are not. See
@@ -94,11 +99,7 @@ impl HostArgs {
     /// How a guest is taken in.
     ///
     /// Errors: the certificates cannot be used.
-    pub(crate) fn receive(
-        &self,
-        wire: &WireArgs,
-        memory_limit: Option<u64>,
-    ) -> Result<ReceiveOptions, TlsError> {
+    pub(crate) fn receive(&self, wire: &WireArgs) -> Result<ReceiveOptions, TlsError> {
         Ok(ReceiveOptions {
             transports: wire.transports(),
             endpoint: wire.device.endpoint(None),
@@ -109,7 +110,7 @@ impl HostArgs {
                 Order::Recency => PageOrder::Recency,
             },
             landing: self.landing,
-            memory_limit,
+            memory_limit: self.memory_limit,
             tls: self.tls.as_deref().map(DestinationTls::read).transpose()?,
         })
     }
