@@ -333,6 +333,16 @@ pub fn stderr(out: &Output) -> String {
     String::from_utf8_lossy(&out.stderr).into_owned()
 }
 
+/// What a program printed.
+pub fn stdout(out: &Output) -> String {
+    String::from_utf8_lossy(&out.stdout).into_owned()
+}
+
+/// The number at a JSON pointer of a report.
+pub fn number(report: &Value, path: &str) -> f64 {
+    report.pointer(path).and_then(Value::as_f64).unwrap_or_else(|| panic!("no {path} in {report}"))
+}
+
 /// Checks that a program refused with one clear line that has each of `words`.
 pub fn assert_refused(out: &Output, words: &[&str]) {
     let said = stderr(out);

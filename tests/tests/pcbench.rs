@@ -6,17 +6,11 @@
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use postcopy_e2e::{Scratch, Served, pcbench, pcbench_report as report, program, stderr, wait_until};
+use postcopy_e2e::{
+    Scratch, Served, number, pcbench, pcbench_report as report, program, stderr, stdout, wait_until,
+};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
-
-fn stdout(out: &std::process::Output) -> String {
-    String::from_utf8_lossy(&out.stdout).into_owned()
-}
-
-fn us(report: &Value, path: &str) -> f64 {
-    report.pointer(path).and_then(Value::as_f64).unwrap_or_else(|| panic!("no {path} in {report}"))
-}
 
 const SHORT: [&str; 4] = ["--iterations", "200", "--rounds", "2"];
 
@@ -38,10 +32,10 @@ fn the_json_is_versioned_and_consistent() {
     for m in report["measurements"].as_array().unwrap() {
         assert_eq!(m["latency"]["count"], 400, "{m}");
         let names = ["min_us", "p50_us", "p90_us", "p99_us", "p999_us", "p9999_us", "max_us"];
-        let values: Vec<f64> = names.iter().map(|name| us(m, &format!("/latency/{name}"))).collect();
+        let values: Vec<f64> = names.iter().map(|name| number(m, &format!("/latency/{name}"))).collect();
         assert!(values.is_sorted() && values[0] > 0.0, "{values:?}");
-        assert!(us(m, "/median_ci/low_us") <= us(m, "/median_ci/high_us"), "{m}");
-        assert!(us(m, "/mb_per_s") > 0.0 && us(m, "/stdev_us") > 0.0, "{m}");
+        assert!(number(m, "/median_ci/low_us") <= number(m, "/median_ci/high_us"), "{m}");
+        assert!(number(m, "/mb_per_s") > 0.0 && number(m, "/stdev_us") > 0.0, "{m}");
         assert_eq!(m["rounds"].as_array().unwrap().len(), 2);
     }
     assert!(report["environment"]["cores"].as_u64().unwrap() >= 1);
@@ -98,7 +92,7 @@ fn both_sides_read_at_the_same_time() {
     let report = report(&[&args[..], &["--depth", "4", "--lanes", "2", "--verify"], &SHORT].concat());
     for m in report["measurements"].as_array().unwrap() {
         assert!(m["reverse"]["latency"]["count"].as_u64().unwrap() > 0, "{m}");
-        assert!(us(m, "/reverse/mb_per_s") > 0.0, "{m}");
+        assert!(number(m, "/reverse/mb_per_s") > 0.0, "{m}");
     }
 }
 
@@ -130,7 +124,7 @@ fn an_open_loop_counts_the_wait_of_every_read_that_a_stall_delays() {
     // A closed loop, or times from the post, would have one long read among 2000.
     let latency = &report["measurements"][0]["latency"];
     assert_eq!(latency["count"], 2000, "{latency}");
-    assert!(us(&report, "/measurements/0/latency/p90_us") > 100_000.0, "{latency}");
+    assert!(number(&report, "/measurements/0/latency/p90_us") > 100_000.0, "{latency}");
 }
 
 /// A reader that reads on until its time is over.
@@ -213,7 +207,7 @@ fn comparisons_end_with_a_status_for_scripts() {
         (&comparison["worse"], &comparison["differences"][0]["verdict"]),
         (&true.into(), &"worse".into())
     );
-    assert!((us(&comparison, "/differences/0/p50_percent") - 200.0).abs() < 0.1);
+    assert!((number(&comparison, "/differences/0/p50_percent") - 200.0).abs() < 0.1);
 }
 
 #[test]

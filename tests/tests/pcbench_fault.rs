@@ -1,16 +1,10 @@
 //! `pcbench fault` as its users run it: that every page comes once, and the forms of its report.
 #![allow(clippy::unwrap_used)] // helpers of tests, where a panic is the report
 
-use postcopy_e2e::{Scratch, Served, assert_refused, pcbench, pcbench_report as report, stderr, wait_until};
+use postcopy_e2e::{
+    Scratch, Served, assert_refused, number, pcbench, pcbench_report as report, stderr, stdout, wait_until,
+};
 use serde_json::Value;
-
-fn stdout(out: &std::process::Output) -> String {
-    String::from_utf8_lossy(&out.stdout).into_owned()
-}
-
-fn us(report: &Value, path: &str) -> f64 {
-    report.pointer(path).and_then(Value::as_f64).unwrap_or_else(|| panic!("no {path} in {report}"))
-}
 
 /// Handler and self-service, without a drain, over memory of 2 MiB.
 const SHORT: [&str; 7] = ["fault", "--memory", "2M", "--drain", "off", "--rounds", "1"];
@@ -54,7 +48,7 @@ fn memory_of_another_process_is_faulted_in_and_every_page_comes_once() {
     assert!(out.status.success(), "{}", stderr(&out));
     let report: Value = serde_json::from_slice(&out.stdout).unwrap();
     assert_eq!(report["server"]["address"], served.address());
-    assert!(us(&report, "/raw_read/latency/p50_us") > 0.0 && us(&report, "/raw_bulk_mb_s") > 0.0);
+    assert!(number(&report, "/raw_read/latency/p50_us") > 0.0 && number(&report, "/raw_bulk_mb_s") > 0.0);
     let cases = report["cases"].as_array().unwrap();
     assert_eq!(cases.len(), 4, "handler and self-service, each with and without the drain");
     for case in cases {
@@ -64,8 +58,11 @@ fn memory_of_another_process_is_faulted_in_and_every_page_comes_once() {
         assert!(pages("prepage_hits") <= brought[1], "{case}");
         for stage in ["post", "read", "install", "total"] {
             let path = format!("/pager/stages/{stage}");
-            assert!(us(case, &format!("{path}/count")) > 0.0, "{case}");
-            assert!(us(case, &format!("{path}/p50_us")) <= us(case, &format!("{path}/p99_us")), "{case}");
+            assert!(number(case, &format!("{path}/count")) > 0.0, "{case}");
+            assert!(
+                number(case, &format!("{path}/p50_us")) <= number(case, &format!("{path}/p99_us")),
+                "{case}"
+            );
         }
     }
     wait_until("nothing is left of it at the server", || served.threads() == 1);
@@ -81,13 +78,13 @@ fn memory_of_another_process_is_faulted_in_and_every_page_comes_once() {
 fn stalls_are_told_as_reads_are() {
     let report = report(&TWICE);
     assert_eq!(report["version"], 2);
-    assert!(report["environment"]["cores"].as_u64().unwrap() >= 1 && us(&report, "/took_s") > 0.0);
+    assert!(report["environment"]["cores"].as_u64().unwrap() >= 1 && number(&report, "/took_s") > 0.0);
     let cases = report["cases"].as_array().unwrap();
     for case in cases.iter().chain([&report["raw_read"]]) {
         let names = ["min_us", "p50_us", "p90_us", "p99_us", "p999_us", "p9999_us", "max_us"];
-        let values: Vec<f64> = names.iter().map(|name| us(case, &format!("/latency/{name}"))).collect();
+        let values: Vec<f64> = names.iter().map(|name| number(case, &format!("/latency/{name}"))).collect();
         assert!(values.is_sorted() && values[0] > 0.0, "{values:?}");
-        assert!(us(case, "/median_ci/low_us") <= us(case, "/median_ci/high_us"), "{case}");
+        assert!(number(case, "/median_ci/low_us") <= number(case, "/median_ci/high_us"), "{case}");
         assert!(case["histogram"].as_str().unwrap().len() > 20, "{case}");
     }
     for case in cases {
@@ -172,7 +169,7 @@ fn two_runs_are_compared_case_by_case_and_never_with_reads() {
     let told: Value = serde_json::from_slice(&compare(&[&a, &b, "--json"]).stdout).unwrap();
     let difference = &told["differences"][1];
     assert_eq!((&difference["faults_by"], &difference["drain"]), (&"itself".into(), &"off".into()));
-    assert!((us(difference, "/p50_percent") - 50.0).abs() < 0.1, "{difference}");
+    assert!((number(difference, "/p50_percent") - 50.0).abs() < 0.1, "{difference}");
     let reads = report_of_reads();
     let out = compare(&[&a, &write("reads.json", &reads)]);
     assert_eq!(out.status.code(), Some(2));

@@ -207,15 +207,12 @@ impl<H: DestinationHost> Destination<'_, H> {
         Ok((guest, memory, pager))
     }
 
+    /// Refuses what is more than is allowed.
     fn check_size(&self, description: &GuestDescription) -> Result<(), SessionError> {
         let bytes = description.layout.total_bytes();
-        let (limit, whose) = match self.dock.options.memory_limit {
-            Some(limit) => (Some(limit), "this side accepts at most"),
-            None => (room::of_machine(), "this host has no more left, with swap, than"),
-        };
-        match limit {
+        match self.dock.options.memory_limit {
             Some(limit) if bytes > limit => {
-                Err(too_much(bytes, &format!("{whose} {limit} bytes (--memory-limit)")))
+                Err(too_much(bytes, &format!("this side accepts at most {limit} bytes (--memory-limit)")))
             }
             _ => Ok(()),
         }
@@ -227,9 +224,10 @@ impl<H: DestinationHost> Destination<'_, H> {
         served: bool,
     ) -> Result<(Arc<H::Guest>, GuestMemory, Trap), SessionError> {
         let (host, shards) = (self.host.clone(), self.dock.options.shards);
+        let limited = self.dock.options.memory_limit.is_some();
         let prepared = blocking(move || {
             let (memory, trap) = host.memory(&description, served, shards)?;
-            has_room(&memory)?;
+            has_room(&memory, limited)?;
             Ok((Arc::new(host.prepare(&description, &memory)?), memory, trap))
         });
         prepared.await.map_err(|source: GuestError| match source.downcast::<SessionError>() {
@@ -344,15 +342,25 @@ fn too_much(bytes: u64, why: &str) -> SessionError {
     SessionError::Memory { bytes, source: std::io::Error::other(why.to_owned()) }
 }
 
-/// Refuses memory that its file system has no room for: that would be found out when the guest runs here.
-fn has_room(memory: &GuestMemory) -> Result<(), SessionError> {
+/// Refuses memory, which is empty, that there is no room for: that would be found out when the guest runs here. What is
+/// `limited` by a person may be more than the machine has left.
+fn has_room(memory: &GuestMemory, limited: bool) -> Result<(), SessionError> {
     let bytes = memory.layout().total_bytes();
-    match room::of_file(memory.guest().file()) {
-        Some(room) if room < bytes => Err(too_much(
+    if let Some(room) = room::of_file(memory.guest().file()).filter(|room| *room < bytes) {
+        return Err(too_much(
             bytes,
             &format!(
                 "the file system of its RAM has room for {room}; make that larger (mount -o remount,size=SIZE), or use a \
                  memory-backend-memfd"
+            ),
+        ));
+    }
+    match room::of_machine() {
+        Some(room) if room < bytes && !limited => Err(too_much(
+            bytes,
+            &format!(
+                "this host has {room} bytes left, with its swap and within its cgroups; make room, or allow more with \
+                 --memory-limit"
             ),
         )),
         _ => Ok(()),
