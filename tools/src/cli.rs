@@ -42,6 +42,11 @@ pub fn refusal(error: &clap::Error) -> Option<String> {
     }
 }
 
+/// Writes a line to stderr. That nobody reads it any more, as a terminal that has hung up, ends nothing.
+pub fn say(line: &str) {
+    let _ = writeln!(io::stderr(), "{line}");
+}
+
 /// Writes to stdout. A reader that has gone away (`| head`) is no error.
 ///
 /// Errors: any other failure to write.

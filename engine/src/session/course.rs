@@ -12,11 +12,12 @@ use super::channel::{Channel, unexpected};
 use super::message::{Message, PageOrder};
 use super::preamble::{self, Preamble, Purpose, SessionId};
 use super::query_migrate::QueryMigrate;
-use super::report::{ArrivalReport, MigrationReport, Phase, Progress};
+use super::report::{ArrivalReport, MigrationReport, Phase, Progress, REPORT_VERSION};
 use super::source::MigrateOptions;
 use super::tls::taken_unasked;
 use super::{DRAIN_PATIENCE, STEP_PATIENCE, SessionError, track};
 use crate::export::{Export, LANES, MAX_LANES};
+use crate::memory::GuestMemory;
 use crate::stats::PagerReport;
 
 /// See the module.
@@ -40,6 +41,20 @@ pub(super) struct Accepted {
 }
 
 impl Course {
+    /// That of the guest with this memory.
+    pub(super) fn new(
+        memory: &GuestMemory,
+        peer: SocketAddr,
+        options: MigrateOptions,
+        session: SessionId,
+        progress: &watch::Sender<Progress>,
+    ) -> Self {
+        let (version, mode, memory_bytes) = (REPORT_VERSION, options.mode, memory.layout().total_bytes());
+        let report = MigrationReport { version, mode, memory_bytes, ..Default::default() };
+        let begun = Instant::now();
+        Self { peer, options, session, progress: progress.clone(), begun, frozen: begun, report }
+    }
+
     pub(super) fn enter(&self, phase: Phase) {
         let elapsed_us = micros(self.begun.elapsed());
         tracing::info!(?phase, elapsed_us, "migration");

@@ -11,16 +11,18 @@
 //! ```
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use postcopy_transport::{EndpointOptions, Transport};
+use tokio::sync::watch;
 
 use super::channel::{Channel, unexpected};
 use super::course::{Accepted, Course, micros};
 use super::message::Message;
-use super::preamble::Purpose;
-use super::report::{ArrivalReport, MigrationReport, Phase};
-use super::source::Owner;
+use super::preamble::{Purpose, SessionId};
+use super::report::{ArrivalReport, MigrationReport, Phase, Progress};
+use super::source::{MigrateOptions, Owner, SourceGuest};
 use super::{SessionError, WORK_PATIENCE, blocking};
 use crate::export::Export;
 
@@ -36,6 +38,8 @@ pub struct Owed {
     pub(super) course: Course,
     pub(super) export: Export,
     pub(super) owner: Owner,
+    /// It was another process that handed the guest over: for how long the guest stood still is not known.
+    pub(super) taken_over: bool,
 }
 
 impl std::fmt::Debug for Owed {
@@ -110,7 +114,38 @@ impl Attempt {
     }
 }
 
+/// A session's name, in text.
+pub(super) fn name_of(session: SessionId) -> String {
+    format!("{:032x}", u128::from_be_bytes(session))
+}
+
+fn session_of(name: &str) -> Option<SessionId> {
+    let sane = name.len() == 32 && name.bytes().all(|digit| digit.is_ascii_hexdigit());
+    sane.then(|| u128::from_str_radix(name, 16).ok().map(u128::to_be_bytes)).flatten()
+}
+
 impl Owed {
+    /// The memory of a guest that another process has moved, which has ended before all of it was there: on offer again, under the
+    /// name that was [kept](SourceGuest::keep_name). The guest stands still. [`recover`] finds out whether it is at the
+    /// destination that listens at `peer`.
+    ///
+    /// Errors: that is no name, or the memory cannot be offered.
+    pub async fn of(
+        guest: Arc<dyn SourceGuest>,
+        session: &str,
+        peer: SocketAddr,
+        options: MigrateOptions,
+        progress: &watch::Sender<Progress>,
+    ) -> Result<Box<Self>, SessionError> {
+        let session = session_of(session).ok_or(SessionError::Protocol("that is no session's name"))?;
+        let (memory, endpoint) = (guest.memory(), options.endpoint.clone());
+        let course = Course::new(&memory, peer, options, session, progress);
+        // What lanes are granted for, is registered when the destination has chosen.
+        let mut export = blocking(move || Export::new(Transport::Tcp, &memory, &endpoint)).await?;
+        export.describe_pages(None)?;
+        Ok(Box::new(Self { course, export, owner: Owner::InDoubt, taken_over: true }))
+    }
+
     /// Who has the guest, as far as is known.
     pub fn owner(&self) -> Owner {
         self.owner
@@ -177,7 +212,7 @@ impl Owed {
     /// The destination has spoken of the guest, so it runs there.
     fn is_there(&mut self) {
         self.owner = Owner::Destination;
-        if self.course.report.downtime_us == 0 {
+        if self.course.report.downtime_us == 0 && !self.taken_over {
             // Nobody heard when it was resumed.
             self.course.report.downtime_us = micros(self.course.frozen.elapsed());
         }
@@ -188,5 +223,19 @@ impl Owed {
         let again = self.export.again(transport, endpoint);
         self.export.renew(blocking(again).await?);
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_is_read_as_it_is_written() {
+        let session = *b"\x00\x01sixteen bytes\xff";
+        assert_eq!(session_of(&name_of(session)), Some(session));
+        for bad in ["", "1", "+0000000000000000000000000000001", &"g".repeat(32), &"0".repeat(33)] {
+            assert_eq!(session_of(bad), None, "{bad}");
+        }
     }
 }

@@ -12,9 +12,9 @@ use super::channel::{Channel, unexpected};
 use super::course::{Accepted, Course, micros};
 use super::dirty::{DirtyLog, MOST_RUNS, UseLog, WATCH, Watched};
 use super::message::{GuestDescription, Message, Mode, PageOrder};
-use super::owed::{Owed, RecoverOptions, recover};
+use super::owed::{Owed, RecoverOptions, name_of, recover};
 use super::preamble::{Purpose, SessionId};
-use super::report::{MigrationReport, Phase, Progress, REPORT_VERSION};
+use super::report::{MigrationReport, Phase, Progress};
 use super::state::outgoing;
 use super::tls::SourceTls;
 use super::{GuestError, STEP_PATIENCE, SessionError, WORK_PATIENCE, blocking};
@@ -64,6 +64,14 @@ pub trait SourceGuest: Send + Sync + 'static {
     /// Errors: it can be had, and was not.
     fn watch_uses(&self) -> Result<Option<Box<dyn UseLog>>, GuestError> {
         Ok(None)
+    }
+
+    /// Keeps the name of the session that it moves in where that outlives this process, for who takes its place
+    /// ([`Owed::of`](super::Owed::of)). It runs. Not kept, if not said otherwise.
+    ///
+    /// Errors: it was not kept; the move goes on without.
+    fn keep_name(&self, _session: &str) -> Result<(), GuestError> {
+        Ok(())
     }
 
     /// Lets it run on after [`SourceGuest::freeze`], also after one that failed.
@@ -135,7 +143,7 @@ pub async fn migrate(
     }
     let committed = source.commit(&mut channel).await;
     let (course, owner) = (source.course, Owner::InDoubt);
-    let mut owed = Box::new(Owed { course, export, owner });
+    let mut owed = Box::new(Owed { course, export, owner, taken_over: false });
     let served = match committed {
         Ok(()) => {
             owed.owner = Owner::Destination;
@@ -178,12 +186,7 @@ impl Source {
         options: MigrateOptions,
         progress: &watch::Sender<Progress>,
     ) -> Result<Self, SessionError> {
-        let begun = Instant::now();
-        let memory_bytes = guest.memory().layout().total_bytes();
-        let (version, mode) = (REPORT_VERSION, options.mode);
-        let report = MigrationReport { version, mode, memory_bytes, ..Default::default() };
-        let (session, progress) = (random_id()?, progress.clone());
-        let course = Course { peer, options, session, progress, begun, frozen: begun, report };
+        let course = Course::new(&guest.memory(), peer, options, random_id()?, progress);
         Ok(Self { guest, course, watched: Watched::default() })
     }
 
@@ -201,11 +204,21 @@ impl Source {
         channel.send(&offer).await?;
         let accepted = self.course.accepted(channel.receive("Accept", WORK_PATIENCE).await?)?;
         match self.export(&accepted, &mut channel).await {
-            Ok(export) => Ok((channel, export)),
+            Ok(export) => {
+                self.keep_name().await;
+                Ok((channel, export))
+            }
             Err(error) => {
                 let _ = channel.send(&Message::Refuse(error.to_string())).await;
                 Err(error)
             }
+        }
+    }
+
+    async fn keep_name(&self) {
+        let (guest, name) = (self.guest.clone(), name_of(self.course.session));
+        if let Err(error) = blocking(move || guest.keep_name(&name)).await {
+            tracing::warn!(%error, "nobody can take this process's place if it is killed");
         }
     }
 

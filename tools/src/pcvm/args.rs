@@ -173,16 +173,29 @@ pub(crate) struct MigrateArgs {
     pub(crate) told: ToldArgs,
 }
 
-#[derive(Debug, Args)]
-pub(crate) struct RecoverArgs {
+/// Where the memory is that a destination still needs.
+#[derive(Clone, Debug, Args)]
+#[group(required = true, multiple = false)]
+pub(crate) struct OwedByArgs {
     /// Control socket of the source, which keeps the memory on offer.
     #[arg(long, value_name = "SOCK")]
-    pub(crate) control: PathBuf,
-    /// Where the destination listens now, if that is elsewhere.
+    pub(crate) control: Option<PathBuf>,
+    /// Monitor (QMP) socket of the source's QEMU, whose `pcvm migrate` was killed: this process takes its place.
+    #[arg(long, value_name = "SOCK")]
+    pub(crate) qmp: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct RecoverArgs {
+    #[command(flatten)]
+    pub(crate) from: OwedByArgs,
+    /// Where the destination listens now, if that is elsewhere. With --qmp it must be said.
     #[arg(long, value_name = "HOST:PORT")]
     pub(crate) to: Option<String>,
     #[command(flatten)]
     pub(crate) wire: WireArgs,
+    #[command(flatten)]
+    pub(crate) trust: TrustArgs,
     #[command(flatten)]
     pub(crate) told: ToldArgs,
 }

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use postcopy_engine::pager::PagerStatus;
 use postcopy_engine::session::{Drain, Parted, Rejoined};
+use postcopy_tools::cli;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 
@@ -54,7 +55,7 @@ pub(crate) async fn follow(host: Arc<Host>, mut drain: Drain, address: Option<So
             Rejoined::Released(_) => return,
         }
         host.set_arrival(Arrival::Draining(drain.status()));
-        eprintln!("pcvm: the source is back; the guest's memory follows");
+        cli::say("pcvm: the source is back; the guest's memory follows");
     }
 }
 
@@ -63,7 +64,7 @@ fn stranded(parted: &Parted, door: Option<SocketAddr>, status: watch::Receiver<P
     if let Some(door) = door {
         reason += &format!("; its source is waited for at {door}");
     }
-    eprintln!("pcvm: {reason}");
+    cli::say(&format!("pcvm: {reason}"));
     Arrival::Stranded { reason, status }
 }
 

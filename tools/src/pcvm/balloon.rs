@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::Context;
+use postcopy_tools::cli;
 use postcopy_vmm::qemu::{SelfBalloon, Share, Turn};
 use tokio::task::spawn_blocking;
 
@@ -42,7 +43,7 @@ async fn run(args: &BalloonArgs) -> anyhow::Result<()> {
             Turn::Changed(share) => tell(args, &share)?,
             Turn::Ended => {
                 if !args.quiet {
-                    eprintln!("QEMU has ended, or its guest has moved away");
+                    cli::say("QEMU has ended, or its guest has moved away");
                 }
                 return Ok(());
             }
@@ -73,7 +74,7 @@ fn tell(args: &BalloonArgs, share: &Share) -> anyhow::Result<()> {
             [share.has_bytes, share.whole_bytes, share.free_bytes].map(|bytes| bytes >> 20);
         let why =
             if share.pressed { "was pressed for memory" } else { &format!("said that {free} are free") };
-        eprintln!("the guest {why}; it has {has} of {whole} MiB");
+        cli::say(&format!("the guest {why}; it has {has} of {whole} MiB"));
     }
     Ok(())
 }

@@ -4,8 +4,9 @@ use std::io::{BufRead, BufReader, IsTerminal, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
-use anyhow::{Context, bail};
+use anyhow::{Context, bail, ensure};
 use postcopy_engine::session::{MigrationReport, Phase, Progress};
+use postcopy_tools::cli;
 
 use crate::args::{ControlArgs, MigrateArgs, RecoverArgs, ResolveArgs, TypeArgs, WireArgs};
 use crate::control::{Answer, Request, Status};
@@ -59,13 +60,24 @@ fn names(wire: &WireArgs) -> Vec<String> {
 }
 
 pub(crate) fn recover(args: &RecoverArgs) -> anyhow::Result<()> {
+    let migration = match (&args.from.control, &args.from.qmp) {
+        (Some(control), _) => recover_held(args, control)?,
+        (None, Some(monitor)) => crate::qemu::recover(args, monitor)?,
+        (None, None) => bail!("say where the memory is: --control SOCK or --qmp SOCK"),
+    };
+    print_report(&migration, args.told.json)
+}
+
+/// Has the process that keeps the memory serve it.
+fn recover_held(args: &RecoverArgs, control: &Path) -> anyhow::Result<MigrationReport> {
+    ensure!(args.trust.tls.is_none(), "--tls is for --qmp: a pcvm process speaks as it did before");
     let request = Request::Recover {
         to: args.to.clone(),
         transports: names(&args.wire),
         lanes: args.wire.device.clone(),
         patience: args.told.patience,
     };
-    print_report(&reported(&args.control, &request, args.told.quiet)?, args.told.json)
+    reported(control, &request, args.told.quiet)
 }
 
 /// Asks for what ends with a report.
@@ -80,12 +92,11 @@ fn reported(control: &Path, request: &Request, quiet: bool) -> anyhow::Result<Mi
 }
 
 fn print_report(migration: &MigrationReport, json: bool) -> anyhow::Result<()> {
-    if json {
-        println!("{}", serde_json::to_string_pretty(migration)?);
-    } else {
-        print!("{}", report::table(migration));
-    }
-    Ok(())
+    let text = match json {
+        true => serde_json::to_string_pretty(migration)? + "\n",
+        false => report::table(migration),
+    };
+    Ok(cli::print(&text)?)
 }
 
 /// Progress on stderr: one line that changes on a terminal, a line a phase elsewhere.
@@ -107,15 +118,15 @@ impl Meter {
         }
         let line = report::progress_line(progress);
         if self.terminal {
-            eprint!("\r\x1b[K{line}");
+            let _ = write!(std::io::stderr(), "\r\x1b[K{line}");
         } else {
-            eprintln!("{line}");
+            cli::say(&line);
         }
     }
 
     pub(crate) fn end(&self) {
         if self.terminal && !self.quiet {
-            eprint!("\r\x1b[K");
+            let _ = write!(std::io::stderr(), "\r\x1b[K");
         }
     }
 }

@@ -20,6 +20,7 @@ use std::time::Duration;
 use anyhow::Context;
 use postcopy_engine::pager::Trap;
 use postcopy_engine::session::{self, Arrived, Owed, Progress, ReceiveOptions, SessionError};
+use postcopy_tools::cli;
 use postcopy_vmm::{BootSource, Console, DEFAULT_CMDLINE, MovableVm, VmConfig, VmHost};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
@@ -381,7 +382,7 @@ async fn hold_one(host: &Arc<Host>, guest: Arc<dyn HeldGuest>) -> Next {
             if failed {
                 Next::Fail(format!("the guest ended: {how}"))
             } else {
-                eprintln!("pcvm: the guest ended: {how}");
+                cli::say(&format!("pcvm: the guest ended: {how}"));
                 Next::Exit
             }
         },

@@ -31,7 +31,7 @@ fn main() -> ExitCode {
     match dispatch(cli.command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("pcvm: {}", one_line(&error));
+            cli::say(&format!("pcvm: {}", one_line(&error)));
             ExitCode::FAILURE
         }
     }
@@ -41,7 +41,9 @@ fn main() -> ExitCode {
 fn start_log() {
     use tracing_subscriber::EnvFilter;
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("warn"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    // What cannot be logged, as a terminal has hung up, ends nothing.
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    log.log_internal_errors(false).init();
 }
 
 fn dispatch(command: Command) -> anyhow::Result<()> {

@@ -1,5 +1,5 @@
 //! `pcvm migrate --qmp`: moves a guest of a QEMU that runs by itself. This process is the source's
-//! side: it must live until the guest's memory is all there.
+//! side, until the guest's memory is all there; `pcvm recover --qmp` takes the place of one that was killed.
 
 use std::net::SocketAddr;
 use std::path::Path;
@@ -9,12 +9,15 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use postcopy_engine::session::{
-    self, MigrateOptions, MigrationError, MigrationReport, Owed, Owner, Phase, Progress, RecoverOptions,
+    self, MigrateOptions, MigrationError, MigrationReport, Mode, Owed, Owner, Phase, Progress, RecoverOptions,
 };
+use postcopy_tools::cli;
+use postcopy_tools::trust::TrustArgs;
 use postcopy_vmm::qemu::{Inflated, QemuGuest};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch;
 
-use crate::args::{MigrateArgs, resolve};
+use crate::args::{MigrateArgs, RecoverArgs, ToldArgs, WireArgs, resolve};
 use crate::client::Meter;
 
 /// How long a destination is tried before that is told, and the rest after it.
@@ -23,16 +26,9 @@ const REST: Duration = Duration::from_secs(1);
 
 pub(crate) fn migrate(args: &MigrateArgs, monitor: &Path) -> anyhow::Result<MigrationReport> {
     let peer = resolve(&args.to)?;
-    let options = MigrateOptions {
-        transports: args.wire.transports(),
-        endpoint: args.wire.device.endpoint(None),
-        mode: args.mode.into(),
-        patience: Duration::from_secs(args.told.patience),
-        tls: args.trust.read()?,
-    };
+    let options = MigrateOptions { mode: args.mode.into(), ..options(&args.wire, &args.trust, &args.told)? };
     let guest = Arc::new(QemuGuest::attach(monitor)?);
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    let moved = runtime.context("starting the control plane")?.block_on(run(args, peer, options, &guest));
+    let moved = control_plane()?.block_on(run(args, peer, options, &guest));
     if moved.is_err()
         && let Err(error) = guest.deflate()
     {
@@ -41,16 +37,91 @@ pub(crate) fn migrate(args: &MigrateArgs, monitor: &Path) -> anyhow::Result<Migr
     moved
 }
 
+/// Has the destination of a guest, which the process that moved it has not served to the end, get the rest.
+pub(crate) fn recover(args: &RecoverArgs, monitor: &Path) -> anyhow::Result<MigrationReport> {
+    let to = args.to.as_deref().context("with --qmp say where the destination listens: --to HOST:PORT")?;
+    let peer = resolve(to)?;
+    let options = options(&args.wire, &args.trust, &args.told)?;
+    let guest = Arc::new(QemuGuest::attach(monitor)?);
+    let name = guest.kept_name()?;
+    control_plane()?.block_on(async {
+        let (progress, mut watched) = watch::channel(Progress::default());
+        let mut meter = Meter::new(args.told.quiet);
+        let patience = options.patience;
+        let owed = Owed::of(guest.clone(), &name, peer, options, &progress).await?;
+        let recovering = session::recover(owed, RecoverOptions { patience, ..Default::default() });
+        tokio::pin!(recovering);
+        let mut wanted = Wanted::new()?;
+        let recovered = loop {
+            tokio::select! {
+                recovered = &mut recovering => break recovered,
+                _ = watched.changed() => meter.show(&watched.borrow_and_update()),
+                () = wanted.end() => bail!("interrupted; what the destination has not fetched is no longer on offer"),
+            }
+        };
+        meter.end();
+        let report = recovered.map_err(|(error, _)| {
+            anyhow::anyhow!("{error}; the guest stays stopped in its QEMU here, as it was; if it does not run there, cont")
+        })?;
+        ended(&guest).await?;
+        Ok(report)
+    })
+}
+
+fn options(wire: &WireArgs, trust: &TrustArgs, told: &ToldArgs) -> anyhow::Result<MigrateOptions> {
+    Ok(MigrateOptions {
+        transports: wire.transports(),
+        endpoint: wire.device.endpoint(None),
+        mode: Mode::default(),
+        patience: Duration::from_secs(told.patience),
+        tls: trust.read()?,
+    })
+}
+
+fn control_plane() -> anyhow::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().context("starting the control plane")
+}
+
+/// Ends the QEMU whose guest is elsewhere.
+async fn ended(guest: &Arc<QemuGuest>) -> anyhow::Result<()> {
+    let left = guest.clone();
+    Ok(tokio::task::spawn_blocking(move || left.end()).await?)
+}
+
+/// Whether somebody wants this process to end. A terminal that hangs up does not: what is under way goes on without it.
+struct Wanted {
+    interrupt: Signal,
+    terminate: Signal,
+}
+
+impl Wanted {
+    /// Errors: the system refuses.
+    fn new() -> std::io::Result<Self> {
+        // From here on it does nothing, whether or not anybody listens.
+        drop(signal(SignalKind::hangup())?);
+        Ok(Self { interrupt: signal(SignalKind::interrupt())?, terminate: signal(SignalKind::terminate())? })
+    }
+
+    /// Waits until somebody does.
+    async fn end(&mut self) {
+        tokio::select! {
+            _ = self.interrupt.recv() => {}
+            _ = self.terminate.recv() => {}
+        }
+    }
+}
+
 async fn run(
     args: &MigrateArgs,
     peer: SocketAddr,
     options: MigrateOptions,
     guest: &Arc<QemuGuest>,
 ) -> anyhow::Result<MigrationReport> {
+    let mut wanted = Wanted::new()?;
     if let Some(percent) = args.balloon {
-        let taken = inflate(guest, percent).await?.bytes() >> 20;
+        let taken = inflate(guest, percent, &mut wanted).await?.bytes() >> 20;
         if !args.told.quiet {
-            eprintln!("the guest's balloon took {taken} MiB of its free memory");
+            cli::say(&format!("the guest's balloon took {taken} MiB of its free memory"));
         }
     }
     let (progress, mut watched) = watch::channel(Progress::default());
@@ -61,24 +132,23 @@ async fn run(
         tokio::select! {
             outcome = &mut moving => break outcome,
             _ = watched.changed() => meter.show(&watched.borrow_and_update()),
-            _ = tokio::signal::ctrl_c() => match progress.borrow().phase {
+            () = wanted.end() => match progress.borrow().phase {
                 Phase::Setup | Phase::PreCopy => bail!("interrupted before anything was stopped; the guest runs on here"),
-                _ => eprintln!("pcvm: the guest is on its way and needs this process; it ends by itself"),
+                _ => cli::say("pcvm: the guest is on its way and needs this process; it ends by itself"),
             },
         }
     };
     meter.end();
     let report = match outcome {
         Ok(report) => report,
-        Err(failed) => settle(failed).await?,
+        Err(failed) => settle(failed, &mut wanted).await?,
     };
-    let left = guest.clone();
-    tokio::task::spawn_blocking(move || left.end()).await?;
+    ended(guest).await?;
     Ok(report)
 }
 
 /// Has the guest's balloon take what it calls free, unless somebody interrupts that.
-async fn inflate(guest: &Arc<QemuGuest>, percent: u8) -> anyhow::Result<Inflated> {
+async fn inflate(guest: &Arc<QemuGuest>, percent: u8, wanted: &mut Wanted) -> anyhow::Result<Inflated> {
     let (growing, stop) = (guest.clone(), Arc::new(AtomicBool::new(false)));
     let stopped = stop.clone();
     let mut inflating = tokio::task::spawn_blocking(move || growing.inflate(percent, &stopped));
@@ -87,7 +157,7 @@ async fn inflate(guest: &Arc<QemuGuest>, percent: u8) -> anyhow::Result<Inflated
             let inflated = inflated?;
             inflated.map_err(|error| anyhow::anyhow!("{error}; leave --balloon out otherwise; the guest runs on here"))
         }
-        _ = tokio::signal::ctrl_c() => {
+        () = wanted.end() => {
             stop.store(true, Ordering::Relaxed);
             let _ = inflating.await;
             bail!("interrupted before anything was stopped; the guest runs on here")
@@ -97,23 +167,25 @@ async fn inflate(guest: &Arc<QemuGuest>, percent: u8) -> anyhow::Result<Inflated
 
 /// Who has the guest after a migration that failed. Where the destination still needs this side's
 /// memory, it is kept on offer, and the destination tried again, until somebody ends this process.
-async fn settle(failed: MigrationError) -> anyhow::Result<MigrationReport> {
+async fn settle(failed: MigrationError, wanted: &mut Wanted) -> anyhow::Result<MigrationReport> {
     let MigrationError { error, owed } = failed;
     match owed {
         None => bail!("{error}; the guest runs on here"),
         Some(owed) if owed.owner() == Owner::InDoubt => bail!(
-            "{error}; the handover is in doubt and the guest stays stopped in its QEMU here: find out whether it runs \
-             at the destination, then end the QEMU that does not have it (quit), or let it run on here (cont)"
+            "{error}; the handover is in doubt and the guest stays stopped in its QEMU here: `pcvm recover --qmp` finds \
+             out whether it runs at the destination, when that can be reached; who knows it otherwise ends the QEMU \
+             that does not have it (quit), or lets it run on here (cont)"
         ),
         Some(owed) => {
-            eprintln!(
+            cli::say(&format!(
                 "pcvm: {error}; the guest is at the destination, and its memory is kept on offer here until this \
                  program is interrupted"
-            );
+            ));
             tokio::select! {
                 report = serve_on(owed) => Ok(report),
-                _ = tokio::signal::ctrl_c() => bail!(
-                    "{error}; the guest is at the destination, and what it had not fetched is no longer on offer"
+                () = wanted.end() => bail!(
+                    "{error}; the guest is at the destination, and what it had not fetched is no longer on offer, until \
+                     `pcvm recover --qmp`"
                 ),
             }
         }

@@ -26,6 +26,8 @@ const STATE_PATIENCE: Duration = Duration::from_secs(60);
 /// What it means that its settings could not be set back.
 const STILL_SET_UP: &str =
     "QEMU's migration is still set up for a move of ours: one of its own would not carry the RAM";
+/// The object of QEMU's that keeps the name of a session, so that it lives as long as the guest's memory here.
+const SESSION: &str = "postcopy-session";
 /// How much of QEMU's state is passed on at once.
 const PIECE: usize = 64 << 10;
 
@@ -119,6 +121,22 @@ impl QemuGuest {
         }
     }
 
+    /// The name of the session in which a process has moved it away that has ended since: see [`SourceGuest::keep_name`].
+    ///
+    /// Errors: it runs here, or nobody has begun to move it.
+    pub fn kept_name(&self) -> Result<String, QemuError> {
+        let mut qmp = self.qmp();
+        if qmp.execute("query-status", &json!({}))?["running"] == true {
+            return Err(QemuError::Unfit("it runs here, and has nothing to recover".into()));
+        }
+        let name =
+            qmp.execute("qom-get", &json!({"path": format!("/objects/{SESSION}"), "property": "data"}));
+        match name.as_ref().map(Value::as_str) {
+            Ok(Some(name)) => Ok(name.to_owned()),
+            _ => Err(QemuError::Unfit("nobody has moved it away from here".into())),
+        }
+    }
+
     /// What QEMU it is.
     pub fn facts(&self) -> &Facts {
         &self.facts
@@ -207,6 +225,7 @@ impl QemuGuest {
         {
             tracing::warn!(%error, "{STILL_SET_UP}");
         }
+        forget_name(&mut qmp);
         Ok(())
     }
 
@@ -255,6 +274,14 @@ impl SourceGuest for QemuGuest {
         uses::watch(&self.qmp, self.facts.ram_bytes).map_err(|error| self.explain(error))
     }
 
+    fn keep_name(&self, session: &str) -> Result<(), GuestError> {
+        let mut qmp = self.qmp();
+        forget_name(&mut qmp);
+        Ok(qmp
+            .execute("object-add", &json!({"qom-type": "secret", "id": SESSION, "data": session}))
+            .map(drop)?)
+    }
+
     fn thaw(&self) -> Result<(), GuestError> {
         self.run_on().map_err(|error| self.explain(error))
     }
@@ -295,6 +322,13 @@ impl DestinationGuest for QemuGuest {
 
     fn vcpu_threads(&self) -> Vec<i32> {
         self.threads.clone()
+    }
+}
+
+/// Removes the name of a session before, if there is one.
+fn forget_name(qmp: &mut Qmp) {
+    if let Err(error) = qmp.execute("object-del", &json!({"id": SESSION})) {
+        tracing::debug!(%error, "no name of a session was kept");
     }
 }
 
