@@ -23,6 +23,8 @@ use crate::client::Meter;
 /// How long a destination is tried before that is told, and the rest after it.
 const ROUND: Duration = Duration::from_secs(60);
 const REST: Duration = Duration::from_secs(1);
+/// Why this process does not end when it is asked to.
+const NEEDED: &str = "pcvm: the guest is on its way and needs this process; it ends by itself";
 
 pub(crate) fn migrate(args: &MigrateArgs, monitor: &Path) -> anyhow::Result<MigrationReport> {
     let peer = resolve(&args.to)?;
@@ -56,12 +58,18 @@ pub(crate) fn recover(args: &RecoverArgs, monitor: &Path) -> anyhow::Result<Migr
             tokio::select! {
                 recovered = &mut recovering => break recovered,
                 _ = watched.changed() => meter.show(&watched.borrow_and_update()),
-                () = wanted.end() => bail!("interrupted; what the destination has not fetched is no longer on offer"),
+                () = wanted.end() => match progress.borrow().phase {
+                    Phase::Draining => cli::say(NEEDED),
+                    _ => bail!("interrupted before the destination was reached; nothing has changed"),
+                },
             }
         };
         meter.end();
         let report = recovered.map_err(|(error, _)| {
-            anyhow::anyhow!("{error}; the guest stays stopped in its QEMU here, as it was; if it does not run there, cont")
+            anyhow::anyhow!(
+                "{error}; the guest stays stopped in its QEMU here, as it was: let it run on here (cont) only if it does \
+                 not run there"
+            )
         })?;
         ended(&guest).await?;
         Ok(report)
@@ -134,7 +142,7 @@ async fn run(
             _ = watched.changed() => meter.show(&watched.borrow_and_update()),
             () = wanted.end() => match progress.borrow().phase {
                 Phase::Setup | Phase::PreCopy => bail!("interrupted before anything was stopped; the guest runs on here"),
-                _ => cli::say("pcvm: the guest is on its way and needs this process; it ends by itself"),
+                _ => cli::say(NEEDED),
             },
         }
     };
