@@ -11,6 +11,7 @@ use postcopy_e2e::reports::{assert_whole, number};
 use postcopy_e2e::strangers::Strangers;
 use postcopy_e2e::system::Hosts;
 use postcopy_e2e::{Pcvm, Scratch, assert_refused, free_port, pcvm, stderr};
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
 /// Bytes a second of the line that is cut: the guest has 6 MiB that are not zero.
@@ -157,6 +158,13 @@ fn recovers_over(transport: &str, address: &str, receive: &[&str]) {
     let line = Line::to(there.parse::<SocketAddr>().unwrap(), SLOW);
     let out = strand(&line, &source, &destination);
     assert_refused(&out, &["the guest is at the destination", "kept on offer here", "pcvm recover"]);
+    assert_eq!(source.status()["state"], "kept");
+    // Nor does it go, with all that the guest has not got, when it is told to.
+    for (times, signal) in [Signal::TERM, Signal::INT, Signal::HUP].into_iter().enumerate() {
+        kill_process(Pid::from_raw(source.pid() as i32).unwrap(), signal).unwrap();
+        let said = |source: &Pcvm| source.log().matches("`pcvm quit` ends this process").count();
+        source.wait_until("it says why it stays", |source| said(source) == times + 1);
+    }
     assert_eq!(source.status()["state"], "kept");
 
     // The line is still cut, and nobody else's guest gets in meanwhile.

@@ -10,7 +10,8 @@ use postcopy_tools::cli;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 
-use crate::host::{Host, bind};
+use crate::host::bind;
+use crate::states::Host;
 
 /// The rest before a port is tried again that could not be listened on.
 const RETRY: Duration = Duration::from_secs(1);

@@ -10,7 +10,7 @@ use postcopy_vmm::qemu::{SelfBalloon, Share, Turn};
 use tokio::task::spawn_blocking;
 
 use crate::args::BalloonArgs;
-use crate::host::interrupted;
+use crate::signals::Wanted;
 
 pub(crate) fn keep(args: &BalloonArgs) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
@@ -21,8 +21,7 @@ async fn run(args: &BalloonArgs) -> anyhow::Result<()> {
     let interval = Duration::from_secs(args.interval);
     let (monitor, percent) = (args.qmp.clone(), args.percent);
     let mut balloon = spawn_blocking(move || SelfBalloon::attach(&monitor, percent, interval)).await??;
-    let ended = interrupted();
-    tokio::pin!(ended);
+    let mut wanted = Wanted::new()?;
     let (stop, mut busy) = (Arc::new(AtomicBool::new(false)), false);
     loop {
         let stopped = stop.clone();
@@ -32,7 +31,7 @@ async fn run(args: &BalloonArgs) -> anyhow::Result<()> {
         });
         let (back, turn) = tokio::select! {
             turned = &mut turning => turned?,
-            () = &mut ended => {
+            () = wanted.end() => {
                 stop.store(true, Ordering::Relaxed);
                 return release(turning.await?.0).await;
             }
@@ -55,7 +54,7 @@ async fn run(args: &BalloonArgs) -> anyhow::Result<()> {
         busy = turn == Turn::Busy;
         tokio::select! {
             () = tokio::time::sleep(interval) => {}
-            () = &mut ended => return release(balloon).await,
+            () = wanted.end() => return release(balloon).await,
         }
     }
 }

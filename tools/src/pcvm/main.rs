@@ -16,6 +16,8 @@ mod metrics;
 mod qemu;
 mod report;
 mod server;
+mod signals;
+mod states;
 
 use std::process::ExitCode;
 

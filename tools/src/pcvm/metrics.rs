@@ -15,7 +15,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 
 use crate::args::resolve;
-use crate::host::Host;
+use crate::states::Host;
 
 /// Longest request, its headers among them.
 const MAX_REQUEST: usize = 8 << 10;

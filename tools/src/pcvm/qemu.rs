@@ -14,11 +14,11 @@ use postcopy_engine::session::{
 use postcopy_tools::cli;
 use postcopy_tools::trust::TrustArgs;
 use postcopy_vmm::qemu::{Inflated, QemuGuest};
-use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch;
 
 use crate::args::{MigrateArgs, RecoverArgs, ToldArgs, WireArgs, resolve};
 use crate::client::Meter;
+use crate::signals::Wanted;
 
 /// How long a destination is tried before that is told, and the rest after it.
 const ROUND: Duration = Duration::from_secs(60);
@@ -53,7 +53,7 @@ pub(crate) fn recover(args: &RecoverArgs, monitor: &Path) -> anyhow::Result<Migr
         let owed = Owed::of(guest.clone(), &name, peer, options, &progress).await?;
         let recovering = session::recover(owed, RecoverOptions { patience, ..Default::default() });
         tokio::pin!(recovering);
-        let mut wanted = Wanted::new()?;
+        let mut wanted = Wanted::but_for_hangups()?;
         let recovered = loop {
             tokio::select! {
                 recovered = &mut recovering => break recovered,
@@ -96,36 +96,13 @@ async fn ended(guest: &Arc<QemuGuest>) -> anyhow::Result<()> {
     Ok(tokio::task::spawn_blocking(move || left.end()).await?)
 }
 
-/// Whether somebody wants this process to end. A terminal that hangs up does not: what is under way goes on without it.
-struct Wanted {
-    interrupt: Signal,
-    terminate: Signal,
-}
-
-impl Wanted {
-    /// Errors: the system refuses.
-    fn new() -> std::io::Result<Self> {
-        // From here on it does nothing, whether or not anybody listens.
-        drop(signal(SignalKind::hangup())?);
-        Ok(Self { interrupt: signal(SignalKind::interrupt())?, terminate: signal(SignalKind::terminate())? })
-    }
-
-    /// Waits until somebody does.
-    async fn end(&mut self) {
-        tokio::select! {
-            _ = self.interrupt.recv() => {}
-            _ = self.terminate.recv() => {}
-        }
-    }
-}
-
 async fn run(
     args: &MigrateArgs,
     peer: SocketAddr,
     options: MigrateOptions,
     guest: &Arc<QemuGuest>,
 ) -> anyhow::Result<MigrationReport> {
-    let mut wanted = Wanted::new()?;
+    let mut wanted = Wanted::but_for_hangups()?;
     if let Some(percent) = args.balloon {
         let taken = inflate(guest, percent, &mut wanted).await?.bytes() >> 20;
         if !args.told.quiet {

@@ -19,7 +19,7 @@ use tokio::net::{UnixListener, UnixStream};
 use crate::args::{Resolution, resolve};
 use crate::control::{Answer, MAX_REQUEST, Request};
 use crate::held::HeldGuest;
-use crate::host::{Host, State};
+use crate::states::{Host, State};
 
 /// A bound control socket. Its file is removed when it is dropped.
 pub(crate) struct ControlSocket {
