@@ -160,10 +160,13 @@ fn recovers_over(transport: &str, address: &str, receive: &[&str]) {
     assert_refused(&out, &["the guest is at the destination", "kept on offer here", "pcvm recover"]);
     assert_eq!(source.status()["state"], "kept");
     // Nor does it go, with all that the guest has not got, when it is told to.
-    for (times, signal) in [Signal::TERM, Signal::INT, Signal::HUP].into_iter().enumerate() {
-        kill_process(Pid::from_raw(source.pid() as i32).unwrap(), signal).unwrap();
+    let tell = |signal| kill_process(Pid::from_raw(source.pid() as i32).unwrap(), signal).unwrap();
+    // Whoever runs the tests may have hang-ups ignored.
+    tell(Signal::HUP);
+    for (times, signal) in [Signal::TERM, Signal::INT].into_iter().enumerate() {
+        tell(signal);
         let said = |source: &Pcvm| source.log().matches("`pcvm quit` ends this process").count();
-        source.wait_until("it says why it stays", |source| said(source) == times + 1);
+        source.wait_until("it says why it stays", |source| said(source) > times);
     }
     assert_eq!(source.status()["state"], "kept");
 
