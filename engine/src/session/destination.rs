@@ -212,7 +212,7 @@ impl<H: DestinationHost> Destination<'_, H> {
         let bytes = description.layout.total_bytes();
         match self.dock.options.memory_limit {
             Some(limit) if bytes > limit => {
-                Err(too_much(bytes, &format!("this side accepts at most {limit} bytes (--memory-limit)")))
+                Err(too_much(bytes, format!("this side accepts at most {limit} bytes (--memory-limit)")))
             }
             _ => Ok(()),
         }
@@ -338,8 +338,8 @@ impl<H: DestinationHost> Destination<'_, H> {
     }
 }
 
-fn too_much(bytes: u64, why: &str) -> SessionError {
-    SessionError::Memory { bytes, source: std::io::Error::other(why.to_owned()) }
+fn too_much(bytes: u64, why: String) -> SessionError {
+    SessionError::Memory { bytes, source: std::io::Error::other(why) }
 }
 
 /// Refuses memory, which is empty, that there is no room for: that would be found out when the guest runs here. What is
@@ -349,7 +349,7 @@ fn has_room(memory: &GuestMemory, limited: bool) -> Result<(), SessionError> {
     if let Some(room) = room::of_file(memory.guest().file()).filter(|room| *room < bytes) {
         return Err(too_much(
             bytes,
-            &format!(
+            format!(
                 "the file system of its RAM has room for {room}; make that larger (mount -o remount,size=SIZE), or use a \
                  memory-backend-memfd"
             ),
@@ -358,7 +358,7 @@ fn has_room(memory: &GuestMemory, limited: bool) -> Result<(), SessionError> {
     match room::of_machine() {
         Some(room) if room < bytes && !limited => Err(too_much(
             bytes,
-            &format!(
+            format!(
                 "this host has {room} bytes left, with its swap and within its cgroups; make room, or allow more with \
                  --memory-limit"
             ),

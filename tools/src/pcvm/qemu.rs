@@ -47,24 +47,15 @@ pub(crate) fn recover(args: &RecoverArgs, monitor: &Path) -> anyhow::Result<Migr
     let guest = Arc::new(QemuGuest::attach(monitor)?);
     let name = guest.kept_name()?;
     control_plane()?.block_on(async {
-        let (progress, mut watched) = watch::channel(Progress::default());
-        let mut meter = Meter::new(args.told.quiet);
+        let progress = watch::Sender::new(Progress::default());
         let patience = options.patience;
         let owed = Owed::of(guest.clone(), &name, peer, options, &progress).await?;
         let recovering = session::recover(owed, RecoverOptions { patience, ..Default::default() });
-        tokio::pin!(recovering);
-        let mut wanted = Wanted::but_for_hangups()?;
-        let recovered = loop {
-            tokio::select! {
-                recovered = &mut recovering => break recovered,
-                _ = watched.changed() => meter.show(&watched.borrow_and_update()),
-                () = wanted.end() => match progress.borrow().phase {
-                    Phase::Draining => cli::say(NEEDED),
-                    _ => bail!("interrupted before the destination was reached; nothing has changed"),
-                },
-            }
+        let unreached = |phase| {
+            (phase != Phase::Draining).then_some("interrupted before the destination was reached; nothing has changed")
         };
-        meter.end();
+        let mut wanted = Wanted::but_for_hangups()?;
+        let recovered = attended(recovering, (&progress, args.told.quiet), &mut wanted, unreached).await?;
         let report = recovered.map_err(|(error, _)| {
             anyhow::anyhow!(
                 "{error}; the guest stays stopped in its QEMU here, as it was: let it run on here (cont) only if it does \
@@ -109,27 +100,43 @@ async fn run(
             cli::say(&format!("the guest's balloon took {taken} MiB of its free memory"));
         }
     }
-    let (progress, mut watched) = watch::channel(Progress::default());
-    let mut meter = Meter::new(args.told.quiet);
+    let progress = watch::Sender::new(Progress::default());
     let moving = session::migrate(guest.clone(), peer, options, &progress);
-    tokio::pin!(moving);
-    let outcome = loop {
-        tokio::select! {
-            outcome = &mut moving => break outcome,
-            _ = watched.changed() => meter.show(&watched.borrow_and_update()),
-            () = wanted.end() => match progress.borrow().phase {
-                Phase::Setup | Phase::PreCopy => bail!("interrupted before anything was stopped; the guest runs on here"),
-                _ => cli::say(NEEDED),
-            },
-        }
+    let unstopped = |phase| {
+        matches!(phase, Phase::Setup | Phase::PreCopy)
+            .then_some("interrupted before anything was stopped; the guest runs on here")
     };
-    meter.end();
+    let outcome = attended(moving, (&progress, args.told.quiet), &mut wanted, unstopped).await?;
     let report = match outcome {
         Ok(report) => report,
         Err(failed) => settle(failed, &mut wanted).await?,
     };
     ended(guest).await?;
     Ok(report)
+}
+
+/// Shows how far `work` is, until it is over. If this process is wanted to end, it goes on, unless `harmless` says in which words
+/// it may be given up in this phase.
+async fn attended<T>(
+    work: impl Future<Output = T>,
+    (progress, quiet): (&watch::Sender<Progress>, bool),
+    wanted: &mut Wanted,
+    harmless: impl Fn(Phase) -> Option<&'static str>,
+) -> anyhow::Result<T> {
+    let (mut watched, mut meter) = (progress.subscribe(), Meter::new(quiet));
+    tokio::pin!(work);
+    let outcome = loop {
+        tokio::select! {
+            outcome = &mut work => break outcome,
+            _ = watched.changed() => meter.show(&watched.borrow_and_update()),
+            () = wanted.end() => match harmless(progress.borrow().phase) {
+                Some(words) => bail!("{words}"),
+                None => cli::say(NEEDED),
+            },
+        }
+    };
+    meter.end();
+    Ok(outcome)
 }
 
 /// Has the guest's balloon take what it calls free, unless somebody interrupts that.

@@ -147,7 +147,8 @@ impl FaultArgs {
         self.memory.unwrap_or(if self.host.is_some() { serve::MEMORY } else { MEMORY })
     }
 
-    fn check(&self) -> anyhow::Result<()> {
+    /// Checks what was asked for; says how long to wait for anything to arrive.
+    fn check(&self) -> anyhow::Result<Duration> {
         let bytes = self.bytes();
         let whole = bytes.is_multiple_of(PAGE_SIZE) && (1 << 20..=1 << 40).contains(&bytes);
         ensure!(whole, "--memory takes whole pages of 4K, 1M to 1T, not {bytes} bytes");
@@ -159,15 +160,14 @@ impl FaultArgs {
             ensure!(self.transport == Transport::Tcp, "{}", connect::TCP_ALONE);
             ensure!(self.host.is_some(), "{}", connect::ALONE);
         }
-        seconds("--give-up-after", self.give_up_after).map(drop)
+        seconds("--give-up-after", self.give_up_after)
     }
 
     /// Where the memory is.
     ///
     /// Errors: the host is not known, or there is no room for memory here.
-    fn source(&self, tls: Option<SourceTls>) -> anyhow::Result<Source> {
+    fn source(&self, tls: Option<SourceTls>, patience: Duration) -> anyhow::Result<Source> {
         let Some(host) = &self.host else { return Source::here(self.bytes()) };
-        let patience = seconds("--give-up-after", self.give_up_after)?;
         Ok(Source::There { server: connect::resolve(host)?, patience, tls })
     }
 
@@ -202,18 +202,18 @@ impl FaultArgs {
 
 /// Runs `pcbench fault`.
 pub(crate) fn fault(args: &FaultArgs) -> Ended {
-    args.check().map_err(Failure::Usage)?;
+    let patience = args.check().map_err(Failure::Usage)?;
     let tls = args.trust.read().map_err(|error| Failure::Usage(error.into()))?;
     let outputs = Outputs::open(&args.output, args.tags()).map_err(Failure::Usage)?;
-    let report = FaultReport::new(args, measure(args, &args.source(tls)?)?)?;
+    args.transport.available().map_err(anyhow::Error::from)?;
+    let source = args.source(tls, patience)?;
+    let report = FaultReport::new(args, measure(args, &source, patience)?)?;
     outputs.write(&report)?;
     cli::print(&report.text(args.output.format())?).map_err(anyhow::Error::from)?;
     Ok(ExitCode::SUCCESS)
 }
 
-fn measure(args: &FaultArgs, source: &Source) -> anyhow::Result<Rounds> {
-    args.transport.available()?;
-    let patience = seconds("--give-up-after", args.give_up_after)?;
+fn measure(args: &FaultArgs, source: &Source, patience: Duration) -> anyhow::Result<Rounds> {
     let (environment, begun, epoch) = (Machine::here(), SystemTime::now(), Instant::now());
     let (mut raw, mut bulk_mb_s, mut server) = (Vec::new(), Vec::new(), None);
     let mut cases: Vec<_> = args.cases().into_iter().map(|case| (case, Vec::new())).collect();

@@ -16,7 +16,7 @@ use super::{Access, FaultArgs, Pattern, forms, table, verdict};
 use crate::args::Format;
 use crate::report::plot::Panel;
 use crate::report::{Circumstances, Server, Times, Written, median};
-use crate::run::recorder::{Interval, Latency, latency, pooled};
+use crate::run::recorder::{Interval, Latency, latency_of};
 
 /// Version of the JSON.
 pub(crate) const VERSION: u32 = 2;
@@ -215,11 +215,6 @@ impl Written for FaultReport {
 /// The name of raw reads in files and logs.
 pub(super) fn raw_tag(transport: &str) -> String {
     format!("{transport}-raw-read")
-}
-
-fn latency_of(intervals: &[Interval]) -> Latency {
-    let (histogram, moments) = pooled(intervals);
-    latency(&histogram, &moments)
 }
 
 impl Faulted {

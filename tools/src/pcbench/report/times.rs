@@ -6,7 +6,7 @@ use hdrhistogram::Histogram;
 use hdrhistogram::serialization::{Serializer, V2DeflateSerializer};
 use serde::{Deserialize, Serialize};
 
-use crate::run::recorder::{Interval, Latency, latency, pooled};
+use crate::run::recorder::{Interval, Latency, latency, latency_of, pooled};
 
 /// Fewest rounds whose medians give a confidence interval by themselves.
 const ENOUGH_ROUNDS: usize = 5;
@@ -89,11 +89,7 @@ impl Times {
     ///
     /// Errors: a histogram that cannot be written down.
     pub(crate) fn new(rounds: &[&[Interval]]) -> anyhow::Result<Self> {
-        let each = rounds.iter().map(|intervals| {
-            let (histogram, moments) = pooled(*intervals);
-            latency(&histogram, &moments)
-        });
-        let each: Vec<Latency> = each.collect();
+        let each: Vec<Latency> = rounds.iter().map(|intervals| latency_of(intervals)).collect();
         let intervals: Vec<Interval> =
             rounds.iter().flat_map(|intervals| intervals.iter().cloned()).collect();
         let (histogram, moments) = pooled(&intervals);

@@ -167,9 +167,14 @@ impl Recorder {
 
     /// All times so far.
     pub(crate) fn latency(&self) -> Latency {
-        let (histogram, moments) = pooled(&self.intervals);
-        latency(&histogram, &moments)
+        latency_of(&self.intervals)
     }
+}
+
+/// What the times of several intervals together come to.
+pub(crate) fn latency_of(intervals: &[Interval]) -> Latency {
+    let (histogram, moments) = pooled(intervals);
+    latency(&histogram, &moments)
 }
 
 /// The times of several intervals together.
