@@ -1,5 +1,5 @@
-//! Lanes that break at some call of theirs, and others that the pager goes on over. Memory, userfaultfd,
-//! threads and the wire are real, over every transport that this machine has.
+//! Lanes that break at some call of theirs, or panic as a defect of the engine would, and others that the pager goes on over.
+//! Memory, userfaultfd, threads and the wire are real, over every transport that this machine has.
 #![allow(clippy::unwrap_used)] // helpers of tests, where a panic is the report
 
 mod common;
@@ -12,7 +12,7 @@ use postcopy_engine::export::Export;
 use postcopy_engine::import::{Import, Lanes};
 use postcopy_engine::memory::{GuestMemory, PAGE_SIZE, PageIndex};
 use postcopy_engine::pager::{
-    FaultsTo, Landing, PagerConfig, PagerState, PagerStatus, Round, SelfService, Trap,
+    FaultsTo, Landing, PagerConfig, PagerError, PagerState, PagerStatus, Round, SelfService, Trap,
 };
 use postcopy_engine::planner::Run;
 use postcopy_transport::sim::Countdown;
@@ -38,12 +38,23 @@ fn lanes(import: &Import, export: &mut Export, setup: Setup, servers: usize) -> 
     Lanes { shards, servers: (0..servers).map(|_| import.connect_one_local(export).unwrap()).collect() }
 }
 
+/// How a lane breaks.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum How {
+    Fails,
+    Panics,
+}
+
 /// Breaks the `which`-th of all lanes at its `nth` call.
-fn broken(Lanes { shards, servers }: Lanes, which: usize, nth: u64) -> Lanes {
+fn broken(Lanes { shards, servers }: Lanes, which: usize, nth: u64, how: How) -> Lanes {
     let mut at = 0;
     let mut each = |lane: AnyLane| {
         at += 1;
-        if at == which + 1 { AnyLane::Other(Box::new(Countdown::new(lane, nth))) } else { lane }
+        match how {
+            _ if at != which + 1 => lane,
+            How::Fails => AnyLane::Other(Box::new(Countdown::new(lane, nth))),
+            How::Panics => AnyLane::Other(Box::new(Countdown::panicking(lane, nth))),
+        }
     };
     let shards = shards.into_iter().map(|pair| pair.map(&mut each)).collect();
     Lanes { shards, servers: servers.into_iter().map(each).collect() }
@@ -64,17 +75,31 @@ fn touch(memory: &GuestMemory, thread: u64) {
     }
 }
 
+/// Every page is what the source had, but for what was written here.
+fn assert_marked(memory: &GuestMemory) {
+    for page in 0..PAGES {
+        let mut seen = vec![0; PAGE_SIZE as usize];
+        assert!(memory.guest().read(page * PAGE_SIZE, &mut seen));
+        let mut expected = content(page);
+        if page.is_multiple_of(7) {
+            expected[..MARK.len()].copy_from_slice(MARK);
+        }
+        assert!(seen == expected, "page {page} at the end");
+    }
+}
+
 /// Lets lanes break until every page is here; how often they did.
-fn outlive(transport: Transport, setup: Setup, told: FaultsTo, seed: u64) -> u64 {
+fn outlive(transport: Transport, setup: Setup, told: FaultsTo, how: How, seed: u64) -> u64 {
     let source = filled(PAGES);
     let memory = empty(PAGES);
     let threads = if told == FaultsTo::Threads { 2 } else { 0 };
     let trap = Trap::register(&memory, told, setup.shards).unwrap();
-    let all = 2 * setup.shards.count() + threads;
+    // A thread that panics while it serves itself ends: the guest's own does, with the guest.
+    let all = 2 * setup.shards.count() + if how == How::Fails { threads } else { 0 };
     let mut offered = export(transport, &source);
     let way = import(transport, &memory, setup);
     let Lanes { shards, servers } =
-        broken(lanes(&way, &mut offered, setup, threads), seed as usize % all, 20 + seed * 13 % 120);
+        broken(lanes(&way, &mut offered, setup, threads), seed as usize % all, 20 + seed * 13 % 120, how);
     let config = PagerConfig::default();
     let mut pager = way.start(trap, shards, offered.regions(), Round::none(), config).unwrap();
     let servers: Vec<_> = servers.into_iter().map(|lane| pager.server(lane).unwrap()).collect();
@@ -92,7 +117,8 @@ fn outlive(transport: Transport, setup: Setup, told: FaultsTo, seed: u64) -> u64
         loop {
             end = end_of(&pager);
             let PagerState::Failed(error) = &end.state else { return };
-            assert!(error.can_go_on(), "{error}");
+            let panicked = matches!(**error, PagerError::Panicked(_));
+            assert_eq!(panicked, how == How::Panics, "{error}");
             let turn = lost.fetch_add(1, Ordering::Relaxed) + 1;
             pager.part();
             // New keys, and the next time around another lane breaks, until enough of them have.
@@ -101,7 +127,7 @@ fn outlive(transport: Transport, setup: Setup, told: FaultsTo, seed: u64) -> u64
             let way = import(transport, &memory, Setup { landing, ..setup });
             let mut next = lanes(&way, &mut offered, setup, pager.servers());
             if turn < 4 {
-                next = broken(next, (seed + turn) as usize % all, 20 + (seed + turn * 31) * 17 % 200);
+                next = broken(next, (seed + turn) as usize % all, 20 + (seed + turn * 31) * 17 % 200, how);
             }
             way.go_on(&mut pager, next, offered.regions(), config).unwrap();
         }
@@ -111,31 +137,35 @@ fn outlive(transport: Transport, setup: Setup, told: FaultsTo, seed: u64) -> u64
     assert_eq!(end.report.total_pages, PAGES);
     let counts = end.report.pages;
     let counted = counts.fault_pages + counts.prepage_pages + counts.drain_pages + counts.zero_pages;
-    assert_eq!(counted, PAGES, "{transport} {setup:?}: each comes once: {counts:?}");
-    for page in 0..PAGES {
-        let mut seen = vec![0; PAGE_SIZE as usize];
-        assert!(memory.guest().read(page * PAGE_SIZE, &mut seen));
-        let mut expected = content(page);
-        if page.is_multiple_of(7) {
-            expected[..MARK.len()].copy_from_slice(MARK);
-        }
-        assert!(seen == expected, "page {page} at the end");
+    if how == How::Fails {
+        assert_eq!(counted, PAGES, "{transport} {setup:?}: each comes once: {counts:?}");
     }
+    assert_marked(&memory);
     drop(offered);
     lost.into_inner()
 }
 
-#[test]
-fn over_new_lanes_every_page_comes_and_none_that_was_written_is_read_again() {
+/// How often lanes broke, over all there is.
+fn outlive_all(how: How, seeds: u64) -> u64 {
     let mut lost = 0;
     for (transport, setup) in available_setups() {
         for told in [FaultsTo::Pager, FaultsTo::Threads] {
-            for seed in 0..6 {
-                lost += outlive(transport, setup, told, seed);
-            }
+            lost += (0..seeds).map(|seed| outlive(transport, setup, told, how, seed)).sum::<u64>();
         }
     }
+    lost
+}
+
+#[test]
+fn over_new_lanes_every_page_comes_and_none_that_was_written_is_read_again() {
+    let lost = outlive_all(How::Fails, 6);
     assert!(lost > 40, "only {lost} lanes were lost");
+}
+
+#[test]
+fn other_threads_go_on_where_some_have_panicked() {
+    let lost = outlive_all(How::Panics, 4);
+    assert!(lost > 25, "only {lost} threads panicked");
 }
 
 #[test]
@@ -146,21 +176,22 @@ fn it_goes_on_over_another_transport() {
         let trap = Trap::register(&memory, FaultsTo::Pager, setup.shards).unwrap();
         let mut offered = export(Transport::Tcp, &source);
         let way = import(Transport::Tcp, &memory, setup);
-        let Lanes { shards, .. } = broken(lanes(&way, &mut offered, setup, 0), 1, 30);
+        let Lanes { shards, .. } = broken(lanes(&way, &mut offered, setup, 0), 1, 30, How::Fails);
         let config = PagerConfig::default();
         let mut pager = way.start(trap, shards, offered.regions(), Round::none(), config).unwrap();
         let PagerState::Failed(_) = end_of(&pager).state else { panic!("its lane breaks") };
         pager.part();
         let mut offered = export(Transport::Shm, &source);
-        let other = Setup { landing: Landing::Pool, ..setup };
-        let pool = import(Transport::Shm, &memory, other);
-        let ways = lanes(&pool, &mut offered, other, 0);
-        if let Err(error) = pool.go_on(&mut pager, ways, offered.regions(), config) {
-            assert!(landing == Landing::InPlace && error.to_string().contains("landed in place"), "{error}");
-            let way = import(Transport::Shm, &memory, setup);
-            let ways = lanes(&way, &mut offered, setup, 0);
-            way.go_on(&mut pager, ways, offered.regions(), config).unwrap();
-        }
+        // Pages land where they did.
+        let elsewhere = if landing == Landing::Pool { Landing::InPlace } else { Landing::Pool };
+        let other = Setup { landing: elsewhere, ..setup };
+        let way = import(Transport::Shm, &memory, other);
+        let ways = lanes(&way, &mut offered, other, 0);
+        let refused = way.go_on(&mut pager, ways, offered.regions(), config).unwrap_err();
+        assert!(refused.to_string().contains("landed elsewhere"), "{refused}");
+        let way = import(Transport::Shm, &memory, setup);
+        let ways = lanes(&way, &mut offered, setup, 0);
+        way.go_on(&mut pager, ways, offered.regions(), config).unwrap();
         assert!(matches!(end_of(&pager).state, PagerState::Resident));
         (0..PAGES).for_each(|page| check(memory.guest(), page));
     }
@@ -173,7 +204,7 @@ fn over_new_lanes_pages_lie_as_they_did() {
     let trap = Trap::register(&memory, FaultsTo::Pager, setup.shards).unwrap();
     let mut exports = vec![export(Transport::Tcp, &source)];
     let way = import(Transport::Tcp, &memory, setup);
-    let Lanes { shards, .. } = broken(lanes(&way, &mut exports[0], setup, 0), 1, 8);
+    let Lanes { shards, .. } = broken(lanes(&way, &mut exports[0], setup, 0), 1, 8, How::Fails);
     let config = PagerConfig::default();
     let mut pager = way.start(trap, shards, exports[0].regions(), Round::none(), config).unwrap();
     // The upper half comes first.
@@ -195,7 +226,7 @@ fn over_new_lanes_pages_lie_as_they_did() {
         looks += u32::from((1..683).contains(&upper));
         calls += calls / 8 + 1;
         let mut offered = export(Transport::Tcp, &source);
-        let next = broken(lanes(&way, &mut offered, setup, 0), 1, calls);
+        let next = broken(lanes(&way, &mut offered, setup, 0), 1, calls, How::Fails);
         way.go_on(&mut pager, next, offered.regions(), config).unwrap();
         exports.push(offered);
     }

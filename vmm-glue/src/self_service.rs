@@ -32,8 +32,8 @@ impl VcpuFaults {
         Self { server, addresses, memory, last: None, repeats: 0 }
     }
 
-    /// Brings the page at `gpa`, unless a lane was lost. Errors: it is no memory, it does not come, or bringing
-    /// it does not help.
+    /// Brings the page at `gpa`, unless the pager has failed. Errors: it is no memory, or bringing it does not
+    /// help.
     fn bring(&mut self, gpa: Gpa) -> Result<Served, String> {
         self.repeats = if self.last == Some(gpa) { self.repeats + 1 } else { 0 };
         self.last = Some(gpa);
@@ -44,17 +44,17 @@ impl VcpuFaults {
         let offset = offset.ok_or_else(|| format!("a fault at {:#x}, where it has no memory", gpa.0))?;
         let served = self.server.serve(PageIndex::containing(offset)).map_err(|error| error.to_string())?;
         if served == Served::Stranded {
-            // It faults again until there is another lane, or it is told to stop.
+            // It faults again until the pager goes on, or it is told to stop.
             self.last = None;
         }
         Ok(served)
     }
 
-    /// Brings a page before the guest runs here. Errors: as [`VcpuFaults::bring`], or a lane was lost.
+    /// Brings a page before the guest runs here. Errors: as [`VcpuFaults::bring`], or the pager has failed.
     pub(crate) fn bring_first(&mut self, gpa: Gpa) -> Result<(), String> {
         match self.bring(gpa)? {
             Served::Here => Ok(()),
-            Served::Stranded => Err("a lane was lost".into()),
+            Served::Stranded => Err("the pager has failed".into()),
         }
     }
 

@@ -1,17 +1,18 @@
 //! Who brings a page: the one thing that a shard and the threads that serve their own faults share.
 //!
 //! ```text
-//!  Missing ──claim──▶ Claimed ──published──▶ Resident
-//!     ├──map: zero──▶ Zero ──claim──▶ Claimed
-//!     └──map: clean─▶ Kept ──claim──▶ Claimed
+//!  Missing ──claim──▶ Claimed ──▶ Landed ──published──▶ Resident
+//!     ├──map: clean─▶ Kept ──claim──▶ Landed       ▲
+//!     └──map: zero──▶ Zero ──claim──▶ Zeroed ──────┘
 //! ```
 //!
 //! A page's landing place is written by whoever claimed it and by nobody else, so nothing is read
 //! twice, and what the guest wrote is never overwritten. One byte a page; a claim is one
 //! compare-and-swap.
 //!
-//! When a lane is lost, claims are abandoned: nobody begins any more, and what was claimed and not published is
-//! missing in those that follow ([`Claims::following`]).
+//! When a pager fails, claims are abandoned: nobody begins any more. In those that follow ([`Claims::following`]) what was
+//! claimed is missing, unless it may have been published, and be the guest's by now: from just before that until it is known the
+//! page is landed or zeroed, and is not read again.
 
 use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
 
@@ -23,6 +24,10 @@ const CLAIMED: u8 = 1;
 const ZERO: u8 = 2;
 const RESIDENT: u8 = 3;
 const KEPT: u8 = 4;
+/// Being published, with its content.
+const LANDED: u8 = 5;
+/// Being published, as zeros.
+const ZEROED: u8 = 6;
 
 /// Whether faults may be served by these claims.
 const OPEN: u8 = 0;
@@ -49,9 +54,9 @@ pub(super) enum Claim {
 /// The claims on the pages of one shard.
 pub(super) struct Claims {
     states: Vec<AtomicU8>,
-    /// Pages that are missing or claimed.
+    /// Pages that are neither published nor known by the map to need no read.
     outstanding: AtomicU64,
-    /// Threads between [`Claims::enter`] and [`Claims::leave`].
+    /// How many [`Serving`] there are.
     serving: AtomicU32,
     closing: AtomicU8,
 }
@@ -63,13 +68,17 @@ impl Claims {
         Self { states, outstanding, serving: AtomicU32::new(0), closing: AtomicU8::new(OPEN) }
     }
 
-    /// Those that follow on these, which nobody serves by any more: pages that were claimed and not published
-    /// are missing. If the memory was let go before a lane was lost, all of it is the guest's.
-    pub(super) fn following(&self) -> Self {
+    /// Those that follow on these, which nobody serves by any more: pages that were claimed and not about to be published
+    /// are missing. What has landed `in_place` is kept, as it may be the guest's; a copy out of a pool takes nothing from
+    /// the guest and is made again. If the memory was let go before, all of it is the guest's.
+    pub(super) fn following(&self, in_place: bool) -> Self {
         let released = self.closing.load(Ordering::SeqCst) == RELEASED;
         let state = |state: &AtomicU8| match state.load(Ordering::Acquire) {
             _ if released => RESIDENT,
             CLAIMED => MISSING,
+            LANDED if in_place => KEPT,
+            LANDED => MISSING,
+            ZEROED => ZERO,
             other => other,
         };
         let states: Vec<u8> = self.states.iter().map(state).collect();
@@ -103,16 +112,16 @@ impl Claims {
     pub(super) fn claim(&self, page: PageIndex) -> Claim {
         match self.swap(page, MISSING, CLAIMED) {
             Ok(_) => Claim::Read,
-            Err(ZERO) if self.claim_here(page, ZERO) => Claim::Zero,
-            Err(KEPT) if self.claim_here(page, KEPT) => Claim::Kept,
+            Err(ZERO) if self.claim_here(page, ZERO, ZEROED) => Claim::Zero,
+            Err(KEPT) if self.claim_here(page, KEPT, LANDED) => Claim::Kept,
             Err(RESIDENT) => Claim::Resident,
             Err(_) => Claim::Taken,
         }
     }
 
-    /// Claims a page that the map was enough for.
-    fn claim_here(&self, page: PageIndex, from: u8) -> bool {
-        let ours = self.swap(page, from, CLAIMED).is_ok();
+    /// Claims a page that the map was enough for, to be published next.
+    fn claim_here(&self, page: PageIndex, from: u8, to: u8) -> bool {
+        let ours = self.swap(page, from, to).is_ok();
         // Counted as here when the map said so; published, it is counted again.
         self.outstanding.fetch_add(u64::from(ours), Ordering::AcqRel);
         ours
@@ -137,7 +146,7 @@ impl Claims {
 
     /// Claims those pages of `run` that are kept: the pieces.
     pub(super) fn claim_kept(&self, run: Run, pieces: &mut Vec<Run>) {
-        for page in run.pages().filter(|page| self.claim_here(*page, KEPT)) {
+        for page in run.pages().filter(|page| self.claim_here(*page, KEPT, LANDED)) {
             match pieces.last_mut() {
                 Some(piece) if piece.end() == page.0 => piece.count += 1,
                 _ => pieces.push(Run::one(page)),
@@ -162,13 +171,23 @@ impl Claims {
         turned
     }
 
-    /// The claimed pages of `run` are published. Says whether they were the last.
-    pub(super) fn published(&self, run: Run) -> bool {
-        for page in run.pages() {
-            self.states[page.0 as usize].store(RESIDENT, Ordering::Release);
+    /// Publishes the claimed pages of `run`, which are here. Says whether they were the last.
+    ///
+    /// Errors: those of `publish`. Some pages may be the guest's then, and are not read again.
+    pub(super) fn publish<E>(&self, run: Run, publish: impl FnOnce() -> Result<(), E>) -> Result<bool, E> {
+        let states = &self.states[run.first.0 as usize..run.end() as usize];
+        for state in states {
+            // Whoever claimed it alone changes it.
+            if state.load(Ordering::Relaxed) == CLAIMED {
+                state.store(LANDED, Ordering::Release);
+            }
+        }
+        publish()?;
+        for state in states {
+            state.store(RESIDENT, Ordering::Release);
         }
         let count = u64::from(run.count);
-        self.outstanding.fetch_sub(count, Ordering::AcqRel) == count
+        Ok(self.outstanding.fetch_sub(count, Ordering::AcqRel) == count)
     }
 
     /// Whether a page is published.
@@ -176,20 +195,12 @@ impl Claims {
         self.states[page.0 as usize].load(Ordering::Acquire) == RESIDENT
     }
 
-    /// Begins to serve a fault. False once the memory is being let go, as every page is here, or they are
-    /// [abandoned](Claims::is_abandoned).
-    pub(super) fn enter(&self) -> bool {
+    /// Begins to serve a fault, until what is returned is dropped. `None` once the memory is being let go, as every page is
+    /// here, or they are [abandoned](Claims::is_abandoned).
+    pub(super) fn enter(&self) -> Option<Serving<'_>> {
         self.serving.fetch_add(1, Ordering::SeqCst);
-        let open = self.closing.load(Ordering::SeqCst) == OPEN;
-        if !open {
-            self.leave();
-        }
-        open
-    }
-
-    /// Ends what [`Claims::enter`] began.
-    pub(super) fn leave(&self) {
-        self.serving.fetch_sub(1, Ordering::SeqCst);
+        let serving = Serving(self);
+        (self.closing.load(Ordering::SeqCst) == OPEN).then_some(serving)
     }
 
     /// Lets nobody begin any more, and waits until nobody serves a fault: after it, no read of a
@@ -218,9 +229,23 @@ impl Claims {
     }
 }
 
+/// A fault is being served.
+pub(super) struct Serving<'a>(&'a Claims);
+
+impl Drop for Serving<'_> {
+    fn drop(&mut self) {
+        self.0.serving.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Whether that was the last page.
+    fn published(claims: &Claims, run: Run) -> bool {
+        claims.publish(run, || Ok::<_, ()>(())).unwrap()
+    }
 
     #[test]
     fn a_page_has_one_owner() {
@@ -231,7 +256,7 @@ mod tests {
         claims.claim_run(Run { first: PageIndex(1), count: 5 }, &mut pieces, &mut taken);
         let run = |first, count| Run { first: PageIndex(first), count };
         assert_eq!((pieces, taken), (vec![run(1, 2), run(4, 2)], vec![PageIndex(3)]));
-        assert!(!claims.published(run(3, 1)));
+        assert!(!published(&claims, run(3, 1)));
         assert_eq!(claims.claim(PageIndex(3)), Claim::Resident);
     }
 
@@ -240,13 +265,13 @@ mod tests {
         let claims = Claims::new(6);
         let claim = |page| claims.claim(PageIndex(page));
         assert_eq!([claim(0), claim(1)], [Claim::Read; 2]);
-        claims.published(Run::one(PageIndex(1)));
+        published(&claims, Run::one(PageIndex(1)));
         assert!(claims.zero(PageIndex(2)) && claims.keep(PageIndex(3)));
         assert!(!claims.zero(PageIndex(0)) && !claims.keep(PageIndex(0)), "whoever claimed it brings it");
         claims.abandon();
-        assert!(!claims.enter() && claims.is_abandoned());
-        let next = claims.following();
-        assert!(next.enter() && !next.is_abandoned());
+        assert!(claims.enter().is_none() && claims.is_abandoned());
+        let next = claims.following(true);
+        assert!(next.enter().is_some() && !next.is_abandoned());
         let pages = next.pages();
         let of = |page| pages.get(PageIndex(page)).unwrap();
         use PageState::{Kept, Missing, Resident, Zero};
@@ -254,19 +279,34 @@ mod tests {
         assert_eq!(pages.outstanding(), 3);
         for page in [0, 4] {
             assert_eq!(next.claim(PageIndex(page)), Claim::Read);
-            assert!(!next.published(Run::one(PageIndex(page))));
+            assert!(!published(&next, Run::one(PageIndex(page))));
         }
         assert_eq!(next.claim(PageIndex(5)), Claim::Read);
-        assert!(next.published(Run::one(PageIndex(5))), "that was the last");
+        assert!(published(&next, Run::one(PageIndex(5))), "that was the last");
 
         // What was zero or kept is shown by the kernel itself, without a trap to publish it in.
-        next.leave();
         next.close();
         next.abandon();
         assert!(!next.is_abandoned());
-        let pages = next.following().pages();
+        let pages = next.following(true).pages();
         assert!((0..6).all(|page| pages.get(PageIndex(page)) == Some(Resident)));
         assert_eq!(pages.outstanding(), 0);
+    }
+
+    #[test]
+    fn what_may_be_the_guests_by_now_is_not_read_again() {
+        let claims = Claims::new(5);
+        assert!(claims.keep(PageIndex(2)) && claims.zero(PageIndex(3)));
+        let run = Run { first: PageIndex(0), count: 4 };
+        let all = [0, 1, 2, 3].map(|page| claims.claim(PageIndex(page)));
+        assert_eq!(all, [Claim::Read, Claim::Read, Claim::Kept, Claim::Zero]);
+        assert_eq!(claims.publish(run, || Err("the kernel refuses")), Err("the kernel refuses"));
+        use PageState::{Kept, Missing, Zero};
+        for (in_place, landed) in [(true, Kept), (false, Missing)] {
+            let pages = claims.following(in_place).pages();
+            let of = |page| pages.get(PageIndex(page)).unwrap();
+            assert_eq!([0, 1, 2, 3, 4].map(of), [landed, landed, landed, Zero, Missing]);
+        }
     }
 
     #[test]
@@ -274,18 +314,17 @@ mod tests {
         let claims = Claims::new(6);
         assert!(claims.keep(PageIndex(4)) && claims.keep(PageIndex(5)));
         assert_eq!(claims.claim(PageIndex(5)), Claim::Kept);
-        assert!(!claims.published(Run::one(PageIndex(5))));
+        assert!(!published(&claims, Run::one(PageIndex(5))));
         assert!(claims.zero(PageIndex(0)) && claims.zero(PageIndex(1)));
         assert_eq!(claims.claim(PageIndex(0)), Claim::Zero);
         assert_eq!(claims.claim(PageIndex(2)), Claim::Read);
         assert!(!claims.zero(PageIndex(2)));
         assert_eq!(claims.claim(PageIndex(3)), Claim::Read);
-        assert!(!claims.published(Run::one(PageIndex(0))));
-        assert!(!claims.published(Run::one(PageIndex(2))));
-        assert!(claims.published(Run::one(PageIndex(3))));
-        assert!(claims.enter());
-        claims.leave();
+        assert!(!published(&claims, Run::one(PageIndex(0))));
+        assert!(!published(&claims, Run::one(PageIndex(2))));
+        assert!(published(&claims, Run::one(PageIndex(3))));
+        drop(claims.enter().unwrap());
         claims.close();
-        assert!(!claims.enter());
+        assert!(claims.enter().is_none());
     }
 }

@@ -4,7 +4,8 @@ use postcopy_transport::{LaneError, ReadError};
 
 use crate::memory::PageIndex;
 
-/// Why the pager stopped. The guest waits wherever it touched a page that is not there.
+/// Why the pager stopped. The guest waits wherever it touched a page that is not there, until the pager
+/// [goes on](super::Pager::go_on).
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum PagerError {
@@ -82,13 +83,6 @@ pub enum PagerError {
     /// The thread panicked: a bug in the engine.
     #[error("the pager thread panicked: {0}; the guest waits, please report this")]
     Panicked(String),
-}
-
-impl PagerError {
-    /// Whether the pager can go on over new lanes: it was a lane that was lost, or there was no room for a page.
-    pub fn can_go_on(&self) -> bool {
-        matches!(self, Self::Lane { .. } | Self::Server { .. } | Self::NoRoom { .. })
-    }
 }
 
 fn at(page: Option<PageIndex>) -> String {

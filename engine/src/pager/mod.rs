@@ -3,7 +3,7 @@
 //! [`Pager::start`] spawns a thread (a *shard*, see the loop in `shard.rs`) over each part of a
 //! [`Trap`] and two lanes. The threads know no session; progress and the end come out of a watch
 //! channel. When one ends badly, or panics, the trap stays: the guest waits for its pages and never
-//! reads zeros. If it was a lane that was lost, [`Pager::go_on`] starts others over new ones.
+//! reads zeros. [`Pager::go_on`] starts others, over new lanes.
 
 mod board;
 mod claims;
@@ -40,7 +40,7 @@ use postcopy_transport::{AnyLane, HostMemory, LocalRegion, RemoteRegion};
 pub(crate) use round::read_once;
 pub use round::{Round, RoundWatch};
 use rustix::event::{EventfdFlags, eventfd};
-pub use server::{FaultFailed, FaultServer, Served};
+pub use server::{FaultServer, NoSuchPage, Served};
 pub use shards::{MAX_SHARDS, Shards};
 pub use sigbus::SelfService;
 use tokio::sync::watch;
@@ -329,8 +329,8 @@ impl Pager {
         locked(&self.servers)
     }
 
-    /// Whether pages land in the guest's memory. They must then to the end: what has landed there and is not
-    /// published would not be replaced by a copy.
+    /// Whether pages land in the guest's memory, or in a pool. It is so to the end: what has landed in place and is not
+    /// published would not be replaced by a copy, and what was copied in and is the guest's would be written over in place.
     pub fn lands_in_place(&self) -> bool {
         matches!(self.landing, LandingMemory::InPlace { .. })
     }
@@ -350,7 +350,7 @@ impl Pager {
 
     /// Goes on over new lanes, after [`Pager::part`]: as many pairs as it has shards, and one for each thread
     /// that serves itself. Pages that were here stay as they are; those that were on their way are read
-    /// again. Where pages landed in place they must do so now. Its [status](Pager::status) is another from
+    /// again. Pages land [as they did](Pager::lands_in_place). Its [status](Pager::status) is another from
     /// now on.
     ///
     /// Errors: as [`Pager::start`]; it is then as it was.
@@ -361,12 +361,13 @@ impl Pager {
         servers: Vec<AnyLane>,
         config: PagerConfig,
     ) -> Result<(), PagerError> {
-        if self.lands_in_place() && !matches!(source.landing, LandingMemory::InPlace { .. }) {
-            let source = std::io::Error::other("pages have landed in place before");
-            return Err(PagerError::System { operation: "having pages land in a pool", source });
+        let in_place = self.lands_in_place();
+        if in_place != matches!(source.landing, LandingMemory::InPlace { .. }) {
+            let source = std::io::Error::other("pages have landed elsewhere before");
+            return Err(PagerError::System { operation: "having pages land", source });
         }
         let source = SourceMemory { round: self.round.clone(), ..source };
-        let claims = self.shards.iter().map(|shared| shared.claims.following()).collect();
+        let claims = self.shards.iter().map(|shared| shared.claims.following(in_place)).collect();
         let known = Known { claims, past: Some(self.board.past()), order: locked(&self.order).clone() };
         let guest = (self.trap.clone(), self.memory.clone());
         let next = Self::begin(guest, &source, lanes, config, known)?;

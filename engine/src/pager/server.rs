@@ -4,8 +4,8 @@
 //! wake-up, no other thread on the way. The shard learns of it afterwards, for its policy and its
 //! counts. A page that somebody else has claimed is waited for.
 //!
-//! When a lane is lost, whoever's, the thread has nothing to serve itself with until it is given another
-//! [`Outfit`]: its touch is tried again and again meanwhile.
+//! When the pager fails, whoever's lane it was or whatever else, the thread has nothing to serve itself with until it is given
+//! another [`Outfit`]: its touch is tried again and again meanwhile.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -115,15 +115,15 @@ impl Shared {
         if !self.claims.covers(page) {
             return;
         }
-        if !self.claims.enter() {
+        let Some(serving) = self.claims.enter() else {
             self.turned_away();
             return;
-        }
+        };
         let seen = Instant::now();
         // If the shard is gone the page never comes, and this thread waits: it must not go on.
         self.note(Note::Wanted(page));
         self.stop.rouse();
-        self.claims.leave();
+        drop(serving);
         self.await_resident(page);
         self.waited(seen.elapsed());
     }
@@ -141,8 +141,7 @@ impl Shared {
     /// Waits until a page that somebody else brings is published, or memory is let go.
     fn await_resident(&self, page: PageIndex) {
         let begun = Instant::now();
-        while !self.claims.is_resident(page) && self.claims.enter() {
-            self.claims.leave();
+        while !self.claims.is_resident(page) && self.claims.enter().is_some() {
             if begun.elapsed() < GIVE_WAY {
                 std::thread::yield_now();
             } else {
@@ -180,7 +179,7 @@ impl Relay {
 pub enum Served {
     /// It is.
     Here,
-    /// A lane was lost, and there is no other yet. The touch is to be tried again; it comes back here.
+    /// The pager has failed, and does not go on yet. The touch is to be tried again; it comes back here.
     Stranded,
 }
 
@@ -209,7 +208,7 @@ impl FaultServer {
         self.outfit.shards.iter().any(|shard| std::ptr::eq(&**shard, shared))
     }
 
-    /// Takes what there is to go on with after a lane was lost.
+    /// Takes what there is to go on with after the pager has failed.
     fn renew(&mut self) {
         if let Some(outfit) = self.relay.take() {
             self.outfit = outfit;
@@ -220,9 +219,8 @@ impl FaultServer {
     /// Brings a page that this thread touched. Returns when it is published, by whomever, or cannot be
     /// now; touch it again then.
     ///
-    /// Errors: the kernel refused, or the source. The shard knows; the page does not come, and the
-    /// thread must not go on.
-    pub fn serve(&mut self, page: PageIndex) -> Result<Served, FaultFailed> {
+    /// Errors: the guest has no such page.
+    pub fn serve(&mut self, page: PageIndex) -> Result<Served, NoSuchPage> {
         let seen = Instant::now();
         let served = self.try_serve(page, seen);
         if served == Ok(Served::Stranded) {
@@ -231,26 +229,22 @@ impl FaultServer {
         served
     }
 
-    fn try_serve(&mut self, page: PageIndex, seen: Instant) -> Result<Served, FaultFailed> {
+    fn try_serve(&mut self, page: PageIndex, seen: Instant) -> Result<Served, NoSuchPage> {
         self.renew();
         if self.outfit.lane.is_none() {
             return Ok(stranded());
         }
         let shards = self.outfit.shards.clone();
         let mut here = shards.iter().filter_map(|shard| Some((&**shard, shard.part.local(page)?)));
-        let Some((shared, page)) = here.next() else {
-            return fail(&shards[0], PagerError::StrayFault(page));
-        };
-        if !shared.claims.enter() {
-            return Ok(shared.turned_away());
-        }
+        let (shared, page) = here.next().ok_or(NoSuchPage(page))?;
+        let Some(serving) = shared.claims.enter() else { return Ok(shared.turned_away()) };
         let served = match shared.claims.claim(page) {
             Claim::Read => self.bring(shared, page, seen),
             Claim::Zero => publish_here(shared, page, || shared.trap.publish_zero(page, shared.populated)),
             Claim::Kept => publish_here(shared, page, || shared.trap.publish(Run::one(page))),
             Claim::Resident => shared.trap.show_again(page),
             Claim::Taken => {
-                shared.claims.leave();
+                drop(serving);
                 shared.await_resident(page);
                 if shared.claims.is_abandoned() {
                     return Ok(Served::Stranded);
@@ -262,15 +256,17 @@ impl FaultServer {
         if served.is_ok() {
             self.waited(shared, seen);
         }
-        shared.claims.leave();
-        match served {
-            Ok(()) => Ok(Served::Here),
-            Err(error) if error.can_go_on() => {
-                tell_failed(shared, error);
-                Ok(Served::Stranded)
+        drop(serving);
+        Ok(match served {
+            Ok(()) => Served::Here,
+            Err(error) => {
+                // Without it the thread does not try by itself again.
+                self.outfit.lane = None;
+                shared.note(Note::Failed(error));
+                shared.stop.rouse();
+                Served::Stranded
             }
-            Err(error) => fail(shared, error),
-        }
+        })
     }
 
     /// Tells that the thread waits no more, and with it how long it was stranded before.
@@ -293,9 +289,9 @@ impl FaultServer {
         self.outfit.lane = Some(lane);
         let result = self.completions.pop().map_or(Ok(()), |completion| completion.result);
         result.map_err(|source| PagerError::Read { page: shared.part.global(page), source })?;
-        self.outfit.place.publish(&shared.trap, Run::one(page))?;
+        let run = Run::one(page);
+        let last = shared.claims.publish(run, || self.outfit.place.publish(&shared.trap, run))?;
         let published = Instant::now();
-        let last = shared.claims.published(Run::one(page));
         shared.note(Note::Served(page, Stamps { seen, posted, completed, published }));
         if last {
             shared.stop.rouse();
@@ -335,17 +331,6 @@ fn stranded() -> Served {
     Served::Stranded
 }
 
-/// Tells a shard that a page of its does not come.
-fn fail(shared: &Shared, error: PagerError) -> Result<Served, FaultFailed> {
-    tell_failed(shared, error);
-    Err(FaultFailed)
-}
-
-fn tell_failed(shared: &Shared, error: PagerError) {
-    shared.note(Note::Failed(error));
-    shared.stop.rouse();
-}
-
 thread_local! {
     /// This thread's number, asked for once.
     static THREAD: i32 = rustix::thread::gettid().as_raw_nonzero().get();
@@ -357,8 +342,7 @@ fn publish_here(
     page: PageIndex,
     publish: impl FnOnce() -> Result<(), PagerError>,
 ) -> Result<(), PagerError> {
-    publish()?;
-    shared.claims.published(Run::one(page));
+    shared.claims.publish(Run::one(page), publish)?;
     shared.note(Note::Serving(page));
     Ok(())
 }
@@ -367,7 +351,7 @@ fn failed(source: LaneError) -> PagerError {
     PagerError::Server { source }
 }
 
-/// A fault could not be served; the shard has been told why.
+/// The guest has no such page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("a page that this thread touched does not come")]
-pub struct FaultFailed;
+#[error("there is no page {0:?} in the guest's memory")]
+pub struct NoSuchPage(pub PageIndex);

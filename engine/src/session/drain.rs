@@ -127,11 +127,8 @@ impl Drain {
             (pager.shards(), pager.servers(), pager.lands_in_place())
         });
         let (shards, servers, in_place) = parted.await;
-        let landing = |transport| match in_place {
-            true => Landing::InPlace,
-            false => self.options.landing.resolved(transport, false),
-        };
-        let (transport, import) = dock.import(offered, &self.memory, (shards, landing)).await?;
+        let landing = if in_place { Landing::InPlace } else { Landing::Pool };
+        let (transport, import) = dock.import(offered, &self.memory, (shards, |_| landing)).await?;
         let connected = dock.connect(channel, transport, import, (shards, servers)).await?;
         let (pager, config) = (self.pager.clone(), self.options.pager);
         let gone_on = blocking(move || {
@@ -185,14 +182,6 @@ impl Parted {
     /// Whether every page is here.
     pub fn is_resident(&self) -> bool {
         matches!(self.why, Why::Unheard(_))
-    }
-
-    /// Whether the source is of use: all is here, or a lane was lost, or there was no room for a page.
-    pub fn can_rejoin(&self) -> bool {
-        match &self.why {
-            Why::Stranded(error) => error.can_go_on(),
-            Why::Unheard(_) => true,
-        }
     }
 
     /// Waits at `listener` for the source to come back ([`recover`](super::recover)) and takes new lanes in.

@@ -34,23 +34,17 @@ pub(crate) enum Arrival {
 }
 
 /// Follows the memory, of which the host knows that it drains, until all of it is here and its source knows. Must not be dropped while the guest runs: it
-/// has what keeps the guest from reading zeros. A source that is lost comes back to `address`.
-pub(crate) async fn follow(host: Arc<Host>, mut drain: Drain, address: Option<SocketAddr>) {
+/// has what keeps the guest from reading zeros. A source that is lost comes back to `door`.
+pub(crate) async fn follow(host: Arc<Host>, mut drain: Drain, door: SocketAddr) {
     loop {
         let status = drain.status();
         let Err(parted) = drain.finish().await else {
             return host.set_arrival(Arrival::Resident(status));
         };
-        let door = address.filter(|_| parted.can_rejoin());
         host.set_arrival(match parted.is_resident() {
             true => Arrival::Resident(status),
             false => stranded(&parted, door, status),
         });
-        let Some(door) = door else {
-            // It keeps the guest waiting for as long as that lives.
-            let _kept = parted;
-            return std::future::pending().await;
-        };
         match await_source(parted, door).await {
             Rejoined::Draining(again) => drain = *again,
             Rejoined::Released(_) => return,
@@ -60,11 +54,8 @@ pub(crate) async fn follow(host: Arc<Host>, mut drain: Drain, address: Option<So
     }
 }
 
-fn stranded(parted: &Parted, door: Option<SocketAddr>, status: watch::Receiver<PagerStatus>) -> Arrival {
-    let mut reason = parted.reason();
-    if let Some(door) = door {
-        reason += &format!("; its source is waited for at {door}");
-    }
+fn stranded(parted: &Parted, door: SocketAddr, status: watch::Receiver<PagerStatus>) -> Arrival {
+    let reason = format!("{}; its source is waited for at {door}", parted.reason());
     cli::say(&format!("pcvm: {reason}"));
     Arrival::Stranded { reason, status }
 }

@@ -155,10 +155,13 @@ async fn hold<R: Room>(
                 host.set(State::Running(guest.clone()));
                 hold_one(&host, guest, &mut wanted).await
             }
-            None => match await_guest(&host, (&mut door, &room), &mut wanted).await? {
-                Ok(arrived) => take_in(&host, arrived, door.address, &mut wanted).await,
-                Err(next) => next,
-            },
+            None => {
+                let address = door.address.context("there is nowhere to wait for a guest")?;
+                match await_guest(&host, (&mut door, address, &room), &mut wanted).await? {
+                    Ok(arrived) => take_in(&host, arrived, address, &mut wanted).await,
+                    Err(next) => next,
+                }
+            }
         };
         match held {
             Next::WaitForAnother if args.again => {
@@ -183,14 +186,14 @@ async fn hold<R: Room>(
 /// Waits for a guest to arrive.
 async fn await_guest<R: Room>(
     host: &Arc<Host>,
-    (door, room): (&mut Door, &Arc<R>),
+    (door, address, room): (&mut Door, SocketAddr, &Arc<R>),
     wanted: &mut Wanted,
 ) -> anyhow::Result<Result<Arrived<R::Guest>, Next>> {
     let room = room.clone();
     let made = tokio::task::spawn_blocking(move || room.make()).await??;
     let listener = match door.open.take() {
         Some(listener) => listener,
-        None => bind(door.address.context("there is nowhere to wait for a guest")?).await?,
+        None => bind(address).await?,
     };
     Ok(tokio::select! {
         arrived = session::receive(&listener, made, door.options.clone()) => {
@@ -205,7 +208,7 @@ async fn await_guest<R: Room>(
 async fn take_in<G: HeldGuest>(
     host: &Arc<Host>,
     arrived: Arrived<G>,
-    address: Option<SocketAddr>,
+    address: SocketAddr,
     wanted: &mut Wanted,
 ) -> Next {
     let Arrived { guest, drain, .. } = arrived;

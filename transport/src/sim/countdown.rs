@@ -1,4 +1,4 @@
-//! A lane that breaks at its Nth call.
+//! A lane that breaks at its Nth call: it fails, or panics as a defect would.
 
 use std::os::fd::BorrowedFd;
 
@@ -10,17 +10,24 @@ use crate::lane::{Completion, Lane, Read};
 pub struct Countdown<L> {
     inner: L,
     left: u64,
+    panics: bool,
 }
 
 impl<L: Lane> Countdown<L> {
     /// Fails the `nth` call, from 1.
     pub fn new(inner: L, nth: u64) -> Self {
-        Self { inner, left: nth }
+        Self { inner, left: nth, panics: false }
+    }
+
+    /// Panics in the `nth` call, from 1.
+    pub fn panicking(inner: L, nth: u64) -> Self {
+        Self { inner, left: nth, panics: true }
     }
 
     fn count(&mut self) -> Result<(), LaneError> {
         self.left = self.left.saturating_sub(1);
         if self.left == 0 {
+            assert!(!self.panics, "the countdown has run out");
             return Err(std::io::Error::other("the countdown has run out").into());
         }
         Ok(())

@@ -130,8 +130,7 @@ async fn take_in(listener: &TcpListener) -> Result<(ArrivalReport, u64, usize), 
         // As long as `parted` lives the guest waits for what is missing and never reads zeros in its place.
         let parted = match finished {
             Ok(report) => break report,
-            Err(parted) if parted.can_rejoin() => parted,
-            Err(parted) => return Err(parted.reason().into()),
+            Err(parted) => parted,
         };
         eprintln!("embed: {}; waiting for the source to come back", parted.reason());
         finished = match parted.rejoin(listener).await {

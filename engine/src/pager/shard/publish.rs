@@ -10,8 +10,7 @@ impl Shard {
     /// Publishes what has landed. What another thread brought, it has published.
     pub(super) fn publish(&mut self, run: Run) -> Result<(), PagerError> {
         if !self.shared.claims.is_resident(run.first) {
-            self.place.publish(&self.shared.trap, run)?;
-            self.shared.claims.published(run);
+            self.shared.claims.publish(run, || self.place.publish(&self.shared.trap, run))?;
         }
         self.timing.waits.end(run);
         Ok(())
@@ -19,8 +18,8 @@ impl Shard {
 
     pub(super) fn publish_zero(&mut self, page: PageIndex) -> Result<(), PagerError> {
         if self.shared.claims.claim(page) == Claim::Zero {
-            self.shared.trap.publish_zero(page, self.shared.populated)?;
-            self.shared.claims.published(Run::one(page));
+            let zeros = || self.shared.trap.publish_zero(page, self.shared.populated);
+            self.shared.claims.publish(Run::one(page), zeros)?;
         }
         self.timing.waits.end(Run::one(page));
         Ok(())
@@ -30,8 +29,7 @@ impl Shard {
     pub(super) fn publish_kept(&mut self, run: Run) -> Result<(), PagerError> {
         self.shared.claims.claim_kept(run, &mut self.pieces);
         for piece in self.pieces.drain(..) {
-            self.shared.trap.publish(piece)?;
-            self.shared.claims.published(piece);
+            self.shared.claims.publish(piece, || self.shared.trap.publish(piece))?;
         }
         self.timing.waits.end(run);
         Ok(())
