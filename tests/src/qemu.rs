@@ -17,6 +17,7 @@ use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
 pub use network::{Chatter, Connection, Network};
@@ -162,6 +163,8 @@ pub struct QemuGuest {
     tty: UnixStream,
     place: Place,
     under_pcvm: bool,
+    /// QEMU, if another pcvm has started it than has it.
+    taken_over: Option<i32>,
 }
 
 impl Deref for QemuGuest {
@@ -202,11 +205,32 @@ impl QemuGuest {
         let mut unread = tty.try_clone().unwrap();
         // The console is read from its log; what also comes here must not pile up.
         std::thread::spawn(move || std::io::copy(&mut unread, &mut std::io::sink()));
-        let guest = Self { process, tty, place, under_pcvm };
+        let guest = Self { process, tty, place, under_pcvm, taken_over: None };
         // QEMU answers once it is all set up: one that waits for a guest listens by then. The socket is
         // there a moment before anybody listens.
         guest.wait_until("QEMU answers", || guest.try_qmp("query-status", json!({})).is_ok());
         guest
+    }
+
+    /// Kills the pcvm that has it, and leaves QEMU behind, whose process id it gives.
+    pub fn kill_pcvm(&self) -> i32 {
+        let (qemu, pcvm) = (self.qemu(), Pid::from_raw(self.pid() as i32).unwrap());
+        kill_process(pcvm, Signal::KILL).unwrap();
+        self.wait_until("pcvm has ended", || !self.lives());
+        qemu
+    }
+
+    /// Has another `pcvm receive` with `options` go on at `to` with the QEMU that was left behind.
+    pub fn take_over(&mut self, qemu: i32, to: SocketAddr, options: &[&str]) {
+        let Place { console, log, control, .. } = &self.place;
+        let mut command = Command::new(program("pcvm"));
+        command.args(["receive", "--vmm", "qemu", "--listen", &to.to_string(), "--control"]).arg(control);
+        command.args(["--take-over", &qemu.to_string()]).args(options);
+        // What the one before has left is in nobody's way.
+        self.process = Process::start(&mut command, console.clone(), log.clone(), control);
+        let answers = || pcvm(&["status", "--control", control.to_str().unwrap()]).status.success();
+        self.process.wait_until("it answers", answers);
+        self.taken_over = Some(qemu);
     }
 
     /// This process's files.
@@ -217,8 +241,8 @@ impl QemuGuest {
     /// QEMU's own process id.
     pub fn qemu(&self) -> i32 {
         let process = self.pid();
-        if !self.under_pcvm {
-            return process as i32;
+        if let Some(qemu) = self.taken_over.or((!self.under_pcvm).then_some(process as i32)) {
+            return qemu;
         }
         let threads = std::fs::read_dir(format!("/proc/{process}/task")).unwrap().flatten();
         let children =
@@ -355,8 +379,10 @@ impl QemuGuest {
             .spawn()
             .unwrap();
         // It stays open: pcvm goes on to write there.
-        let mut lines = BufReader::new(moving.stderr.as_mut().unwrap()).lines().map_while(Result::ok);
-        assert!(lines.any(|line| line.contains(said)), "pcvm has not said {said:?}; QEMU {}", self.story());
+        let lines = BufReader::new(moving.stderr.as_mut().unwrap()).lines().map_while(Result::ok);
+        let mut all = Vec::new();
+        let found = lines.inspect(|line| all.push(line.clone())).any(|line| line.contains(said));
+        assert!(found, "pcvm has not said {said:?}, but {all:?}; QEMU {}", self.story());
         moving
     }
 

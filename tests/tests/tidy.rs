@@ -135,6 +135,7 @@ fn unsafe_stays_in_leaf_modules() {
         "engine/src/pager/trap/tests.rs",
         "engine/src/proc_pages/scan.rs",
         "engine/src/touched/away.rs",
+        "engine/tests/killed_pager.rs",
         "engine/tests/other_program.rs",
         "vmm-glue/",
         "tests/guest/",

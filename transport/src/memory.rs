@@ -1,8 +1,8 @@
 //! Host memory that a wire may read from or land in.
 //!
 //! A [`HostMemory`] is a shared mapping of a file (a memfd). It is memory that a peer, a device or
-//! a guest can change at any moment, so no Rust reference into it is ever made: only raw pointers
-//! and the volatile accessors here.
+//! a guest can change at any moment, so no Rust reference into it is ever made but to atomics: only raw pointers
+//! and the accessors here.
 
 mod mapping;
 
@@ -10,7 +10,7 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 
 use mapping::Mapping;
 use rustix::mm::ProtFlags;
@@ -206,6 +206,16 @@ impl HostMemory {
         // SAFETY: as in `write`, with the directions exchanged.
         unsafe { std::ptr::copy_nonoverlapping(from, bytes.as_mut_ptr(), bytes.len()) };
         true
+    }
+
+    /// `len` bytes from `offset` on, one by one: others may change them at any time. `None` if out of range.
+    ///
+    /// Not for a mapping of a peer's memory, which is read-only.
+    pub fn bytes(&self, offset: u64, len: usize) -> Option<&[AtomicU8]> {
+        let first = self.at(offset, len)?;
+        // SAFETY: `at` checked that all of them lie inside the mapping, which is writable and lives as long as `self`; an
+        // atomic byte has the size and alignment of a byte, and may be changed by others.
+        Some(unsafe { std::slice::from_raw_parts(first.cast::<AtomicU8>(), len) })
     }
 
     /// Whether all `len` bytes from `offset` on are zero: both multiples of 64. Stops at 64 that are not.

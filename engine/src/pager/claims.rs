@@ -16,6 +16,8 @@
 
 use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
 
+use super::ledger::Ledger;
+use super::shards::Part;
 use crate::memory::PageIndex;
 use crate::planner::{PageState, Pages, Run};
 
@@ -51,9 +53,11 @@ pub(super) enum Claim {
     Resident,
 }
 
-/// The claims on the pages of one shard.
+/// The claims on the pages of one shard, as they stand in its part of a ledger.
 pub(super) struct Claims {
-    states: Vec<AtomicU8>,
+    ledger: Ledger,
+    shard: usize,
+    part: Part,
     /// Pages that are neither published nor known by the map to need no read.
     outstanding: AtomicU64,
     /// How many [`Serving`] there are.
@@ -62,50 +66,58 @@ pub(super) struct Claims {
 }
 
 impl Claims {
-    pub(super) fn new(pages: u64) -> Self {
-        let states = (0..pages).map(|_| AtomicU8::new(MISSING)).collect();
-        let outstanding = AtomicU64::new(pages);
-        Self { states, outstanding, serving: AtomicU32::new(0), closing: AtomicU8::new(OPEN) }
+    /// On pages of which nothing is known.
+    pub(super) fn new(ledger: &Ledger, shard: usize, part: Part) -> Self {
+        let (outstanding, serving) = (AtomicU64::new(part.pages), AtomicU32::new(0));
+        Self { ledger: ledger.clone(), shard, part, outstanding, serving, closing: AtomicU8::new(OPEN) }
     }
 
-    /// Those that follow on these, which nobody serves by any more: pages that were claimed and not about to be published
-    /// are missing. What has landed `in_place` is kept, as it may be the guest's; a copy out of a pool takes nothing from
-    /// the guest and is made again. If the memory was let go before, all of it is the guest's.
-    pub(super) fn following(&self, in_place: bool) -> Self {
-        let released = self.closing.load(Ordering::SeqCst) == RELEASED;
-        let state = |state: &AtomicU8| match state.load(Ordering::Acquire) {
-            _ if released => RESIDENT,
-            CLAIMED => MISSING,
-            LANDED if in_place => KEPT,
-            LANDED => MISSING,
-            ZEROED => ZERO,
-            other => other,
-        };
-        let states: Vec<u8> = self.states.iter().map(state).collect();
-        let outstanding = states.iter().filter(|state| **state == MISSING).count() as u64;
-        let states = states.into_iter().map(AtomicU8::new).collect();
-        Self { states, outstanding: AtomicU64::new(outstanding), ..Self::new(0) }
+    /// Those that follow on what stands in the ledger, by which nobody serves any more: pages that were claimed and not about
+    /// to be published are missing, or zero if they were given back. What has landed in place is kept, as it may be the
+    /// guest's; a copy out of a pool takes nothing from the guest and is made again. If the memory was let go before, all of
+    /// it is the guest's.
+    pub(super) fn following(ledger: &Ledger, shard: usize, part: Part) -> Self {
+        let (mut outstanding, in_place) = (0, ledger.lands_in_place());
+        let released = ledger.released(shard).load(Ordering::SeqCst) == 1;
+        let given_back = ledger.given_back(part);
+        for (page, state) in (0..).zip(ledger.claims(part)) {
+            let next = match state.load(Ordering::Acquire) {
+                _ if released => RESIDENT,
+                LANDED if in_place => KEPT,
+                MISSING | CLAIMED | LANDED if given_back.has(page) => ZERO,
+                MISSING | CLAIMED | LANDED => MISSING,
+                ZERO | ZEROED => ZERO,
+                KEPT => KEPT,
+                _ => RESIDENT,
+            };
+            state.store(next, Ordering::Release);
+            outstanding += u64::from(next == MISSING);
+        }
+        Self { outstanding: AtomicU64::new(outstanding), ..Self::new(ledger, shard, part) }
+    }
+
+    fn states(&self) -> &[AtomicU8] {
+        self.ledger.claims(self.part)
     }
 
     /// What is known of the pages, for a planner.
     pub(super) fn pages(&self) -> Pages {
-        Pages::of(self.states.len() as u64, |page| {
-            match self.states[page.0 as usize].load(Ordering::Acquire) {
-                ZERO => PageState::Zero,
-                KEPT => PageState::Kept,
-                RESIDENT => PageState::Resident,
-                _ => PageState::Missing,
-            }
+        let states = self.states();
+        Pages::of(self.part.pages, |page| match states[page.0 as usize].load(Ordering::Acquire) {
+            ZERO => PageState::Zero,
+            KEPT => PageState::Kept,
+            RESIDENT => PageState::Resident,
+            _ => PageState::Missing,
         })
     }
 
     fn swap(&self, page: PageIndex, from: u8, to: u8) -> Result<u8, u8> {
-        self.states[page.0 as usize].compare_exchange(from, to, Ordering::AcqRel, Ordering::Acquire)
+        self.states()[page.0 as usize].compare_exchange(from, to, Ordering::AcqRel, Ordering::Acquire)
     }
 
     /// Whether there is such a page.
     pub(super) fn covers(&self, page: PageIndex) -> bool {
-        page.0 < self.states.len() as u64
+        page.0 < self.part.pages
     }
 
     /// Claims a page, which must exist.
@@ -175,7 +187,7 @@ impl Claims {
     ///
     /// Errors: those of `publish`. Some pages may be the guest's then, and are not read again.
     pub(super) fn publish<E>(&self, run: Run, publish: impl FnOnce() -> Result<(), E>) -> Result<bool, E> {
-        let states = &self.states[run.first.0 as usize..run.end() as usize];
+        let states = &self.states()[run.first.0 as usize..run.end() as usize];
         for state in states {
             // Whoever claimed it alone changes it.
             if state.load(Ordering::Relaxed) == CLAIMED {
@@ -192,7 +204,7 @@ impl Claims {
 
     /// Whether a page is published.
     pub(super) fn is_resident(&self, page: PageIndex) -> bool {
-        self.states[page.0 as usize].load(Ordering::Acquire) == RESIDENT
+        self.states()[page.0 as usize].load(Ordering::Acquire) == RESIDENT
     }
 
     /// Begins to serve a fault, until what is returned is dropped. `None` once the memory is being let go, as every page is
@@ -208,6 +220,7 @@ impl Claims {
     pub(super) fn close(&self) {
         self.closing.store(RELEASED, Ordering::SeqCst);
         self.await_left();
+        self.ledger.released(self.shard).store(1, Ordering::SeqCst);
     }
 
     /// Lets nobody begin any more, as others will bring what is missing.
@@ -242,6 +255,14 @@ impl Drop for Serving<'_> {
 mod tests {
     use super::*;
 
+    fn claims(pages: u64) -> Claims {
+        Claims::new(&Ledger::of_this_process(pages).unwrap(), 0, Part { first: 0, pages })
+    }
+
+    fn following(claims: &Claims) -> Claims {
+        Claims::following(&claims.ledger, claims.shard, claims.part)
+    }
+
     /// Whether that was the last page.
     fn published(claims: &Claims, run: Run) -> bool {
         claims.publish(run, || Ok::<_, ()>(())).unwrap()
@@ -249,7 +270,7 @@ mod tests {
 
     #[test]
     fn a_page_has_one_owner() {
-        let claims = Claims::new(8);
+        let claims = claims(8);
         assert_eq!(claims.claim(PageIndex(3)), Claim::Read);
         assert_eq!(claims.claim(PageIndex(3)), Claim::Taken);
         let (mut pieces, mut taken) = (Vec::new(), Vec::new());
@@ -262,7 +283,7 @@ mod tests {
 
     #[test]
     fn what_was_claimed_is_missing_in_those_that_follow_unless_memory_was_let_go() {
-        let claims = Claims::new(6);
+        let claims = claims(6);
         let claim = |page| claims.claim(PageIndex(page));
         assert_eq!([claim(0), claim(1)], [Claim::Read; 2]);
         published(&claims, Run::one(PageIndex(1)));
@@ -270,7 +291,7 @@ mod tests {
         assert!(!claims.zero(PageIndex(0)) && !claims.keep(PageIndex(0)), "whoever claimed it brings it");
         claims.abandon();
         assert!(claims.enter().is_none() && claims.is_abandoned());
-        let next = claims.following(true);
+        let next = following(&claims);
         assert!(next.enter().is_some() && !next.is_abandoned());
         let pages = next.pages();
         let of = |page| pages.get(PageIndex(page)).unwrap();
@@ -288,30 +309,32 @@ mod tests {
         next.close();
         next.abandon();
         assert!(!next.is_abandoned());
-        let pages = next.following(true).pages();
+        let pages = following(&next).pages();
         assert!((0..6).all(|page| pages.get(PageIndex(page)) == Some(Resident)));
         assert_eq!(pages.outstanding(), 0);
     }
 
     #[test]
     fn what_may_be_the_guests_by_now_is_not_read_again() {
-        let claims = Claims::new(5);
-        assert!(claims.keep(PageIndex(2)) && claims.zero(PageIndex(3)));
-        let run = Run { first: PageIndex(0), count: 4 };
-        let all = [0, 1, 2, 3].map(|page| claims.claim(PageIndex(page)));
-        assert_eq!(all, [Claim::Read, Claim::Read, Claim::Kept, Claim::Zero]);
-        assert_eq!(claims.publish(run, || Err("the kernel refuses")), Err("the kernel refuses"));
         use PageState::{Kept, Missing, Zero};
         for (in_place, landed) in [(true, Kept), (false, Missing)] {
-            let pages = claims.following(in_place).pages();
+            let claims = claims(6);
+            claims.ledger.lands(in_place);
+            assert!(claims.keep(PageIndex(2)) && claims.zero(PageIndex(3)));
+            let run = Run { first: PageIndex(0), count: 4 };
+            let all = [0, 1, 2, 3].map(|page| claims.claim(PageIndex(page)));
+            assert_eq!(all, [Claim::Read, Claim::Read, Claim::Kept, Claim::Zero]);
+            assert_eq!(claims.publish(run, || Err("the kernel refuses")), Err("the kernel refuses"));
+            claims.ledger.give_back(claims.part, 5, 6);
+            let pages = following(&claims).pages();
             let of = |page| pages.get(PageIndex(page)).unwrap();
-            assert_eq!([0, 1, 2, 3, 4].map(of), [landed, landed, landed, Zero, Missing]);
+            assert_eq!([0, 1, 2, 3, 4, 5].map(of), [landed, landed, landed, Zero, Missing, Zero]);
         }
     }
 
     #[test]
     fn the_last_page_is_told_and_zero_and_kept_pages_count_as_here() {
-        let claims = Claims::new(6);
+        let claims = claims(6);
         assert!(claims.keep(PageIndex(4)) && claims.keep(PageIndex(5)));
         assert_eq!(claims.claim(PageIndex(5)), Claim::Kept);
         assert!(!published(&claims, Run::one(PageIndex(5))));

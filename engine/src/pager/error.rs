@@ -80,6 +80,9 @@ pub enum PagerError {
         /// What the system said.
         source: std::io::Error,
     },
+    /// It was in another process, which has ended.
+    #[error("the process that brought the guest's memory has ended; the guest waits")]
+    Left,
     /// The thread panicked: a bug in the engine.
     #[error("the pager thread panicked: {0}; the guest waits, please report this")]
     Panicked(String),

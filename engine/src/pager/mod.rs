@@ -10,6 +10,7 @@ mod claims;
 mod error;
 mod huge_pages;
 mod landing;
+mod ledger;
 mod map_reader;
 mod order;
 mod rest;
@@ -18,6 +19,7 @@ mod server;
 mod shard;
 mod shards;
 mod sigbus;
+mod status;
 mod timing;
 mod token;
 mod trap;
@@ -27,13 +29,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 pub use error::PagerError;
 use error::failed;
 pub(crate) use huge_pages::is_huge;
 pub use huge_pages::{Collapsed, HugePages};
 pub use landing::{Landing, LandingMemory};
+pub use ledger::{Ledger, Stage};
 pub use map_reader::MAP_STRETCH;
 pub use order::LaidOut;
 use postcopy_transport::{AnyLane, HostMemory, LocalRegion, RemoteRegion};
@@ -43,6 +46,7 @@ use rustix::event::{EventfdFlags, eventfd};
 pub use server::{FaultServer, NoSuchPage, Served};
 pub use shards::{MAX_SHARDS, Shards};
 pub use sigbus::SelfService;
+pub use status::{PagerState, PagerStatus};
 use tokio::sync::watch;
 pub use trap::{FaultsTo, Trap};
 pub(crate) use trap::{errno, owned};
@@ -55,33 +59,6 @@ use self::server::{Note, Outfit, Relay, Shared};
 use crate::memory::{GuestMemory, PAGE_SIZE};
 use crate::planner::PlannerConfig;
 use crate::stats::PagerReport;
-
-/// Where the pager stands.
-#[derive(Clone, Debug, Default)]
-pub enum PagerState {
-    /// At work.
-    #[default]
-    Running,
-    /// Every page is here.
-    Resident,
-    /// It was told to stop.
-    Stopped,
-    /// It failed; the guest waits.
-    Failed(Arc<PagerError>),
-}
-
-/// What the watch channel carries.
-#[derive(Clone, Debug, Default)]
-pub struct PagerStatus {
-    /// Where it stands.
-    pub state: PagerState,
-    /// What it has done, up to a tenth of a second ago. Stage percentiles are filled in at the end.
-    pub report: PagerReport,
-    /// When the last page was published, once it was.
-    pub last_page: Option<Instant>,
-    /// Who waited for pages and how long, at the end. A wait that ends with the last page may be missing.
-    pub waited: Vec<Waited>,
-}
 
 /// How the pager behaves.
 #[derive(Clone, Copy, Debug)]
@@ -149,7 +126,8 @@ pub struct Pager {
     /// The guest mapping, if it is of this process.
     memory: Option<HostMemory>,
     spin: Duration,
-    landing: LandingMemory,
+    /// Where pages land, once that was ever chosen here.
+    landing: Option<LandingMemory>,
     /// What the round of pre-copy has left here.
     round: Round,
     /// How the guest's pages lie, if not by address.
@@ -191,10 +169,38 @@ impl Pager {
         lanes: Vec<[AnyLane; 2]>,
         config: PagerConfig,
     ) -> Result<Self, PagerError> {
-        let claims = trap.parts().iter().map(|part| Claims::new(part.part().pages)).collect();
+        let claims = trap.claims(Claims::new);
         let memory = memory.map(|memory| memory.guest().clone());
+        trap.ledger().hold(&source.round.held);
         let known = Known { claims, past: None, order: LaidOut::default() };
         Self::begin((trap, memory), source, lanes, config, known)
+    }
+
+    /// One that was in another process, which has ended, as it is after [`Pager::part`]: of `memory`, which is under `trap`, as it
+    /// was [taken over](Trap::take_over). No thread serves itself.
+    pub fn of_another(trap: Trap, memory: &GuestMemory) -> Self {
+        let claims = trap.claims(Claims::following);
+        let outstanding_pages = claims.iter().map(|claims| claims.pages().outstanding()).sum();
+        let report = PagerReport { total_pages: trap.pages(), outstanding_pages, ..PagerReport::default() };
+        let state = PagerState::Failed(Arc::new(PagerError::Left));
+        let (_, status) = watch::channel(PagerStatus { state, report, ..PagerStatus::default() });
+        let (board, _) = Board::new(0, Past::default());
+        let round = Round { held: trap.ledger().held(), bytes: 0 };
+        Self {
+            status,
+            huge_pages: HugePages::default(),
+            threads: Vec::new(),
+            board: Arc::new(board),
+            shards: Arc::new([]),
+            trap,
+            memory: Some(memory.guest().clone()),
+            spin: postcopy_transport::DEFAULT_SPIN,
+            landing: None,
+            round,
+            order: Mutex::default(),
+            servers: Mutex::default(),
+            _signals: Vec::new(),
+        }
     }
 
     fn begin(
@@ -214,6 +220,7 @@ impl Pager {
             });
         }
         let Known { claims, past, order } = known;
+        trap.ledger().lands(matches!(source.landing, LandingMemory::InPlace { .. }));
         let first = past.is_none();
         let (board, status) = Board::new(trap.shards(), past.unwrap_or_default());
         let board = Arc::new(board);
@@ -238,7 +245,7 @@ impl Pager {
             trap,
             memory,
             spin,
-            landing: source.landing.clone(),
+            landing: Some(source.landing.clone()),
             round: source.round.clone(),
             order: Mutex::default(),
             servers: Mutex::default(),
@@ -306,7 +313,7 @@ impl Pager {
     fn outfit(&self, server: usize, lane: AnyLane) -> Result<Outfit, PagerError> {
         let none =
             || failed("giving a thread a place to land in")(std::io::Error::other("there are no more"));
-        let place = self.landing.of_server(server).ok_or_else(none)?;
+        let place = self.landing.as_ref().and_then(|landing| landing.of_server(server)).ok_or_else(none)?;
         Ok(Outfit { shards: self.shards.clone(), lane: Some(lane), place })
     }
 
@@ -317,7 +324,12 @@ impl Pager {
 
     /// How many shards it has.
     pub fn shards(&self) -> usize {
-        self.shards.len()
+        self.trap.shards()
+    }
+
+    /// What is known of the guest's pages.
+    pub fn ledger(&self) -> &Ledger {
+        self.trap.ledger()
     }
 
     /// How many threads serve themselves.
@@ -332,7 +344,7 @@ impl Pager {
     /// Whether pages land in the guest's memory, or in a pool. It is so to the end: what has landed in place and is not
     /// published would not be replaced by a copy, and what was copied in and is the guest's would be written over in place.
     pub fn lands_in_place(&self) -> bool {
-        matches!(self.landing, LandingMemory::InPlace { .. })
+        self.ledger().lands_in_place()
     }
 
     /// Stops, and waits until nobody reads into the guest's memory any more. What is here, and what is not,
@@ -367,7 +379,7 @@ impl Pager {
             return Err(PagerError::System { operation: "having pages land", source });
         }
         let source = SourceMemory { round: self.round.clone(), ..source };
-        let claims = self.shards.iter().map(|shared| shared.claims.following(in_place)).collect();
+        let claims = self.trap.claims(Claims::following);
         let known = Known { claims, past: Some(self.board.past()), order: locked(&self.order).clone() };
         let guest = (self.trap.clone(), self.memory.clone());
         let next = Self::begin(guest, &source, lanes, config, known)?;

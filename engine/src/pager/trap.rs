@@ -21,7 +21,9 @@ pub(super) use part::PartTrap;
 pub(crate) use part::errno;
 use userfaultfd::{Error as UffdError, FeatureFlags, Uffd, UffdBuilder};
 
-use super::shards::{MAX_SHARDS, Shards};
+use super::claims::Claims;
+use super::ledger::Ledger;
+use super::shards::{MAX_SHARDS, Part, Shards};
 use crate::memory::{GuestMemory, PAGE_SIZE, PageIndex};
 use crate::pager::PagerError;
 
@@ -34,6 +36,7 @@ const NEEDED: FeatureFlags = FeatureFlags::MISSING_SHMEM.union(MINOR_SHMEM).unio
 #[derive(Clone)]
 pub struct Trap {
     parts: Vec<PartTrap>,
+    ledger: Ledger,
 }
 
 /// Who is told of a touch of a page that is not there.
@@ -98,7 +101,7 @@ impl Trap {
                 .map_err(refused)?;
             PartTrap::over(uffd, part, base, whose)
         });
-        Ok(Self { parts: parts.collect::<Result<_, _>>()? })
+        Self::of(parts.collect::<Result<_, _>>()?)
     }
 
     /// Registers the mapping of the guest's memory in another process, which starts at `base` there,
@@ -120,7 +123,7 @@ impl Trap {
             set_up(&descriptor, NEEDED | FeatureFlags::EVENT_REMOVE)?;
             PartTrap::over(owned(descriptor).map_err(not_made_nonblocking)?, part, base, Whose::Theirs)
         });
-        Ok(Self { parts: parts.collect::<Result<_, _>>()? })
+        Self::of(parts.collect::<Result<_, _>>()?)
     }
 
     /// Registers memory of another process that has no file behind it: `pages` from `base` there, by
@@ -139,7 +142,53 @@ impl Trap {
             }
             PartTrap::over_anonymous(owned(descriptor).map_err(not_made_nonblocking)?, part, base)
         });
-        Ok(Self { parts: parts.collect::<Result<_, _>>()? })
+        Self::of(parts.collect::<Result<_, _>>()?)
+    }
+
+    /// The trap that a process has [adopted](Trap::adopt) which has ended since: by the same userfaultfds, in their order, and what
+    /// it has left in its ledger.
+    ///
+    /// Errors: they are not as many as memory of so many pages was cut for, or one is no userfaultfd.
+    pub fn take_over(descriptors: Vec<OwnedFd>, base: u64, ledger: Ledger) -> Result<Self, PagerError> {
+        let (shards, count) = (shards_of(&descriptors)?, descriptors.len());
+        let parts = shards.cut(ledger.pages()).zip(descriptors).map(|(part, descriptor)| {
+            let uffd = owned(descriptor).map_err(not_made_nonblocking)?;
+            Ok(PartTrap::registered_before(uffd, part, base, &ledger))
+        });
+        let parts = parts.collect::<Result<Vec<_>, PagerError>>()?;
+        let few = || io::Error::other("there is less memory than it was cut for");
+        let failed = |source| PagerError::System { operation: "taking guest memory over", source };
+        (parts.len() == count).then_some(Self { parts, ledger }).ok_or_else(|| failed(few()))
+    }
+
+    fn of(parts: Vec<PartTrap>) -> Result<Self, PagerError> {
+        let pages = parts.iter().map(|part| part.part().pages).sum();
+        let failed =
+            |source| PagerError::System { operation: "making room for what is known of pages", source };
+        Ok(Self { parts, ledger: Ledger::of_this_process(pages).map_err(failed)? })
+    }
+
+    /// Keeps what is known of its pages in `ledger`, from which another process can go on. To be chosen before a pager has it.
+    ///
+    /// Errors: that is for memory of another size.
+    pub fn noted_in(mut self, ledger: Ledger) -> Result<Self, PagerError> {
+        if ledger.pages() != self.pages() {
+            let source = io::Error::other("its ledger is for memory of another size");
+            return Err(PagerError::System { operation: "trapping guest memory", source });
+        }
+        self.parts.iter_mut().for_each(|part| part.note_in(&ledger));
+        self.ledger = ledger;
+        Ok(self)
+    }
+
+    /// What is known of its pages.
+    pub fn ledger(&self) -> &Ledger {
+        &self.ledger
+    }
+
+    /// The claims of each part, which `made` makes of the ledger.
+    pub(super) fn claims(&self, made: impl Fn(&Ledger, usize, Part) -> Claims) -> Vec<Claims> {
+        self.parts.iter().enumerate().map(|(shard, part)| made(&self.ledger, shard, part.part())).collect()
     }
 
     /// Whether this process may use userfaultfd as the pager needs it.

@@ -23,7 +23,7 @@ use super::{GuestError, STEP_PATIENCE, SessionError, WORK_PATIENCE, blocking};
 use crate::export::MAX_SERVERS;
 use crate::import::Lanes;
 use crate::memory::GuestMemory;
-use crate::pager::{FaultServer, FaultsTo, Landing, Pager, PagerConfig, Shards, Trap};
+use crate::pager::{FaultServer, FaultsTo, Landing, Ledger, Pager, PagerConfig, Shards, Stage, Trap};
 use crate::room;
 
 /// Makes guests for what arrives. Called from a blocking thread.
@@ -153,7 +153,7 @@ pub async fn receive<H: DestinationHost>(
         Ok((guest, memory, pager)) => {
             let options = destination.dock.options;
             let drain =
-                Drain::new(channel, pager, (guest.clone(), memory.clone()), (session, options), begun);
+                Drain::new(Some(channel), pager, (guest.clone(), memory.clone()), (session, options), begun);
             Ok(Arrived { guest, memory, drain })
         }
         Err(error) => {
@@ -202,7 +202,7 @@ impl<H: DestinationHost> Destination<'_, H> {
         passed("LanesReady", self.begun);
         self.load(channel, &guest, &pager, servers).await?;
         passed("StateLoaded", self.begun);
-        self.resume(channel, &guest).await?;
+        self.resume(channel, &guest, pager.ledger().clone()).await?;
         passed("Resumed", self.begun);
         Ok((guest, memory, pager))
     }
@@ -245,6 +245,7 @@ impl<H: DestinationHost> Destination<'_, H> {
         let Connected { import, lanes: Lanes { shards, servers }, regions, round } = connected;
         let config = self.dock.options.pager;
         trap.hold();
+        trap.ledger().arrives(self.dock.session);
         let started = blocking(move || import.start(trap, shards, regions, round, config)).await?;
         let servers = servers.into_iter().map(|lane| started.server(lane)).collect::<Result<_, _>>()?;
         Ok((started, servers))
@@ -322,13 +323,22 @@ impl<H: DestinationHost> Destination<'_, H> {
         }
     }
 
-    async fn resume(&self, channel: &mut Channel, guest: &Arc<H::Guest>) -> Result<(), SessionError> {
+    async fn resume(
+        &self,
+        channel: &mut Channel,
+        guest: &Arc<H::Guest>,
+        ledger: Ledger,
+    ) -> Result<(), SessionError> {
         match channel.receive("Commit", STEP_PATIENCE).await? {
             Message::Commit => {}
             other => return Err(unexpected(&other, "Commit")),
         }
         let guest = guest.clone();
-        let resumed = blocking(move || guest.resume()).await;
+        let resumed = blocking(move || {
+            ledger.is_at(Stage::Draining);
+            guest.resume()
+        });
+        let resumed = resumed.await;
         resumed.map_err(|source| SessionError::Guest { operation: "resuming the guest", source })?;
         // The guest runs, whether or not this message arrives.
         if let Err(error) = channel.send(&Message::Resumed).await {

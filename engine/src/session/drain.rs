@@ -20,14 +20,15 @@ use super::round::Connected;
 use super::unpack::rejoins;
 use super::{STEP_PATIENCE, SessionError, blocking};
 use crate::memory::GuestMemory;
-use crate::pager::{Landing, Pager, PagerError, PagerState, PagerStatus};
+use crate::pager::{Landing, Pager, PagerError, PagerState, PagerStatus, Stage, Trap};
 
 /// How often the source hears of progress.
 pub(super) const PROGRESS: Duration = Duration::from_millis(100);
 
 /// See the module.
 pub struct Drain {
-    channel: Channel,
+    /// To the source. `None`: it was another process that spoke with it.
+    channel: Option<Channel>,
     /// Whoever has it keeps the trap: without it the guest would read zeros.
     pager: Arc<Mutex<Pager>>,
     guest: Arc<dyn DestinationGuest>,
@@ -40,7 +41,7 @@ pub struct Drain {
 
 impl Drain {
     pub(super) fn new(
-        channel: Channel,
+        channel: Option<Channel>,
         pager: Pager,
         (guest, memory): (Arc<dyn DestinationGuest>, GuestMemory),
         (session, options): (SessionId, ReceiveOptions),
@@ -97,18 +98,28 @@ impl Drain {
         let touched_pages = blocking(move || guest.touched_pages()).await;
         let arrival = ArrivalReport { resident_us, pager, vcpu_blocktime_us, touched_pages };
         passed("Resident", self.begun);
-        let released = released(&mut self.channel, &arrival).await;
+        let released = match &mut self.channel {
+            Some(channel) => released(channel, &arrival).await,
+            None => Err(SessionError::Protocol("there is nobody to tell")),
+        };
         locked(&self.pager).collapse();
         if let Err(error) = released {
             tracing::warn!(%error, "the source did not confirm; every page is here all the same");
             return Err(Parted { drain: self, why: Why::Unheard(Box::new(arrival)) });
         }
-        passed("Released", self.begun);
+        self.over();
         Ok(arrival)
     }
 
+    /// The source knows that every page is here.
+    fn over(&self) {
+        locked(&self.pager).ledger().is_at(Stage::Over);
+        passed("Released", self.begun);
+    }
+
     async fn tell(&mut self, message: &Message) {
-        if let Err(error) = self.channel.send(message).await {
+        let Some(channel) = &mut self.channel else { return };
+        if let Err(error) = channel.send(message).await {
             tracing::debug!(%error, message = message.name(), "the source could not be told");
         }
     }
@@ -171,6 +182,25 @@ pub enum Rejoined {
 }
 
 impl Parted {
+    /// That of a guest which another process has taken in that has ended: by the trap that was
+    /// [taken over](Trap::take_over) and its [ledger](Trap::ledger), which says that it
+    /// [drains](Stage::Draining). Whoever shows that he knows the session is taken for its source, under
+    /// whatever certificate of our authority: which one it was is not known.
+    pub fn of_another(
+        trap: Trap,
+        (guest, memory): (Arc<dyn DestinationGuest>, GuestMemory),
+        options: ReceiveOptions,
+    ) -> Self {
+        let (session, pager) = (trap.ledger().session(), Pager::of_another(trap, &memory));
+        let drain = Drain::new(None, pager, (guest, memory), (session, options), Instant::now());
+        Self { drain, why: Why::Stranded(Arc::new(PagerError::Left)) }
+    }
+
+    /// Where the pager stood, for whoever watches.
+    pub fn status(&self) -> watch::Receiver<PagerStatus> {
+        self.drain.status()
+    }
+
     /// What happened, in words.
     pub fn reason(&self) -> String {
         match &self.why {
@@ -205,14 +235,16 @@ impl Parted {
         let else_told = "a guest is here already, and its own source is waited for";
         let Caller { mut channel, said, .. } =
             await_call(listener, options.tls.as_ref(), is_source, else_told).await?;
-        if channel.shown() != self.drain.channel.shown() {
+        if self.drain.channel.as_ref().is_some_and(|before| before.shown() != channel.shown()) {
             channel.turn_away("a guest is here already, whose source has another certificate").await;
             return Err(SessionError::Protocol("it shows another certificate than the guest's source"));
         }
         let dock = Dock::of(listener, &channel, session, options);
         let offered = rejoins(said)?;
         if let Why::Unheard(arrival) = &self.why {
-            return released(&mut channel, arrival).await;
+            released(&mut channel, arrival).await?;
+            self.drain.over();
+            return Ok(());
         }
         if let Err(error) = self.drain.go_on(&mut channel, &offered, dock).await {
             // If it was lost once more it is to come again, and is not told to stay away.
@@ -222,7 +254,7 @@ impl Parted {
             return Err(error);
         }
         passed("Rejoined", self.drain.begun);
-        self.drain.channel = channel;
+        self.drain.channel = Some(channel);
         // If it does not hear it, its lanes serve all the same.
         self.drain.tell(&Message::LanesReady).await;
         Ok(())

@@ -104,6 +104,11 @@ pub(crate) struct ReceiveArgs {
     /// What is to run the guest: pcvm itself, or a stock QEMU, started with the command after `--`.
     #[arg(long, value_enum, default_value_t = Vmm::Own)]
     pub(crate) vmm: Vmm,
+    /// Go on with the guest of a QEMU that another `pcvm receive` has started, which was killed: the process PID. Its source
+    /// comes back by itself, or is told to (`pcvm recover`), also to another --listen. With --again, QEMU's command after `--`
+    /// is for the next guest.
+    #[arg(long, value_name = "PID", value_parser = clap::value_parser!(i32).range(1..))]
+    pub(crate) take_over: Option<i32>,
     /// The library that QEMU is started with, where it is not beside pcvm or in ../lib.
     #[arg(long, value_name = "FILE")]
     pub(crate) handover_library: Option<PathBuf>,

@@ -41,17 +41,31 @@ pub(crate) async fn follow(host: Arc<Host>, mut drain: Drain, door: SocketAddr) 
         let Err(parted) = drain.finish().await else {
             return host.set_arrival(Arrival::Resident(status));
         };
-        host.set_arrival(match parted.is_resident() {
-            true => Arrival::Resident(status),
-            false => stranded(&parted, door, status),
-        });
-        match await_source(parted, door).await {
-            Rejoined::Draining(again) => drain = *again,
-            Rejoined::Released(_) => return,
+        match again(&host, parted, door).await {
+            Some(next) => drain = next,
+            None => return,
         }
-        host.set_arrival(Arrival::Draining(drain.status()));
-        cli::say("pcvm: the source is back; the guest's memory follows");
     }
+}
+
+/// As [`follow`], of memory whose source is lost.
+pub(crate) async fn follow_again(host: Arc<Host>, parted: Parted, door: SocketAddr) {
+    if let Some(drain) = again(&host, parted, door).await {
+        follow(host, drain, door).await;
+    }
+}
+
+/// Waits for a source that is lost. What comes then, if anything was missing.
+async fn again(host: &Host, parted: Parted, door: SocketAddr) -> Option<Drain> {
+    let status = parted.status();
+    host.set_arrival(match parted.is_resident() {
+        true => Arrival::Resident(status),
+        false => stranded(&parted, door, status),
+    });
+    let Rejoined::Draining(drain) = await_source(parted, door).await else { return None };
+    host.set_arrival(Arrival::Draining(drain.status()));
+    cli::say("pcvm: the source is back; the guest's memory follows");
+    Some(*drain)
 }
 
 fn stranded(parted: &Parted, door: SocketAddr, status: watch::Receiver<PagerStatus>) -> Arrival {

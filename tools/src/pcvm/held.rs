@@ -49,8 +49,8 @@ impl HeldGuest for MovableVm {
 
 impl HeldGuest for QemuGuest {
     fn ended(&self) -> Option<End> {
-        let status = QemuGuest::ended(self)?;
-        Some(End { how: format!("its QEMU ended: {status}"), failed: !status.success() })
+        let ended = QemuGuest::ended(self)?;
+        Some(End { how: format!("its QEMU ended: {ended}"), failed: ended.failed() })
     }
 
     fn console_input(&self, _bytes: &[u8]) -> Option<usize> {
@@ -82,23 +82,32 @@ impl Room for OwnRoom {
     }
 }
 
-/// Room for a guest of a stock QEMU, started for each.
-pub(crate) struct QemuRoom(pub(crate) QemuCommand);
+/// Room for a guest of a stock QEMU, started for each, if there is to be any.
+pub(crate) struct QemuRoom(pub(crate) Option<QemuCommand>);
 
 impl Room for QemuRoom {
     type Guest = QemuGuest;
     type Host = QemuHost;
 
     fn make(&self) -> anyhow::Result<Arc<QemuHost>> {
-        Ok(Arc::new(QemuHost::start(&self.0)?))
+        let command = self.0.as_ref().context("there is no QEMU to start for a guest")?;
+        Ok(Arc::new(QemuHost::start(command)?))
     }
 }
 
 /// The QEMU to start for a guest, if it is to be one of QEMU's.
 pub(crate) fn qemu_command(args: &ReceiveArgs) -> anyhow::Result<Option<QemuCommand>> {
     match (args.vmm, args.command.split_first()) {
+        (Vmm::Own, _) if args.take_over.is_some() => anyhow::bail!("--take-over is for --vmm qemu"),
         (Vmm::Own, None) => Ok(None),
         (Vmm::Own, Some(_)) => anyhow::bail!("a command after -- is for --vmm qemu"),
+        (Vmm::Qemu, None) if args.take_over.is_some() => {
+            anyhow::ensure!(
+                !args.host.again,
+                "--again needs QEMU's command line after --, for the next guest"
+            );
+            Ok(None)
+        }
         (Vmm::Qemu, None) => {
             anyhow::bail!(
                 "--vmm qemu needs QEMU's command line: -- qemu-system-x86_64 ARGUMENTS, as at the source"

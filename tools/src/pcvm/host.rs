@@ -6,6 +6,7 @@
 //!  (start) ───────▶ Running ──────────────────────────▶ Gone ──▶ exit, or Waiting with --again
 //!      │             ▲    ▲ failed before the handover ─┘ │
 //!      │ receive     │    └───────────────────────────────┤ handover not confirmed
+//!      │  --take-over┤                                    │
 //!      ▼             │                                    ▼
 //!   Waiting ─────────┘                                 InDoubt ── resolve ──▶ Running or Kept
 //!                                                      Kept ───── recover ──▶ Gone
@@ -19,13 +20,14 @@ use std::time::Duration;
 
 use anyhow::Context;
 use postcopy_engine::pager::Trap;
-use postcopy_engine::session::{self, Arrived, ReceiveOptions, SessionError};
+use postcopy_engine::session::{self, Arrived, Parted, ReceiveOptions, SessionError};
 use postcopy_tools::cli;
+use postcopy_vmm::qemu::TakenOver;
 use postcopy_vmm::{BootSource, Console, DEFAULT_CMDLINE, MovableVm, VmConfig, VmHost};
 use tokio::net::TcpListener;
 
-use crate::args::{HostArgs, ReceiveArgs, RunArgs, SelfService, resolve};
-use crate::arrival::{Arrival, follow};
+use crate::args::{HostArgs, ReceiveArgs, RunArgs, SelfService, Vmm, resolve};
+use crate::arrival::{Arrival, follow, follow_again};
 use crate::held::{End, HeldGuest, OwnRoom, QemuRoom, Room, qemu_command};
 use crate::signals::Wanted;
 use crate::states::{Host, State};
@@ -61,7 +63,7 @@ pub(crate) fn run(args: &RunArgs) -> anyhow::Result<()> {
         let desk = Desk::open(&args.host).await?;
         let guest = Arc::new(MovableVm::boot(config, &source, console(&args.host.console))?);
         let room = OwnRoom(factory(&args.host)?);
-        hold(desk, &args.host, room, Door { open: None, address: listen, options }, Some(guest)).await
+        hold(desk, &args.host, room, Door { open: None, address: listen, options }, First::Here(guest)).await
     })
 }
 
@@ -75,15 +77,21 @@ pub(crate) fn receive(args: &ReceiveArgs) -> anyhow::Result<()> {
     let options = args.host.receive(&args.wire)?;
     let command = qemu_command(args)?;
     runtime()?.block_on(async {
-        let door = Door { open: Some(bind(address).await?), address: Some(address), options };
+        let open = bind(address).await?;
         let desk = Desk::open(&args.host).await?;
-        match command {
-            Some(command) => hold(desk, &args.host, QemuRoom(command), door, None).await,
-            None => {
-                postcopy_vmm::check_kvm()?;
-                hold(desk, &args.host, OwnRoom(factory(&args.host)?), door, None).await
-            }
+        if let Some(pid) = args.take_over {
+            let left = First::Left(TakenOver::of(pid)?);
+            // Who has a guest does not listen, but for its source.
+            drop(open);
+            let door = Door { open: None, address: Some(address), options };
+            return hold(desk, &args.host, QemuRoom(command), door, left).await;
         }
+        let door = Door { open: Some(open), address: Some(address), options };
+        if args.vmm == Vmm::Qemu {
+            return hold(desk, &args.host, QemuRoom(command), door, First::Awaited).await;
+        }
+        postcopy_vmm::check_kvm()?;
+        hold(desk, &args.host, OwnRoom(factory(&args.host)?), door, First::Awaited).await
     })
 }
 
@@ -137,25 +145,39 @@ struct Door {
     options: ReceiveOptions,
 }
 
+/// The guest that a process holds first.
+enum First {
+    /// One that comes.
+    Awaited,
+    /// One that was booted here.
+    Here(Arc<dyn HeldGuest>),
+    /// One that another process has left.
+    Left(TakenOver),
+}
+
 /// Holds guests, one after another.
 async fn hold<R: Room>(
     desk: Desk,
     args: &HostArgs,
     room: R,
     mut door: Door,
-    mut guest: Option<Arc<dyn HeldGuest>>,
+    mut first: First,
 ) -> anyhow::Result<()> {
     let Desk { host, control } = desk;
     let server = tokio::spawn(server::serve(control, host.clone()));
     let room = Arc::new(room);
     let mut wanted = Wanted::new().context("listening to signals")?;
     let outcome = loop {
-        let held = match guest.take() {
-            Some(guest) => {
+        let held = match std::mem::replace(&mut first, First::Awaited) {
+            First::Here(guest) => {
                 host.set(State::Running(guest.clone()));
                 hold_one(&host, guest, &mut wanted).await
             }
-            None => {
+            First::Left(left) => {
+                let address = door.address.context("there is nowhere for its source to come back to")?;
+                take_over(&host, left, (address, &door.options), &mut wanted).await
+            }
+            First::Awaited => {
                 let address = door.address.context("there is nowhere to wait for a guest")?;
                 match await_guest(&host, (&mut door, address, &room), &mut wanted).await? {
                     Ok(arrived) => take_in(&host, arrived, address, &mut wanted).await,
@@ -212,10 +234,34 @@ async fn take_in<G: HeldGuest>(
     wanted: &mut Wanted,
 ) -> Next {
     let Arrived { guest, drain, .. } = arrived;
-    let guest: Arc<dyn HeldGuest> = guest;
     host.set_arrival(Arrival::Draining(drain.status()));
+    hold_followed(host, guest, follow(host.clone(), drain, address), wanted).await
+}
+
+/// Holds a guest that another process has taken in, while what is missing of its memory is waited for.
+async fn take_over(
+    host: &Arc<Host>,
+    TakenOver { guest, memory, trap }: TakenOver,
+    (address, options): (SocketAddr, &ReceiveOptions),
+    wanted: &mut Wanted,
+) -> Next {
+    let Some(trap) = trap else {
+        host.set(State::Running(guest.clone()));
+        return hold_one(host, guest, wanted).await;
+    };
+    let parted = Parted::of_another(trap, (guest.clone(), memory), options.clone());
+    hold_followed(host, guest, follow_again(host.clone(), parted, address), wanted).await
+}
+
+/// Holds a guest whose memory is followed meanwhile.
+async fn hold_followed(
+    host: &Arc<Host>,
+    guest: Arc<dyn HeldGuest>,
+    follow: impl Future<Output = ()> + Send + 'static,
+    wanted: &mut Wanted,
+) -> Next {
     host.set(State::Running(guest.clone()));
-    let following = tokio::spawn(follow(host.clone(), drain, address));
+    let following = tokio::spawn(follow);
     let next = hold_one(host, guest, wanted).await;
     // It may hold the port.
     following.abort();

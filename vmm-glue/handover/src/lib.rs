@@ -12,11 +12,14 @@
 //! returns, one message in the form that Firecracker uses, and the descriptors with it:
 //!
 //! ```text
-//!  [{"base_host_virt_addr":…,"size":…,"offset":…,"page_size":4096}]  + userfaultfd, memory file
+//!  [{"base_host_virt_addr":…,"size":…,"offset":…,"page_size":4096,"userfaultfds":[…]}]
+//!      + userfaultfd, memory file, ledger
 //! ```
 //!
 //! Where `POSTCOPY_SHARDS` asks for several userfaultfds, 16 at most, one for each thread of the pager,
-//! all of them come before the memory's file.
+//! all of them come before the memory's file; `userfaultfds` has their numbers here. The ledger is an empty memfd by the
+//! name of `postcopy-ledger`, for the pager to keep what it knows of the memory where it outlives it: it stays open here for
+//! ever, as the userfaultfds do.
 //!
 //! The pager answers with one byte. Without that answer this process ends: a guest whose faults
 //! nobody serves would read zeros in place of its memory. For the same reason the userfaultfd stays
@@ -27,11 +30,12 @@ mod away;
 use std::ffi::{c_int, c_void};
 use std::io::{IoSlice, Read};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Once;
 use std::time::Duration;
 
+use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 
 /// Most userfaultfds of one mapping: the engine has as many shards at most.
@@ -155,19 +159,23 @@ fn hand_over(at: *mut c_void, length: usize, file: RawFd, offset: i64) {
         let mut pager = UnixStream::connect(&pager)?;
         pager.set_read_timeout(Some(PATIENCE))?;
         let layout = format!(
-            "[{{\"base_host_virt_addr\":{},\"size\":{length},\"offset\":{offset},\"page_size\":4096}}]",
+            "[{{\"base_host_virt_addr\":{},\"size\":{length},\"offset\":{offset},\"page_size\":4096,\
+             \"userfaultfds\":{userfaultfds:?}}}]",
             at as u64
         );
+        let ledger = memfd_create("postcopy-ledger", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
         // SAFETY: as above: the descriptor is open, and stays so until mmap returns to its caller.
         let memory = unsafe { BorrowedFd::borrow_raw(file) };
         // SAFETY: just opened, and never closed.
         let faults = userfaultfds.iter().map(|fault| unsafe { BorrowedFd::borrow_raw(*fault) });
-        let all: Vec<_> = faults.chain([memory]).collect();
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST + 1))];
+        let all: Vec<_> = faults.chain([memory, ledger.as_fd()]).collect();
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST + 2))];
         let mut control = SendAncillaryBuffer::new(&mut space);
         control.push(SendAncillaryMessage::ScmRights(&all));
         sendmsg(&pager, &[IoSlice::new(layout.as_bytes())], &mut control, SendFlags::NOSIGNAL)?;
-        pager.read_exact(&mut [0])
+        pager.read_exact(&mut [0])?;
+        let _open = ledger.into_raw_fd();
+        Ok(())
     });
     if let Err(error) = handed {
         eprintln!(

@@ -5,7 +5,6 @@ use std::net::Shutdown;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::process::ExitStatus;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant, SystemTime};
@@ -16,7 +15,7 @@ use serde_json::{Value, json};
 
 use super::balloon::{self, Inflated};
 use super::host::{Described, VMM, layout};
-use super::process::Process;
+use super::process::{Ended, Process};
 use super::qmp::Qmp;
 use super::settings::{Settings, Side};
 use super::{Facts, QemuError, facts, locked, ram, uses};
@@ -98,6 +97,19 @@ impl QemuGuest {
         Self { facts, memory, qmp, process, threads, resumed, before, saving, deflate_to }
     }
 
+    /// That of a QEMU which another process has started, and where it was resumed.
+    pub(super) fn taken_over(
+        facts: Facts,
+        memory: GuestMemory,
+        started: Started,
+        deflate_to: Option<u64>,
+    ) -> Self {
+        let qmp = started.process.monitor_later();
+        let guest = Self::new(facts, memory, qmp, Some(started), deflate_to);
+        guest.resumed.store(true, Ordering::Release);
+        guest
+    }
+
     /// Has its balloon take so many per cent of what it calls free, which then need not move. It gets them back at
     /// the destination when all else is there, or by [`QemuGuest::deflate`]. To be called from a blocking thread, before
     /// a migration; ends early when told to `stop`.
@@ -142,8 +154,8 @@ impl QemuGuest {
         &self.facts
     }
 
-    /// How its QEMU ended, if it was started here and has.
-    pub fn ended(&self) -> Option<ExitStatus> {
+    /// How its QEMU ended, if it was started to take it in and has.
+    pub fn ended(&self) -> Option<Ended> {
         self.process.as_ref().and_then(Process::ended)
     }
 
@@ -168,6 +180,13 @@ impl QemuGuest {
         match (&error, &self.process) {
             (QemuError::Ended { .. }, Some(process)) => process.last_words().into(),
             _ => error.into(),
+        }
+    }
+
+    /// Sets QEMU back to what it was set to, unless that was done.
+    fn set_back(&self) {
+        if let Some(before) = locked(&self.before).take() {
+            self.later("settings", STILL_SET_UP, move |qmp| before.restore(qmp));
         }
     }
 
@@ -303,13 +322,13 @@ impl DestinationGuest for QemuGuest {
         drop(qmp);
         // The guest runs: that is told first.
         self.later("announce", "the network was not told that the guest has moved", announce);
-        if let Some(before) = locked(&self.before).take() {
-            self.later("settings", STILL_SET_UP, move |qmp| before.restore(qmp));
-        }
+        self.set_back();
         Ok(())
     }
 
     fn memory_arrived(&self) {
+        // The process before may have come to it, or not.
+        self.set_back();
         let Some(bytes) = locked(&self.deflate_to).take() else { return };
         let failed = "the guest's balloon keeps what it took for the move";
         self.later("balloon", failed, move |qmp| balloon::set(qmp, bytes));

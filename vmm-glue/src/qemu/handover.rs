@@ -20,7 +20,11 @@ const LONGEST: usize = 4096;
 pub(super) struct Handover {
     /// One for each shard.
     pub(super) userfaultfds: Vec<OwnedFd>,
+    /// Their numbers there.
+    pub(super) numbers: Vec<i32>,
     pub(super) file: File,
+    /// Empty, for what is known of the pages: it is held open there.
+    pub(super) ledger: File,
     /// Address there.
     pub(super) base: u64,
     pub(super) bytes: u64,
@@ -32,6 +36,7 @@ struct Mapping {
     base_host_virt_addr: u64,
     size: u64,
     offset: u64,
+    userfaultfds: Vec<i32>,
 }
 
 /// Takes what one connection hands over, and says so.
@@ -47,7 +52,7 @@ pub(super) fn take(listener: &UnixListener) -> Result<Handover, QemuError> {
 
 fn receive(stream: &UnixStream) -> std::io::Result<Handover> {
     let mut text = [0; LONGEST];
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_SHARDS + 1))];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_SHARDS + 2))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let received = recvmsg(stream, &mut [IoSliceMut::new(&mut text)], &mut control, RecvFlags::CMSG_CLOEXEC)?;
     let mut files = Vec::new();
@@ -56,14 +61,19 @@ fn receive(stream: &UnixStream) -> std::io::Result<Handover> {
             files.extend(sent);
         }
     }
-    let mappings: Vec<Mapping> = serde_json::from_slice(&text[..received.bytes])?;
+    let mut mappings: Vec<Mapping> = serde_json::from_slice(&text[..received.bytes])?;
     let whole = |what: &str| std::io::Error::other(format!("the handover has {what}"));
-    let [mapping] = mappings.as_slice() else { return Err(whole("more than one mapping")) };
-    if mapping.offset != 0 {
+    let mapping = mappings.pop().filter(|_| mappings.is_empty());
+    let Mapping { base_host_virt_addr: base, size: bytes, offset, userfaultfds: numbers } =
+        mapping.ok_or_else(|| whole("more than one mapping"))?;
+    if offset != 0 {
         return Err(whole("a mapping that does not start with its file"));
     }
-    let file = files.pop().filter(|_| !files.is_empty());
-    let file = file.ok_or_else(|| whole("not a userfaultfd and the memory's file"))?.into();
-    let Mapping { base_host_virt_addr: base, size: bytes, .. } = *mapping;
-    Ok(Handover { userfaultfds: files, file, base, bytes })
+    let (ledger, file) = (files.pop(), files.pop());
+    let named = !numbers.is_empty() && numbers.len() == files.len();
+    let (file, ledger) = file
+        .zip(ledger)
+        .filter(|_| named)
+        .ok_or_else(|| whole("not the userfaultfds that it names, the memory's file and a ledger"))?;
+    Ok(Handover { userfaultfds: files, numbers, file: file.into(), ledger: ledger.into(), base, bytes })
 }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
 
 use postcopy_engine::memory::{Gpa, GuestMemory, MemoryLayout, MemoryRegion};
-use postcopy_engine::pager::{Shards, Trap};
+use postcopy_engine::pager::{Ledger, Shards, Trap};
 use postcopy_engine::session::{DestinationHost, GuestDescription, GuestError};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
@@ -16,6 +16,7 @@ use super::handover::Handover;
 use super::process::Process;
 use super::qmp::Qmp;
 use super::settings::{Settings, Side};
+use super::taken_over::{Noted, Trapped};
 use super::{Facts, QemuError};
 
 /// Kind of VMM that the state belongs to.
@@ -43,6 +44,8 @@ struct Waiting {
     qmp: Qmp,
     before: Settings,
     handover: Option<Handover>,
+    /// What is noted for a process that takes this one's place, once the RAM is taken over.
+    noted: Option<(Ledger, Trapped)>,
 }
 
 /// Takes one guest in, into the QEMU that it has started.
@@ -77,7 +80,7 @@ impl QemuHost {
         });
         match ready {
             Ok((facts, handover, before)) => {
-                let waiting = Waiting { facts, process, qmp, before, handover: Some(handover) };
+                let waiting = Waiting { facts, process, qmp, before, handover: Some(handover), noted: None };
                 Ok(Self { waiting: Mutex::new(Some(waiting)) })
             }
             Err(error) => {
@@ -143,19 +146,32 @@ impl DestinationHost for QemuHost {
         let waiting = waiting.as_mut().ok_or("QEMU has its guest already")?;
         facts.fits(&waiting.facts)?;
         let handover = waiting.handover.take().ok_or("a guest was let in before, and did not come")?;
-        let memory = GuestMemory::of_file(description.layout.clone(), handover.file)?;
-        let trap = Trap::adopt(handover.userfaultfds, handover.base, &memory)?;
+        let Handover { userfaultfds, numbers, file, ledger, base, .. } = handover;
+        let memory = GuestMemory::of_file(description.layout.clone(), file)?;
+        let ledger = Ledger::begin(&ledger, description.layout.total_pages())?;
+        let trap = Trap::adopt(userfaultfds, base, &memory)?.noted_in(ledger.clone())?;
+        // Memory that is too small for all of them is trapped by the first.
+        let userfaultfds = numbers.into_iter().take(trap.shards()).collect();
+        waiting.noted = Some((ledger, Trapped { base, userfaultfds }));
         Ok((memory, trap))
     }
 
     fn prepare(&self, description: &GuestDescription, memory: &GuestMemory) -> Result<QemuGuest, GuestError> {
         let Described { deflate_to, .. } = described(description)?;
         let waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let Waiting { facts, process, mut qmp, before, .. } = waiting.ok_or("QEMU has its guest already")?;
+        let Waiting { facts, process, mut qmp, before, noted, .. } =
+            waiting.ok_or("QEMU has its guest already")?;
         let uri = format!("unix:{}", process.state_socket().display());
         let ready =
             qmp.execute("migrate-incoming", &json!({"uri": uri})).and_then(|_| vcpu_threads(&mut qmp));
         let threads = ready.inspect_err(|_| process.kill())?;
+        if let Some((ledger, trapped)) = noted {
+            let (facts, before, folder) = (facts.clone(), before.clone(), process.folder().to_owned());
+            let noted = Noted { facts, trapped, folder, threads: threads.clone(), before, deflate_to };
+            if let Err(error) = noted.keep(&ledger) {
+                tracing::warn!(%error, "if this process is killed, no other can go on");
+            }
+        }
         Ok(QemuGuest::new(facts, memory.clone(), qmp, Some(Started { process, threads, before }), deflate_to))
     }
 }

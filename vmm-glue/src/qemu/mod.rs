@@ -15,7 +15,7 @@
 //!
 //! `facts.rs` says what a QEMU is, and refuses before anything stops what could not be moved;
 //! `foreign.rs`, who else would reach its memory. `settings.rs` has what QEMU is set to meanwhile, `uses.rs`
-//! what it writes and touches. `balloon.rs` takes what is free out of the guest before, `self_balloon.rs` all the time.
+//! what it writes and touches. `taken_over.rs` is how a process goes on with what another has taken in that was killed. `balloon.rs` takes what is free out of the guest before, `self_balloon.rs` all the time.
 
 mod balloon;
 mod facts;
@@ -28,6 +28,7 @@ mod qmp;
 mod ram;
 mod self_balloon;
 mod settings;
+mod taken_over;
 mod uses;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -36,7 +37,9 @@ pub use balloon::Inflated;
 pub use facts::Facts;
 pub use guest::QemuGuest;
 pub use host::{QemuCommand, QemuHost};
+pub use process::Ended;
 pub use self_balloon::{SelfBalloon, Share, Turn};
+pub use taken_over::TakenOver;
 
 fn locked<T>(shared: &Mutex<T>) -> MutexGuard<'_, T> {
     shared.lock().unwrap_or_else(PoisonError::into_inner)

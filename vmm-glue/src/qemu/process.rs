@@ -1,4 +1,5 @@
-//! A QEMU that this process has started as a destination: its command line, its life, its last words.
+//! A QEMU that this process has started as a destination, or has taken over from one that had: its command line, its life, its
+//! last words.
 
 use std::collections::VecDeque;
 use std::ffi::OsString;
@@ -9,15 +10,17 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, channel};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use tempfile::TempDir;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fd::OwnedFd;
+use rustix::process::{Signal, pidfd_send_signal};
 
 use super::handover::{self, Handover};
 use super::host::QemuCommand;
 use super::qmp::Qmp;
-use super::{QemuError, foreign};
+use super::{QemuError, foreign, locked};
 
 /// How long QEMU may take until its monitor answers.
 const START_PATIENCE: Duration = Duration::from_secs(60);
@@ -30,10 +33,68 @@ const KEPT_LINES: usize = 5;
 
 /// The process. Dropping it leaves it alone: its guest may be somebody's.
 pub(super) struct Process {
-    child: Mutex<Child>,
+    life: Life,
     said: Arc<Mutex<VecDeque<String>>>,
-    /// Its sockets, where only this user can look.
-    dir: TempDir,
+    dir: Folder,
+}
+
+/// How it is heard of.
+enum Life {
+    /// It is a child of this process.
+    Child(Mutex<Child>),
+    /// It was another's.
+    Other(OwnedFd),
+}
+
+/// How a QEMU has ended.
+#[derive(Clone, Copy, Debug)]
+pub enum Ended {
+    /// It was started here.
+    With(ExitStatus),
+    /// It was started by another process, and nobody tells.
+    Somehow,
+}
+
+impl Ended {
+    /// Whether it says that something went wrong.
+    pub fn failed(self) -> bool {
+        matches!(self, Self::With(status) if !status.success())
+    }
+}
+
+impl std::fmt::Display for Ended {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::With(status) => status.fmt(f),
+            Self::Somehow => f.write_str("how, nobody tells"),
+        }
+    }
+}
+
+/// Where its sockets are, and only this user can look.
+struct Folder(PathBuf);
+
+impl Folder {
+    fn handover(&self) -> PathBuf {
+        self.0.join("handover")
+    }
+
+    fn monitor(&self) -> PathBuf {
+        self.0.join("monitor")
+    }
+
+    fn remove(&self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // Whoever takes over a QEMU that lives needs it.
+        if self.ended().is_some() {
+            self.dir.remove();
+        }
+    }
 }
 
 impl Process {
@@ -45,7 +106,8 @@ impl Process {
         let dir =
             tempfile::Builder::new().prefix("pcvm-").permissions(Permissions::from_mode(0o700)).tempdir();
         let dir = dir.map_err(QemuError::system("making a directory for QEMU's sockets"))?;
-        let (socket, monitor) = (dir.path().join("handover"), dir.path().join("monitor"));
+        let dir = Folder(dir.keep());
+        let (socket, monitor) = (dir.handover(), dir.monitor());
         let listener =
             UnixListener::bind(&socket).map_err(QemuError::system("making the handover's socket"))?;
         let mut preload = OsString::from(&command.library);
@@ -65,13 +127,13 @@ impl Process {
             .stdin(Stdio::null())
             .stderr(Stdio::piped())
             .spawn();
-        let mut child =
-            started.map_err(QemuError::system(format!("starting {}", command.program.display())))?;
+        let failed = QemuError::system(format!("starting {}", command.program.display()));
+        let mut child = started.inspect_err(|_| dir.remove()).map_err(failed)?;
         let said = Arc::new(Mutex::new(VecDeque::new()));
         if let Some(stderr) = child.stderr.take() {
             listen(stderr, said.clone());
         }
-        let process = Self { child: Mutex::new(child), said, dir };
+        let process = Self { life: Life::Child(Mutex::new(child)), said, dir };
         let handed = take_all(listener);
         match process.monitor(&monitor) {
             Ok(qmp) => Ok((process, qmp, handed)),
@@ -82,9 +144,32 @@ impl Process {
         }
     }
 
+    /// One that another process has started, which has ended since, by its pidfd and the folder of its sockets.
+    ///
+    /// Errors: its handovers cannot be taken in that process's stead.
+    pub(super) fn take_over(pidfd: OwnedFd, folder: PathBuf) -> Result<Self, QemuError> {
+        let socket = folder.join("handover");
+        let failed = QemuError::system("making the handover's socket anew");
+        let listener =
+            std::fs::remove_file(&socket).and_then(|()| UnixListener::bind(&socket)).map_err(failed)?;
+        // Its RAM was handed over.
+        drop(take_all(listener));
+        Ok(Self { life: Life::Other(pidfd), said: Arc::default(), dir: Folder(folder) })
+    }
+
+    /// Where its sockets are.
+    pub(super) fn folder(&self) -> &Path {
+        &self.dir.0
+    }
+
+    /// Its monitor, which is asked when it has to be.
+    pub(super) fn monitor_later(&self) -> Qmp {
+        Qmp::later(self.dir.monitor())
+    }
+
     /// Where it takes the guest's state in.
     pub(super) fn state_socket(&self) -> PathBuf {
-        self.dir.path().join("state")
+        self.dir.0.join("state")
     }
 
     /// Connects to the monitor as soon as there is one.
@@ -105,15 +190,22 @@ impl Process {
     }
 
     /// How it ended, if it has.
-    pub(super) fn ended(&self) -> Option<ExitStatus> {
-        self.child.lock().unwrap_or_else(PoisonError::into_inner).try_wait().ok().flatten()
+    pub(super) fn ended(&self) -> Option<Ended> {
+        match &self.life {
+            Life::Child(child) => locked(child).try_wait().ok().flatten().map(Ended::With),
+            Life::Other(pidfd) => {
+                let mut end = [PollFd::new(pidfd, PollFlags::IN)];
+                let over = poll(&mut end, Some(&Timespec::default())).is_ok_and(|ready| ready > 0);
+                over.then_some(Ended::Somehow)
+            }
+        }
     }
 
     /// That it has ended, in its own words.
     pub(super) fn last_words(&self) -> QemuError {
         // What it wrote before it ended may still be on its way.
         std::thread::sleep(LOOK);
-        let said = self.said.lock().unwrap_or_else(PoisonError::into_inner);
+        let said = locked(&self.said);
         let said: Vec<&str> = said.iter().map(String::as_str).collect();
         let said = if said.is_empty() { String::new() } else { format!(": {}", said.join("; ")) };
         QemuError::Ended { said }
@@ -130,10 +222,18 @@ impl Process {
 
     /// Ends it at once.
     pub(super) fn kill(&self) {
-        let mut child = self.child.lock().unwrap_or_else(PoisonError::into_inner);
-        if matches!(child.try_wait(), Ok(None)) {
-            let _ = child.kill();
-            let _ = child.wait();
+        match &self.life {
+            Life::Child(child) => {
+                let mut child = locked(child);
+                if matches!(child.try_wait(), Ok(None)) {
+                    let _ = child.kill();
+                    let _ = child.wait();
+                }
+            }
+            Life::Other(pidfd) => {
+                let _ = pidfd_send_signal(pidfd, Signal::KILL);
+                let _ = poll(&mut [PollFd::new(pidfd, PollFlags::IN)], None);
+            }
         }
     }
 }
@@ -160,7 +260,7 @@ fn listen(stderr: std::process::ChildStderr, said: Arc<Mutex<VecDeque<String>>>)
     let pass_on = move || {
         for line in BufReader::new(stderr).lines().map_while(Result::ok) {
             eprintln!("{line}");
-            let mut said = said.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut said = locked(&said);
             said.push_back(line);
             if said.len() > KEPT_LINES {
                 said.pop_front();

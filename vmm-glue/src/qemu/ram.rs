@@ -23,17 +23,29 @@ struct Mapped {
 /// Errors: there is none, or several, or not all of it has arrived there, or this process may not look into that
 /// one.
 pub(super) fn open(pid: i32, bytes: u64) -> Result<File, QemuError> {
-    let look = |what: &str| looking(pid, what);
-    let mut found = mappings(pid, bytes)?;
-    for each in &found {
-        if is_trapped(pid, each.start..each.start + each.bytes).map_err(look("its mappings"))? {
+    for each in mappings(pid, bytes)? {
+        let trapped = is_trapped(pid, each.start..each.start + each.bytes);
+        if trapped.map_err(looking(pid, "its mappings"))? {
             return Err(QemuError::Unfit(format!(
                 "the memory of process {pid} has not all arrived there yet: wait until its move is over"
             )));
         }
     }
+    let mut found = mappings(pid, bytes)?;
     found.dedup_by(|one, other| one.file == other.file);
-    let wanted = only(pid, bytes, &found)?;
+    file_of(pid, only(pid, bytes, &found)?)
+}
+
+/// Opens the file that process `pid` has mapped at `base`. Where its memory still arrives the kernel tells of the mapping in pieces,
+/// as it is trapped.
+pub(super) fn open_at(pid: i32, base: u64) -> Result<File, QemuError> {
+    let there = all_mappings(pid)?.into_iter().find(|each| each.start == base);
+    let none = || QemuError::Unfit(format!("process {pid} has no shared mapping at {base:#x} any more"));
+    file_of(pid, &there.ok_or_else(none)?)
+}
+
+fn file_of(pid: i32, wanted: &Mapped) -> Result<File, QemuError> {
+    let look = |what: &str| looking(pid, what);
     for entry in std::fs::read_dir(format!("/proc/{pid}/fd")).map_err(look("its files"))?.flatten() {
         let Ok(metadata) = std::fs::metadata(entry.path()) else { continue };
         let device = metadata.dev();
@@ -57,8 +69,12 @@ pub(super) fn looking(pid: i32, what: &str) -> impl FnOnce(std::io::Error) -> Qe
 }
 
 fn mappings(pid: i32, bytes: u64) -> Result<Vec<Mapped>, QemuError> {
+    Ok(all_mappings(pid)?.into_iter().filter(|each| each.bytes == bytes).collect())
+}
+
+fn all_mappings(pid: i32) -> Result<Vec<Mapped>, QemuError> {
     let maps = std::fs::read_to_string(format!("/proc/{pid}/maps")).map_err(looking(pid, "its mappings"))?;
-    Ok(maps.lines().filter_map(mapped).filter(|each| each.bytes == bytes).collect())
+    Ok(maps.lines().filter_map(mapped).collect())
 }
 
 fn only(pid: i32, bytes: u64, found: &[Mapped]) -> Result<&Mapped, QemuError> {

@@ -1,6 +1,7 @@
 //! What a QEMU is set to for a move of ours, and back: a later migration of its own must carry the RAM, and whoever manages
 //! it has settings of its own.
 
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::QemuError;
@@ -34,6 +35,7 @@ const NO_TLS: &str = "";
 const SUPPRESSED: &str = "suppress-vmdesc";
 
 /// What a QEMU is set to without a move of ours.
+#[derive(Clone, Serialize, Deserialize)]
 pub(super) struct Settings {
     /// Those that are needed and off, and those that are on and not needed.
     capabilities: Vec<(String, bool)>,

@@ -12,6 +12,7 @@ use userfaultfd::{Error as UffdError, Event, EventBuffer, RegisterMode, Uffd};
 use super::{TrapEvent, Whose, failed};
 use crate::memory::{PAGE_SIZE, PageIndex};
 use crate::page_set::PageSet;
+use crate::pager::ledger::Ledger;
 use crate::pager::shards::Part;
 use crate::pager::{PagerError, locked};
 use crate::planner::Run;
@@ -32,6 +33,8 @@ pub(in crate::pager) struct PartTrap {
     held: Arc<AtomicBool>,
     /// Pages that were given back, where that is told: what has landed for them since is stale.
     given_back: Arc<Mutex<PageSet>>,
+    /// Where that is kept for another process.
+    ledger: Option<Ledger>,
 }
 
 impl PartTrap {
@@ -58,9 +61,13 @@ impl PartTrap {
         let start = base as *mut libc::c_void;
         uffd.register_with_mode(start, part.bytes() as usize, mode)
             .map_err(|error| PagerError::Userfault { operation: "UFFDIO_REGISTER", source: errno(error) })?;
+        Ok(Self::new(uffd, part, base, whose))
+    }
+
+    fn new(uffd: Uffd, part: Part, base: u64, whose: Whose) -> Self {
         let told = if whose == Whose::Theirs { part.pages } else { 0 };
         let given_back = Arc::new(Mutex::new(PageSet::new(told, false)));
-        Ok(Self {
+        Self {
             uffd: Arc::new(uffd),
             part,
             base,
@@ -69,7 +76,28 @@ impl PartTrap {
             early: Arc::default(),
             held: Arc::default(),
             given_back,
-        })
+            ledger: None,
+        }
+    }
+
+    /// As [`PartTrap::over`], which another process has done that has ended since.
+    pub(super) fn registered_before(uffd: Uffd, part: Part, guest: u64, ledger: &Ledger) -> Self {
+        let mut trap = Self::new(uffd, part, guest.wrapping_add(part.offset()), Whose::Theirs);
+        trap.given_back = Arc::new(Mutex::new(ledger.given_back(part)));
+        trap.note_in(ledger);
+        trap
+    }
+
+    pub(super) fn note_in(&mut self, ledger: &Ledger) {
+        self.ledger = Some(ledger.clone());
+    }
+
+    /// These pages are zero from now on, unless something is written there.
+    fn note_given_back(&self, first: u64, end: u64) {
+        locked(&self.given_back).put(first, end, true);
+        if let Some(ledger) = &self.ledger {
+            ledger.give_back(self.part, first, end);
+        }
     }
 
     /// Which part it is.
@@ -117,7 +145,7 @@ impl PartTrap {
                 Ok(Event::Remove { start, end }) => {
                     let [first, end] = [start, end].map(|at| page(at as u64).0.min(self.part.pages));
                     if self.whose == Whose::Theirs {
-                        locked(&self.given_back).put(first, end, true);
+                        self.note_given_back(first, end);
                     }
                     seen.push(TrapEvent::Discarded { first: PageIndex(first), end: PageIndex(end) });
                 }

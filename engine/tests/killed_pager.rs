@@ -1,0 +1,226 @@
+//! A pager's process that is killed, at any moment, and others that go on where it was. The memory is of this process, whose
+//! threads touch it all the time, as a QEMU's do; whoever brings it is this program, started again with arguments; so there
+//! is no test harness here.
+#![allow(clippy::unwrap_used)] // helpers of tests, where a panic is the report
+
+mod common;
+
+use std::fs::File;
+use std::io::{BufRead, BufReader};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use common::{Setup, content, empty, end_of, filled};
+use postcopy_engine::export::Export;
+use postcopy_engine::import::{Import, Lanes};
+use postcopy_engine::memory::{GuestMemory, PAGE_SIZE};
+use postcopy_engine::page_set::PageSet;
+use postcopy_engine::pagemap::Dirty;
+use postcopy_engine::pager::{
+    Landing, Ledger, Pager, PagerConfig, PagerState, Round, RoundWatch, Shards, Trap,
+};
+use postcopy_transport::{EndpointOptions, Transport};
+use rustix::fs::{MemfdFlags, memfd_create};
+use rustix::io::{FdFlags, fcntl_setfd};
+use serde::{Deserialize, Serialize};
+
+/// 16 MiB.
+const PAGES: u64 = 4096;
+const MARK: &[u8] = b"written at the destination";
+
+fn main() {
+    let arguments: Vec<String> = std::env::args().collect();
+    if let [_, role, given] = &arguments[..]
+        && role == "pager"
+    {
+        return pager(&serde_json::from_str(given).unwrap());
+    }
+    goes_on_wherever_it_was_killed();
+    println!("test goes_on_wherever_it_was_killed ... ok");
+}
+
+/// What a pager's process is told.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct Given {
+    transport: String,
+    in_place: bool,
+    hybrid: bool,
+    /// Whether another was at work before.
+    later: bool,
+    base: u64,
+    /// Descriptors that it inherits.
+    userfaultfds: Vec<i32>,
+    memory: i32,
+    ledger: i32,
+}
+
+/// What a page is in the end: in hybrid some are written while the round goes on, of those some are zero afterwards.
+fn moved(page: u64, hybrid: bool) -> Vec<u8> {
+    match page % 10 {
+        0 if hybrid => vec![0; PAGE_SIZE as usize],
+        5 if hybrid => content(2 * page + 1),
+        _ => content(page),
+    }
+}
+
+/// The process that brings the memory, from a source of its own, which is always the same.
+fn pager(given: &Given) {
+    let transport: Transport = given.transport.parse().unwrap();
+    // SAFETY: the numbers are of descriptors that this process has inherited for this, and nobody else uses here.
+    let own = |number: &i32| unsafe { OwnedFd::from_raw_fd(*number) };
+    let userfaultfds: Vec<_> = given.userfaultfds.iter().map(own).collect();
+    let (file, ledger) = (File::from(own(&given.memory)), File::from(own(&given.ledger)));
+    let source = filled(PAGES);
+    let memory = GuestMemory::of_file(source.layout().clone(), file).unwrap();
+    let options = EndpointOptions::default();
+    let mut export = Export::new(transport, &source, &options).unwrap();
+    let landing = if given.in_place { Landing::InPlace } else { Landing::Pool };
+    let setup = Setup { landing, shards: Shards::new(userfaultfds.len()).unwrap() };
+    let import = Import::new(transport, &memory, (landing, setup.shards.count()), &options).unwrap();
+    let mut shards = import.connect_local(&mut export, setup.shards.count()).unwrap();
+    let config = PagerConfig::default();
+
+    // Before anything lands in it.
+    let trap = match given.later {
+        true => Trap::take_over(userfaultfds, given.base, Ledger::open(&ledger).unwrap()).unwrap(),
+        false => {
+            let trap = Trap::adopt(userfaultfds, given.base, &memory).unwrap();
+            trap.noted_in(Ledger::begin(&ledger, PAGES).unwrap()).unwrap()
+        }
+    };
+    let mut round = Round::none();
+    if given.hybrid && !given.later {
+        export.describe_running().unwrap();
+        round = import.pre_copy(&mut shards[0], export.regions(), &RoundWatch::default()).unwrap();
+    }
+    let mut dirty = PageSet::new(PAGES, false);
+    for page in (0..PAGES).step_by(5).filter(|_| given.hybrid) {
+        assert!(source.guest().write(page * PAGE_SIZE, &moved(page, true)));
+        dirty.put(page, page + 1, true);
+    }
+    let log = Dirty { tell: Box::new(|| Some(dirty)), discards: false };
+    export.describe_pages(given.hybrid.then_some(log)).unwrap();
+
+    let pager = if given.later {
+        let mut pager = Pager::of_another(trap, &memory);
+        let lanes = Lanes { shards, servers: Vec::new() };
+        import.go_on(&mut pager, lanes, export.regions(), config).unwrap();
+        pager
+    } else {
+        import.start(trap, shards, export.regions(), round, config).unwrap()
+    };
+    println!("at work");
+    let end = end_of(&pager);
+    assert!(matches!(end.state, PagerState::Resident), "{given:?}: {:?}", end.state);
+}
+
+fn userfaultfd() -> OwnedFd {
+    // SAFETY: a system call without pointers, which gives a new descriptor or -1.
+    let opened = unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC) };
+    assert!(opened >= 0, "{}", std::io::Error::last_os_error());
+    // SAFETY: the descriptor is new and nobody else's.
+    unsafe { OwnedFd::from_raw_fd(opened as i32) }
+}
+
+/// Touches every page in an order of its own, checks each, and marks every seventh, where others may be at it.
+fn touch(memory: &GuestMemory, hybrid: bool, thread: u64) {
+    let guest = memory.guest();
+    for step in 0..PAGES {
+        let page = (step * 1_009 + thread * 777) % PAGES;
+        let mut seen = vec![0; PAGE_SIZE as usize];
+        assert!(guest.read(page * PAGE_SIZE, &mut seen));
+        let from = if page.is_multiple_of(7) { MARK.len() } else { 0 };
+        assert!(seen[from..] == moved(page, hybrid)[from..], "page {page}");
+        if page.is_multiple_of(7) {
+            assert!(guest.write(page * PAGE_SIZE, MARK));
+        }
+    }
+}
+
+/// Runs pagers and kills them, a little later each time, until one brings the last page. How many were killed.
+fn outlive(mut given: Given) -> u32 {
+    for killed in 0.. {
+        let mut process = Command::new(std::env::current_exe().unwrap());
+        process.arg("pager").arg(serde_json::to_string(&given).unwrap()).stdout(Stdio::piped());
+        let mut process = process.spawn().unwrap();
+        let mut said = String::new();
+        BufReader::new(process.stdout.take().unwrap()).read_line(&mut said).unwrap();
+        assert!(said == "at work\n", "{given:?}: it has failed");
+        std::thread::sleep(Duration::from_micros(u64::from(killed) * 1500));
+        process.kill().unwrap();
+        if process.wait().unwrap().success() {
+            return killed;
+        }
+        given.later = true;
+    }
+    unreachable!("one is left alone long enough")
+}
+
+fn goes_on_wherever_it_was_killed() {
+    let mut killed = 0;
+    for (in_place, shards, hybrid) in
+        [(false, 1, false), (false, 3, false), (true, 3, false), (true, 1, true), (true, 3, true)]
+    {
+        let memory = empty(PAGES);
+        let ledger = memfd_create("ledger", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
+        // They stay open here, so that the guest waits.
+        let userfaultfds: Vec<_> = (0..shards).map(|_| userfaultfd()).collect();
+        let inherited = userfaultfds.iter().map(AsFd::as_fd).chain([memory.guest().file(), ledger.as_fd()]);
+        inherited.for_each(|descriptor| fcntl_setfd(descriptor, FdFlags::empty()).unwrap());
+        let given = Given {
+            transport: "tcp".into(),
+            in_place,
+            hybrid,
+            later: false,
+            base: memory.guest().base() as u64,
+            userfaultfds: userfaultfds.iter().map(AsRawFd::as_raw_fd).collect(),
+            memory: memory.guest().file().as_raw_fd(),
+            ledger: ledger.as_raw_fd(),
+        };
+        std::thread::scope(|scope| {
+            let pagers = scope.spawn(|| outlive(given));
+            // Before the trap is there, holes would be seen.
+            let begun =
+                || std::fs::metadata(format!("/proc/self/fd/{}", ledger.as_raw_fd())).unwrap().len() > 0;
+            while !begun() || !is_trapped(&memory) {
+                std::thread::sleep(Duration::from_micros(200));
+            }
+            let memory = &memory;
+            let touching: Vec<_> =
+                (0..2).map(|thread| scope.spawn(move || touch(memory, hybrid, thread))).collect();
+            touching.into_iter().for_each(|thread| thread.join().unwrap());
+            killed += pagers.join().unwrap();
+        });
+        for page in 0..PAGES {
+            let mut seen = vec![0; PAGE_SIZE as usize];
+            assert!(memory.guest().read(page * PAGE_SIZE, &mut seen));
+            let mut expected = moved(page, hybrid);
+            if page.is_multiple_of(7) {
+                expected[..MARK.len()].copy_from_slice(MARK);
+            }
+            assert!(seen == expected, "page {page} at the end");
+        }
+    }
+    assert!(killed > 20, "only {killed} were killed");
+}
+
+/// Whether all of the guest's mapping is registered.
+fn is_trapped(memory: &GuestMemory) -> bool {
+    let addresses = memory.guest().addresses();
+    let mut at = addresses.start;
+    let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+    let mut inside = false;
+    for line in smaps.lines() {
+        if let Some((start, end)) = line.split_whitespace().next().and_then(|range| range.split_once('-'))
+            && let (Ok(start), Ok(end)) = (u64::from_str_radix(start, 16), u64::from_str_radix(end, 16))
+        {
+            inside = start == at && end <= addresses.end;
+            at = if inside { end } else { at };
+        } else if inside && line.starts_with("VmFlags:") && !line.split_whitespace().any(|flag| flag == "um")
+        {
+            return false;
+        }
+    }
+    at == addresses.end
+}
