@@ -11,7 +11,7 @@ use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use common::{Setup, content, empty, end_of, filled};
+use common::{Setup, assert_marked, content, empty, end_of, filled, touch};
 use postcopy_engine::export::Export;
 use postcopy_engine::import::{Import, Lanes};
 use postcopy_engine::memory::{GuestMemory, PAGE_SIZE};
@@ -27,7 +27,6 @@ use serde::{Deserialize, Serialize};
 
 /// 16 MiB.
 const PAGES: u64 = 4096;
-const MARK: &[u8] = b"written at the destination";
 
 fn main() {
     let arguments: Vec<String> = std::env::args().collect();
@@ -123,21 +122,6 @@ fn userfaultfd() -> OwnedFd {
     unsafe { OwnedFd::from_raw_fd(opened as i32) }
 }
 
-/// Touches every page in an order of its own, checks each, and marks every seventh, where others may be at it.
-fn touch(memory: &GuestMemory, hybrid: bool, thread: u64) {
-    let guest = memory.guest();
-    for step in 0..PAGES {
-        let page = (step * 1_009 + thread * 777) % PAGES;
-        let mut seen = vec![0; PAGE_SIZE as usize];
-        assert!(guest.read(page * PAGE_SIZE, &mut seen));
-        let from = if page.is_multiple_of(7) { MARK.len() } else { 0 };
-        assert!(seen[from..] == moved(page, hybrid)[from..], "page {page}");
-        if page.is_multiple_of(7) {
-            assert!(guest.write(page * PAGE_SIZE, MARK));
-        }
-    }
-}
-
 /// Runs pagers and kills them, a little later each time, until one brings the last page. How many were killed.
 fn outlive(mut given: Given) -> u32 {
     for killed in 0.. {
@@ -187,20 +171,13 @@ fn goes_on_wherever_it_was_killed() {
                 std::thread::sleep(Duration::from_micros(200));
             }
             let memory = &memory;
-            let touching: Vec<_> =
-                (0..2).map(|thread| scope.spawn(move || touch(memory, hybrid, thread))).collect();
+            let touching: Vec<_> = (0..2)
+                .map(|thread| scope.spawn(move || touch(memory, |page| moved(page, hybrid), thread)))
+                .collect();
             touching.into_iter().for_each(|thread| thread.join().unwrap());
             killed += pagers.join().unwrap();
         });
-        for page in 0..PAGES {
-            let mut seen = vec![0; PAGE_SIZE as usize];
-            assert!(memory.guest().read(page * PAGE_SIZE, &mut seen));
-            let mut expected = moved(page, hybrid);
-            if page.is_multiple_of(7) {
-                expected[..MARK.len()].copy_from_slice(MARK);
-            }
-            assert!(seen == expected, "page {page} at the end");
-        }
+        assert_marked(&memory, |page| moved(page, hybrid));
     }
     assert!(killed > 20, "only {killed} were killed");
 }

@@ -7,7 +7,7 @@ mod common;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use common::{Setup, available_setups, check, content, empty, end_of, filled};
+use common::{Setup, assert_marked, available_setups, check, content, empty, end_of, filled, touch};
 use postcopy_engine::export::Export;
 use postcopy_engine::import::{Import, Lanes};
 use postcopy_engine::memory::{GuestMemory, PAGE_SIZE, PageIndex};
@@ -20,7 +20,6 @@ use postcopy_transport::{AnyLane, EndpointOptions, Transport};
 
 /// 8 MiB: four huge pages, so that there can be three shards.
 const PAGES: u64 = 2048;
-const MARK: &[u8] = b"written at the destination";
 
 fn export(transport: Transport, memory: &GuestMemory) -> Export {
     let mut export = Export::new(transport, memory, &EndpointOptions::default()).unwrap();
@@ -60,34 +59,6 @@ fn broken(Lanes { shards, servers }: Lanes, which: usize, nth: u64, how: How) ->
     Lanes { shards, servers: servers.into_iter().map(each).collect() }
 }
 
-/// Touches every page in an order of its own, checks each, and marks every seventh, where others may be at it.
-fn touch(memory: &GuestMemory, thread: u64) {
-    let guest = memory.guest();
-    for step in 0..PAGES {
-        let page = (step * 1_009 + thread * 777) % PAGES;
-        let mut seen = vec![0; PAGE_SIZE as usize];
-        assert!(guest.read(page * PAGE_SIZE, &mut seen));
-        let from = if page.is_multiple_of(7) { MARK.len() } else { 0 };
-        assert!(seen[from..] == content(page)[from..], "page {page}");
-        if page.is_multiple_of(7) {
-            assert!(guest.write(page * PAGE_SIZE, MARK));
-        }
-    }
-}
-
-/// Every page is what the source had, but for what was written here.
-fn assert_marked(memory: &GuestMemory) {
-    for page in 0..PAGES {
-        let mut seen = vec![0; PAGE_SIZE as usize];
-        assert!(memory.guest().read(page * PAGE_SIZE, &mut seen));
-        let mut expected = content(page);
-        if page.is_multiple_of(7) {
-            expected[..MARK.len()].copy_from_slice(MARK);
-        }
-        assert!(seen == expected, "page {page} at the end");
-    }
-}
-
 /// Lets lanes break until every page is here; how often they did.
 fn outlive(transport: Transport, setup: Setup, told: FaultsTo, how: How, seed: u64) -> u64 {
     let source = filled(PAGES);
@@ -111,7 +82,7 @@ fn outlive(transport: Transport, setup: Setup, told: FaultsTo, how: How, seed: u
             let memory = &memory;
             scope.spawn(move || {
                 let _service = server.map(SelfService::of_this_thread);
-                touch(memory, thread as u64);
+                touch(memory, content, thread as u64);
             });
         }
         loop {
@@ -140,7 +111,7 @@ fn outlive(transport: Transport, setup: Setup, told: FaultsTo, how: How, seed: u
     if how == How::Fails {
         assert_eq!(counted, PAGES, "{transport} {setup:?}: each comes once: {counts:?}");
     }
-    assert_marked(&memory);
+    assert_marked(&memory, content);
     drop(offered);
     lost.into_inner()
 }

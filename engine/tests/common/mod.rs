@@ -72,3 +72,35 @@ pub(crate) fn end_of(pager: &Pager) -> PagerStatus {
     let ended = runtime.block_on(async { tokio::time::timeout(Duration::from_secs(60), ended).await });
     ended.expect("the pager ends").unwrap().clone()
 }
+
+/// What [`touch`] writes at the start of every seventh page.
+const MARK: &[u8] = b"written at the destination";
+
+/// Touches all pages in an order of its own, where others may be at it: checks each for what is `expected` there, and marks
+/// every seventh.
+pub(crate) fn touch(memory: &GuestMemory, expected: impl Fn(u64) -> Vec<u8>, thread: u64) {
+    let (guest, pages) = (memory.guest(), memory.layout().total_pages());
+    for step in 0..pages {
+        let page = (step * 1_009 + thread * 777) % pages;
+        let mut seen = vec![0; PAGE_SIZE as usize];
+        assert!(guest.read(page * PAGE_SIZE, &mut seen));
+        let from = if page.is_multiple_of(7) { MARK.len() } else { 0 };
+        assert!(seen[from..] == expected(page)[from..], "page {page}");
+        if page.is_multiple_of(7) {
+            assert!(guest.write(page * PAGE_SIZE, MARK));
+        }
+    }
+}
+
+/// Every page is what is `expected` there, but for what [`touch`] has written.
+pub(crate) fn assert_marked(memory: &GuestMemory, expected: impl Fn(u64) -> Vec<u8>) {
+    for page in 0..memory.layout().total_pages() {
+        let mut seen = vec![0; PAGE_SIZE as usize];
+        assert!(memory.guest().read(page * PAGE_SIZE, &mut seen));
+        let mut expected = expected(page);
+        if page.is_multiple_of(7) {
+            expected[..MARK.len()].copy_from_slice(MARK);
+        }
+        assert!(seen == expected, "page {page} at the end");
+    }
+}
