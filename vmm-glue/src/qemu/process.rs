@@ -5,7 +5,8 @@ use std::collections::VecDeque;
 use std::ffi::OsString;
 use std::fs::Permissions;
 use std::io::{BufRead, BufReader};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -28,6 +29,8 @@ const START_PATIENCE: Duration = Duration::from_secs(60);
 const END_PATIENCE: Duration = Duration::from_secs(10);
 /// How often to look whether it has.
 const LOOK: Duration = Duration::from_millis(10);
+/// What the folder of its sockets is called first.
+const PREFIX: &str = "pcvm-";
 /// Lines of QEMU's that are kept for an error.
 const KEPT_LINES: usize = 5;
 
@@ -83,8 +86,25 @@ impl Folder {
         self.0.join("monitor")
     }
 
+    fn state(&self) -> PathBuf {
+        self.0.join("state")
+    }
+
+    /// One that another process has made, if it can have been ours: nobody else may have a hand in it.
+    fn left(path: PathBuf) -> Result<Self, QemuError> {
+        let named = path.file_name().is_some_and(|name| name.as_bytes().starts_with(PREFIX.as_bytes()));
+        let metadata = path.symlink_metadata().map_err(QemuError::system("finding QEMU's sockets"))?;
+        let ours = metadata.uid() == rustix::process::geteuid().as_raw() && metadata.mode() & 0o077 == 0;
+        let other = || QemuError::Unfit(format!("{} was not made by a pcvm of this user", path.display()));
+        (named && metadata.is_dir() && ours).then_some(()).ok_or_else(other)?;
+        Ok(Self(path))
+    }
+
     fn remove(&self) {
-        let _ = std::fs::remove_dir_all(&self.0);
+        for socket in [self.handover(), self.monitor(), self.state()] {
+            let _ = std::fs::remove_file(socket);
+        }
+        let _ = std::fs::remove_dir(&self.0);
     }
 }
 
@@ -104,7 +124,7 @@ impl Process {
     pub(super) fn start(command: &QemuCommand) -> Result<(Self, Qmp, Receiver<Handover>), QemuError> {
         check(&command.arguments)?;
         let dir =
-            tempfile::Builder::new().prefix("pcvm-").permissions(Permissions::from_mode(0o700)).tempdir();
+            tempfile::Builder::new().prefix(PREFIX).permissions(Permissions::from_mode(0o700)).tempdir();
         let dir = dir.map_err(QemuError::system("making a directory for QEMU's sockets"))?;
         let dir = Folder(dir.keep());
         let (socket, monitor) = (dir.handover(), dir.monitor());
@@ -146,15 +166,16 @@ impl Process {
 
     /// One that another process has started, which has ended since, by its pidfd and the folder of its sockets.
     ///
-    /// Errors: its handovers cannot be taken in that process's stead.
+    /// Errors: the folder is not this user's, or its handovers cannot be taken in that process's stead.
     pub(super) fn take_over(pidfd: OwnedFd, folder: PathBuf) -> Result<Self, QemuError> {
-        let socket = folder.join("handover");
+        let dir = Folder::left(folder)?;
+        let socket = dir.handover();
         let failed = QemuError::system("making the handover's socket anew");
         let listener =
             std::fs::remove_file(&socket).and_then(|()| UnixListener::bind(&socket)).map_err(failed)?;
         // Its RAM was handed over.
         drop(take_all(listener));
-        Ok(Self { life: Life::Other(pidfd), said: Arc::default(), dir: Folder(folder) })
+        Ok(Self { life: Life::Other(pidfd), said: Arc::default(), dir })
     }
 
     /// Where its sockets are.
@@ -169,7 +190,7 @@ impl Process {
 
     /// Where it takes the guest's state in.
     pub(super) fn state_socket(&self) -> PathBuf {
-        self.dir.0.join("state")
+        self.dir.state()
     }
 
     /// Connects to the monitor as soon as there is one.
@@ -300,5 +321,23 @@ mod tests {
         for wrong in ["-m 1G -incoming defer", "--incoming tcp:0:1", "-daemonize", "-loadvm x"] {
             assert!(matches!(check(wrong), Err(QemuError::Arguments(_))), "{wrong}");
         }
+    }
+
+    #[test]
+    fn a_folder_that_is_not_ours_is_not_taken_over() {
+        let made =
+            tempfile::Builder::new().prefix(PREFIX).permissions(Permissions::from_mode(0o700)).tempdir();
+        let made = made.unwrap();
+        assert!(Folder::left(made.path().to_owned()).is_ok());
+        std::fs::set_permissions(made.path(), Permissions::from_mode(0o755)).unwrap();
+        let other = tempfile::Builder::new().prefix("other-").tempdir().unwrap();
+        for wrong in [made.path(), other.path(), Path::new("/"), Path::new("/nowhere/pcvm-x")] {
+            assert!(Folder::left(wrong.to_owned()).is_err(), "{}", wrong.display());
+        }
+        // What is not ours in ours stays.
+        std::fs::write(other.path().join("monitor"), "").unwrap();
+        std::fs::write(other.path().join("letters"), "").unwrap();
+        Folder(other.path().to_owned()).remove();
+        assert!(other.path().join("letters").exists() && !other.path().join("monitor").exists());
     }
 }
