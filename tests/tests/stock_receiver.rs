@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use std::process::Output;
 
 use postcopy_e2e::cutter::Line;
-use postcopy_e2e::qemu::{LOOPBACK, Plain, QemuGuest};
+use postcopy_e2e::qemu::{LOOPBACK, Plain, QemuGuest, address};
 use postcopy_e2e::{Scratch, assert_refused, free_port, pcvm};
 use rustix::process::{Pid, Signal, kill_process};
 
@@ -85,6 +85,23 @@ fn another_goes_on_in_place_and_by_several_threads() {
 #[ignore = "needs a Linux kernel: run by scripts/test"]
 fn another_goes_on_with_a_hybrid_move() {
     outlives("receiver-hybrid", ("hybrid", 16 << 20), &[]);
+}
+
+#[test]
+#[ignore = "needs RDMA: run by scripts/test in the lab"]
+fn another_goes_on_over_verbs() {
+    let scratch = Scratch::new("receiver-verbs");
+    let machine = Plain::linux("pcguest.mb=160 pcguest.access=write");
+    let source = machine.start(&scratch, "q0");
+    source.wait_for_reports(2);
+    let verbs = ["--transport", "verbs"];
+    let (mut destination, to) = machine.receive(&scratch, "q1", address(), &verbs);
+    let mut moving = source.migrate_over_until("verbs", to, "postcopy", "runs at the destination");
+    let qemu = destination.kill_pcvm();
+    destination.take_over(qemu, to, &verbs);
+    let state = destination.status_of_pcvm()["state"].clone();
+    assert!(moving.wait().unwrap().success(), "{state}");
+    assert_there(&destination, &source, to);
 }
 
 #[test]
