@@ -135,8 +135,8 @@ fn over_new_lanes_every_page_comes_and_none_that_was_written_is_read_again() {
 
 #[test]
 fn other_threads_go_on_where_some_have_panicked() {
-    let lost = outlive_all(How::Panics, 4);
-    assert!(lost > 25, "only {lost} threads panicked");
+    let lost = outlive_all(How::Panics, 2);
+    assert!(lost > 12, "only {lost} threads panicked");
 }
 
 #[test]
