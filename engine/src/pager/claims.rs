@@ -100,6 +100,11 @@ impl Claims {
         self.ledger.claims(self.part)
     }
 
+    /// Pages that are still to be read.
+    pub(super) fn outstanding(&self) -> u64 {
+        self.outstanding.load(Ordering::Acquire)
+    }
+
     /// What is known of the pages, for a planner.
     pub(super) fn pages(&self) -> Pages {
         let states = self.states();

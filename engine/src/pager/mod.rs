@@ -180,7 +180,7 @@ impl Pager {
     /// was [taken over](Trap::take_over). No thread serves itself.
     pub fn of_another(trap: Trap, memory: &GuestMemory) -> Self {
         let claims = trap.claims(Claims::following);
-        let outstanding_pages = claims.iter().map(|claims| claims.pages().outstanding()).sum();
+        let outstanding_pages = claims.iter().map(Claims::outstanding).sum();
         let report = PagerReport { total_pages: trap.pages(), outstanding_pages, ..PagerReport::default() };
         let state = PagerState::Failed(Arc::new(PagerError::Left));
         let (_, status) = watch::channel(PagerStatus { state, report, ..PagerStatus::default() });

@@ -1,4 +1,5 @@
-//! What the kernel says of a process's pages: /proc/PID/pagemap, and of its mappings: /proc/PID/smaps.
+//! What the kernel says of a process's pages: /proc/PID/pagemap, of its mappings: /proc/PID/smaps, and of its memfds:
+//! /proc/PID/fd.
 
 mod scan;
 
@@ -57,6 +58,20 @@ pub(crate) fn each(
         at += count;
     }
     Ok(())
+}
+
+/// A memfd of this name that the process of this folder in /proc has open, for reading and writing, if it has one.
+///
+/// Errors: this process may not look into that one.
+pub fn memfd(process: &Path, name: &str) -> std::io::Result<Option<File>> {
+    let wanted = format!("/memfd:{name} (deleted)");
+    for entry in std::fs::read_dir(process.join("fd"))?.flatten() {
+        // It may have been closed meanwhile.
+        if std::fs::read_link(entry.path()).is_ok_and(|link| link == Path::new(&wanted)) {
+            return File::options().read(true).write(true).open(entry.path()).map(Some);
+        }
+    }
+    Ok(None)
 }
 
 /// Whether some of these addresses of process `pid` are under a trap of userfaultfd for missing or minor faults:

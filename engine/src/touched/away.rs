@@ -1,7 +1,6 @@
 //! Asks another process to take guest memory out of its mappings: what libpostcopy_handover.so has for that
 //! (`vmm-glue/handover/src/away.rs`, which says what is where in the page that both sides map).
 
-use std::fs::File;
 use std::io;
 use std::path::Path;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -11,9 +10,10 @@ use postcopy_transport::HostMemory;
 use rustix::thread::futex;
 
 use crate::memory::PAGE_SIZE;
+use crate::proc_pages::memfd;
 
-/// What the page is called in /proc/PID/fd.
-const NAME: &str = "/memfd:postcopy-away (deleted)";
+/// What the memfd of the page is called.
+const NAME: &str = "postcopy-away";
 /// Where its words are: how often it was asked, the last request that was done, and what was wrong with that.
 const ASKED: u64 = 0;
 const DONE: u64 = 4;
@@ -30,14 +30,8 @@ impl Away {
     ///
     /// Errors: this process may not look into that one, or the page could be made shorter while it is read.
     pub(super) fn of(process: &Path) -> io::Result<Option<Self>> {
-        for entry in std::fs::read_dir(process.join("fd"))?.flatten() {
-            // It may have been closed meanwhile.
-            if std::fs::read_link(entry.path()).is_ok_and(|link| link == Path::new(NAME)) {
-                let file = File::options().read(true).write(true).open(entry.path())?;
-                return HostMemory::map_sealed(file, PAGE_SIZE as usize).map(|page| Some(Self(page)));
-            }
-        }
-        Ok(None)
+        let page = memfd(process, NAME)?.map(|file| HostMemory::map_sealed(file, PAGE_SIZE as usize));
+        Ok(page.transpose()?.map(Self))
     }
 
     /// Has the memory taken out. Returns when it was, once, since this was called.
@@ -86,7 +80,7 @@ mod tests {
     fn a_page_that_could_be_made_shorter_while_it_is_read_is_refused() {
         let this = Path::new("/proc/self");
         assert!(Away::of(this).unwrap().is_none());
-        let file = memfd_create("postcopy-away", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
+        let file = memfd_create(NAME, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
         rustix::fs::ftruncate(&file, PAGE_SIZE).unwrap();
         let refused = Away::of(this).unwrap_err().to_string();
         assert!(refused.contains("not sealed"), "{refused}");

@@ -6,11 +6,12 @@
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use postcopy_engine::memory::GuestMemory;
 use postcopy_engine::pager::{Ledger, Stage, Trap};
+use postcopy_engine::proc_pages::memfd;
 use postcopy_engine::session::GuestError;
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 use serde::{Deserialize, Serialize};
@@ -21,8 +22,8 @@ use super::process::Process;
 use super::settings::Settings;
 use super::{Facts, QemuError, ram};
 
-/// What the library's file is called among those of a process.
-const NAME: &str = "/memfd:postcopy-ledger (deleted)";
+/// What the library's memfd is called.
+const NAME: &str = "postcopy-ledger";
 
 /// What a process that takes this one's place has to know of a QEMU.
 #[derive(Serialize, Deserialize)]
@@ -71,11 +72,11 @@ impl TakenOver {
     /// Errors: there is no such QEMU, its guest was never this side's, whoever took it in still lives, or this process may not
     /// look into it. All is then as it was.
     pub fn of(pid: i32) -> Result<Self, QemuError> {
-        let failed = |what: &'static str| QemuError::system(what);
         let none = || QemuError::Unfit(format!("there is no process {pid}"));
         let process = Pid::from_raw(pid).ok_or_else(none)?;
         let pidfd = pidfd_open(process, PidfdFlags::empty()).map_err(|_| none())?;
-        let ledger = Ledger::open(&kept_by(pid)?).map_err(failed("taking over the guest's memory"))?;
+        let ledger =
+            Ledger::open(&kept_by(pid)?).map_err(QemuError::system("taking over the guest's memory"))?;
         let noted: Noted = serde_json::from_slice(&ledger.noted())
             .map_err(|_| QemuError::Unfit(format!("no guest has come to the QEMU of process {pid}")))?;
         if ledger.stage() == Stage::None {
@@ -87,7 +88,8 @@ impl TakenOver {
         let Noted { facts, trapped, folder, threads, before, deflate_to } = noted;
         let layout = layout(facts.ram_bytes).map_err(|error| QemuError::Unfit(error.to_string()))?;
         let file = ram::open_at(pid, trapped.base)?;
-        let memory = GuestMemory::of_file(layout, file).map_err(failed("mapping the guest's RAM"))?;
+        let memory =
+            GuestMemory::of_file(layout, file).map_err(QemuError::system("mapping the guest's RAM"))?;
         if memory.layout().total_pages() != ledger.pages() {
             return Err(QemuError::Unfit("what is known of its pages is of other memory".into()));
         }
@@ -104,13 +106,9 @@ impl TakenOver {
 
 /// The file that the library has made in process `pid`.
 fn kept_by(pid: i32) -> Result<File, QemuError> {
-    let look = || ram::looking(pid, "its files");
-    for entry in std::fs::read_dir(format!("/proc/{pid}/fd")).map_err(look())?.flatten() {
-        if std::fs::read_link(entry.path()).is_ok_and(|name| name.as_os_str() == NAME) {
-            return File::options().read(true).write(true).open(entry.path()).map_err(look());
-        }
-    }
-    Err(QemuError::Unfit(format!("process {pid} is no QEMU that `pcvm receive --vmm qemu` has started")))
+    let kept = memfd(Path::new(&format!("/proc/{pid}")), NAME).map_err(ram::looking(pid, "its files"))?;
+    let none = format!("process {pid} is no QEMU that `pcvm receive --vmm qemu` has started");
+    kept.ok_or(QemuError::Unfit(none))
 }
 
 fn trap_of(pidfd: &OwnedFd, pid: i32, trapped: Trapped, ledger: Ledger) -> Result<Trap, QemuError> {
