@@ -12,6 +12,7 @@ use crate::pagemap::map_bytes;
 use crate::pager::{
     Landing, LandingMemory, Pager, PagerConfig, PagerError, Round, RoundWatch, SourceMemory, Trap, read_once,
 };
+use crate::planner::Bandwidth;
 
 /// The lanes of a migration.
 pub struct Lanes {
@@ -154,7 +155,7 @@ impl Import {
     }
 
     /// Reads the source's memory once, while its guest runs there, over the bulk one of `lanes`, which a
-    /// shard will have.
+    /// shard will have, at this bandwidth at most.
     ///
     /// Errors: the lane fails, the source's regions do not fit, pages land in a pool, or `watch` ended the
     /// round.
@@ -162,11 +163,12 @@ impl Import {
         &self,
         lanes: &mut [AnyLane; LANES],
         regions: [RemoteRegion; 2],
+        max_bandwidth: Option<Bandwidth>,
         watch: &RoundWatch,
     ) -> Result<Round, PagerError> {
         let source = self.source(regions, Round::none());
         let [_, bulk] = lanes;
-        read_once(&source, self.total_pages(), bulk, watch)
+        read_once(&source, self.total_pages(), bulk, max_bandwidth, watch)
     }
 
     fn source(&self, regions: [RemoteRegion; 2], round: Round) -> SourceMemory {

@@ -154,6 +154,9 @@ pub struct PagerReport {
     /// Of the faults that went to the wire, those that the faulting thread served itself.
     #[serde(default)]
     pub self_served_faults: u64,
+    /// Bytes a second that may cross where nobody waits for them; 0: as many as the link carries.
+    #[serde(default)]
+    pub max_bandwidth: u64,
     /// The stages of faults that went to the wire. Percentiles are there at the end.
     pub stages: StageReport,
     /// The same, at any time.
@@ -178,6 +181,7 @@ impl PagerReport {
             precopy_pages,
             precopy_bytes,
             self_served_faults,
+            max_bandwidth,
             stages: _,
             latencies,
             huge_pages,
@@ -192,6 +196,7 @@ impl PagerReport {
         self.precopy_pages += precopy_pages;
         self.precopy_bytes += precopy_bytes;
         self.self_served_faults += self_served_faults;
+        self.max_bandwidth += max_bandwidth;
         self.latencies.add(latencies);
         self.huge_pages.bytes += huge_pages.bytes;
         self.huge_pages.refused_bytes += huge_pages.refused_bytes;

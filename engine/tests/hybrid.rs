@@ -80,7 +80,7 @@ fn moved(
         scope.spawn(|| guest_of(source, &stop));
         export.describe_running().unwrap();
         let watch = RoundWatch::default();
-        let round = import.pre_copy(&mut lanes[0], export.regions(), &watch);
+        let round = import.pre_copy(&mut lanes[0], export.regions(), None, &watch);
         stop.store(true, Ordering::Relaxed);
         assert_eq!(watch.pages_done(), PAGES, "{transport}");
         round.unwrap()
@@ -173,7 +173,7 @@ fn a_source_that_cannot_tell_what_was_written_moves_it_all_again() {
         Import::new(Transport::Shm, &memory, (Landing::InPlace, 1), &EndpointOptions::default()).unwrap();
     let mut lanes = import.connect_local(&mut export, 1).unwrap();
     export.describe_running().unwrap();
-    let round = import.pre_copy(&mut lanes[0], export.regions(), &RoundWatch::default()).unwrap();
+    let round = import.pre_copy(&mut lanes[0], export.regions(), None, &RoundWatch::default()).unwrap();
     (0..PAGES).filter_map(|page| Some((page, rewritten(page)?))).for_each(|(page, bytes)| {
         assert!(source.guest().write(page * PAGE_SIZE, &bytes));
     });
@@ -196,7 +196,7 @@ fn a_round_that_nobody_waits_for_ends() {
     let watch = RoundWatch::default();
     // Nothing describes the source's pages: the round waits for that, until it is told to stop.
     std::thread::scope(|scope| {
-        let round = scope.spawn(|| import.pre_copy(&mut lanes[0], export.regions(), &watch));
+        let round = scope.spawn(|| import.pre_copy(&mut lanes[0], export.regions(), None, &watch));
         watch.stop();
         assert!(matches!(round.join().unwrap(), Err(PagerError::RoundEnded)));
     });
@@ -211,7 +211,7 @@ fn a_round_is_refused_where_pages_land_in_a_pool() {
         Import::new(Transport::Shm, &memory, (Landing::Pool, 1), &EndpointOptions::default()).unwrap();
     let mut lanes = import.connect_local(&mut export, 1).unwrap();
     export.describe_running().unwrap();
-    let refused = import.pre_copy(&mut lanes[0], export.regions(), &RoundWatch::default());
+    let refused = import.pre_copy(&mut lanes[0], export.regions(), None, &RoundWatch::default());
     let said = refused.unwrap_err().to_string();
     assert!(said.contains("--landing in-place"), "{said}");
 }

@@ -91,7 +91,7 @@ fn pager(given: &Given) {
     let mut round = Round::none();
     if given.hybrid && !given.later {
         export.describe_running().unwrap();
-        round = import.pre_copy(&mut shards[0], export.regions(), &RoundWatch::default()).unwrap();
+        round = import.pre_copy(&mut shards[0], export.regions(), None, &RoundWatch::default()).unwrap();
     }
     let mut dirty = PageSet::new(PAGES, false);
     for page in (0..PAGES).step_by(5).filter(|_| given.hybrid) {

@@ -5,7 +5,7 @@
 #![allow(clippy::unwrap_used)] // helpers of tests, where a panic is the report
 
 use postcopy_engine::memory::{PAGE_SIZE, PageIndex};
-use postcopy_engine::planner::{Action, LaneId, Nanos, News, Planner, PlannerConfig, Policy, Run};
+use postcopy_engine::planner::{Action, Bandwidth, LaneId, Nanos, News, Planner, PlannerConfig, Policy, Run};
 use postcopy_transport::sim::{Countdown, Random, SimLane, SimLink, SimOptions};
 use postcopy_transport::{Completion, HostMemory, Lane, LocalRegion, Read, RemoteRegion, Token};
 
@@ -40,13 +40,13 @@ fn content(page: u64) -> [u8; 8] {
 }
 
 impl<L: Lane> Engine<L> {
-    fn new(options: SimOptions, policy: Policy, wrap: impl Fn(SimLane) -> L) -> Self {
+    fn new(options: SimOptions, config: PlannerConfig, wrap: impl Fn(SimLane) -> L) -> Self {
         let len = (PAGES * PAGE_SIZE) as usize;
         let [source, landing] = ["source", "landing"].map(|name| HostMemory::anonymous(name, len).unwrap());
         assert!((0..PAGES).all(|page| source.write(page * PAGE_SIZE + 4088, &content(page))));
         let link = SimLink::new(options);
         let lanes = [(); 2].map(|()| wrap(link.lane_between(vec![source.clone()], vec![landing.clone()])));
-        let planner = Planner::new(PAGES, PlannerConfig { policy, ..PlannerConfig::default() });
+        let planner = Planner::new(PAGES, config);
         Self {
             planner,
             link,
@@ -136,9 +136,9 @@ fn run_of(token: Token) -> Run {
     Run { first: PageIndex(token.0 & ((1 << 48) - 1)), count: (token.0 >> 48) as u32 }
 }
 
-fn policy(seed: u64) -> Policy {
+fn config(seed: u64) -> PlannerConfig {
     let all: Vec<Policy> = Policy::FIXED.into_iter().chain([Policy::Adaptive]).collect();
-    all[(seed % all.len() as u64) as usize]
+    PlannerConfig { policy: all[(seed % all.len() as u64) as usize], ..PlannerConfig::default() }
 }
 
 /// Runs a case for every seed, or for the one in `POSTCOPY_SEED`.
@@ -172,7 +172,7 @@ fn rough(seed: u64) -> SimOptions {
 #[test]
 fn over_rough_links_every_page_is_published_once() {
     for_seeds("over_rough_links", 200, |seed| {
-        let mut engine = Engine::new(rough(seed), policy(seed), |lane| lane);
+        let mut engine = Engine::new(rough(seed), config(seed), |lane| lane);
         assert_eq!(engine.run(), End::Resident);
         assert!(engine.published.iter().all(|times| *times == 1));
         let counts = engine.planner.counts();
@@ -181,10 +181,25 @@ fn over_rough_links_every_page_is_published_once() {
 }
 
 #[test]
+fn with_a_limited_bandwidth_every_page_comes_and_in_no_less_time() {
+    for_seeds("with_a_limited_bandwidth", 100, |seed| {
+        let limit = 1_000_000 << (seed % 6);
+        let config = PlannerConfig { max_bandwidth: Bandwidth::new(limit), ..config(seed) };
+        let mut engine = Engine::new(rough(seed), config, |lane| lane);
+        assert_eq!(engine.run(), End::Resident);
+        assert!(engine.published.iter().all(|times| *times == 1));
+        let unasked = PAGES - engine.planner.counts().fault_pages;
+        // The last read is on its way when its time begins; 10 ms are made up for at the start.
+        let share = (unasked.saturating_sub(32) * PAGE_SIZE) as f64 / limit as f64 * 1e9;
+        assert!(engine.link.now() as f64 >= share - 10e6, "{unasked} pages in {} ns", engine.link.now());
+    });
+}
+
+#[test]
 fn a_lane_that_completes_twice_is_found_out() {
     for_seeds("a_lane_that_completes_twice", 50, |seed| {
         let options = SimOptions { duplicates: 0.2, ..rough(seed) };
-        let mut engine = Engine::new(options, policy(seed), |lane| lane);
+        let mut engine = Engine::new(options, config(seed), |lane| lane);
         // Found out at once, unless all was here before the second completion came.
         let end = engine.run();
         assert!(end == End::Contract || end == End::Resident && engine.planner.outstanding() == 0, "{end:?}");
@@ -196,7 +211,7 @@ fn when_the_link_breaks_the_engine_ends_and_what_was_published_is_whole() {
     for_seeds("when_the_link_breaks", 50, |seed| {
         let options =
             SimOptions { breaks_at_ns: Some(1 + seed * 20_000), bytes_per_s: 125_000_000, ..rough(seed) };
-        let mut engine = Engine::new(options, policy(seed), |lane| lane);
+        let mut engine = Engine::new(options, config(seed), |lane| lane);
         assert_eq!(engine.run(), End::LaneFailed);
         let published = engine.published.iter().filter(|times| **times == 1).count() as u64;
         assert_eq!(published + engine.planner.outstanding(), PAGES);
@@ -208,7 +223,7 @@ fn whichever_call_of_a_lane_fails_the_engine_ends_and_what_was_published_is_whol
     let mut survived = false;
     for nth in 1..5000 {
         let mut engine =
-            Engine::new(SimOptions::default(), Policy::Adaptive, |lane| Countdown::new(lane, nth));
+            Engine::new(SimOptions::default(), PlannerConfig::default(), |lane| Countdown::new(lane, nth));
         let end = engine.run();
         let published = engine.published.iter().filter(|times| **times == 1).count() as u64;
         assert_eq!(published + engine.planner.outstanding(), PAGES, "call {nth}");

@@ -108,6 +108,33 @@ fn memory_in_the_order_in_which_the_guest_has_used_it() {
 }
 
 #[test]
+fn what_crosses_in_a_second_is_the_lesser_of_both_sides_limits() {
+    const MIB: u64 = 1 << 20;
+    for (mode, shards, here, there, least) in
+        [("postcopy", "1", "8M", "16M", 8), ("hybrid", "1", "16M", "8M", 8), ("postcopy", "3", "6M", "8M", 6)]
+    {
+        let scratch = Scratch::new(&format!("moves-limit-{mode}-{shards}"));
+        let port = free_port();
+        let source = Pcvm::run_tiny(&scratch, "a");
+        let receive = ["--max-bandwidth", there, "--shards", shards];
+        let destination = Pcvm::receive(&scratch, "b", port, &receive);
+        let migrate = ["--max-bandwidth", here, "--mode", mode];
+        let report = source.migrate(&format!("127.0.0.1:{port}"), &migrate);
+        assert_whole(&report, 2048);
+        assert_eq!(number(&report, "/pager/max_bandwidth"), least * MIB, "{report}");
+        // What may be made up for at the start, and the last read's time is still to come: of each shard.
+        let spared = 3 * (128 << 10) + least * MIB / 100;
+        let least_us = |bytes: u64| bytes.saturating_sub(spared) * 1_000_000 / (least * MIB);
+        let (bytes, before) = (number(&report, "/pager/bulk_bytes"), number(&report, "/pager/precopy_bytes"));
+        // After the stop the guest may ask for most of it, page by page.
+        assert!(mode == "postcopy" || before > MIB / 2, "{report}");
+        assert!(number(&report, "/resident_us") >= least_us(bytes), "{report}");
+        assert!(number(&report, "/precopy_us") >= least_us(before), "{report}");
+        destination.assert_runs();
+    }
+}
+
+#[test]
 fn back_and_forth_between_two_processes() {
     let scratch = Scratch::new("back-and-forth");
     let ([a, b], [port_a, port_b]) = Pcvm::pair(&scratch);

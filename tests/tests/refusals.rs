@@ -258,6 +258,19 @@ fn a_confirmation_that_does_not_arrive_leaves_the_guest_at_the_destination() {
 }
 
 #[test]
+fn a_limit_that_would_let_nothing_cross() {
+    for (limit, said) in [("0", "nothing would come"), ("fast", "use K, M or G")] {
+        let limit = ["--max-bandwidth", limit];
+        let receive = ["receive", "--listen", "127.0.0.1:0", "--control", "/none"];
+        let migrate = ["migrate", "--qmp", "/none", "--to", "127.0.0.1:1"];
+        for command in [receive, migrate] {
+            let out = pcvm(&[&command[..], &limit].concat());
+            assert!(!out.status.success() && stderr(&out).contains(said), "{}", stderr(&out));
+        }
+    }
+}
+
+#[test]
 fn a_control_socket_that_is_not_there_or_taken() {
     let scratch = Scratch::new("control");
     let out = pcvm(&["status", "--control", scratch.file("none.sock").to_str().unwrap()]);

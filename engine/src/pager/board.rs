@@ -78,8 +78,14 @@ impl Board {
     /// What there is to go on with, once all shards have ended.
     pub(super) fn past(&self) -> Past {
         let mut told = locked(&self.told);
-        // How many pages there are, and how many are to come, the next shards tell themselves.
-        let report = PagerReport { shards: 0, total_pages: 0, outstanding_pages: 0, ..told.report() };
+        // What the next shards tell themselves.
+        let report = PagerReport {
+            shards: 0,
+            total_pages: 0,
+            outstanding_pages: 0,
+            max_bandwidth: 0,
+            ..told.report()
+        };
         told.waits.interrupt();
         Past { report, stages: told.stages.clone(), waits: told.waits.clone() }
     }

@@ -57,7 +57,7 @@ use self::claims::Claims;
 use self::map_reader::MapReader;
 use self::server::{Note, Outfit, Relay, Shared};
 use crate::memory::{GuestMemory, PAGE_SIZE};
-use crate::planner::PlannerConfig;
+use crate::planner::{Bandwidth, PlannerConfig};
 use crate::stats::PagerReport;
 
 /// How the pager behaves.
@@ -77,6 +77,14 @@ impl Default for PagerConfig {
     fn default() -> Self {
         let (planner, huge_pages) = (PlannerConfig::default(), HugePages::default());
         Self { spin: postcopy_transport::DEFAULT_SPIN, planner, huge_pages }
+    }
+}
+
+impl PagerConfig {
+    /// The source may allow less to cross than this side does.
+    pub(crate) fn limit(&mut self, max_bandwidth: Option<Bandwidth>) {
+        let ours = &mut self.planner.max_bandwidth;
+        *ours = Bandwidth::least(*ours, max_bandwidth);
     }
 }
 
@@ -267,6 +275,8 @@ impl Pager {
         let pages = self.trap.pages();
         // They share the wire that a fault may wait for.
         config.planner.bulk_wait_ns /= self.shards.len() as u64;
+        config.planner.max_bandwidth =
+            config.planner.max_bandwidth.map(|limit| limit.shared_by(self.shards.len()));
         for (at, (shared, (notes, lanes))) in self.shards.iter().zip(each).enumerate() {
             let round = source.round.of(shared.part);
             let precopied = if first { [round.pages(), round.bytes] } else { [0; 2] };

@@ -5,10 +5,10 @@
 //! A page is read as it is at some moment or, if it is being written, as it never was: it is dirty
 //! then, and read again.
 //!
-//! Nobody waits for a page, so the bulk lane is kept full.
+//! Nobody waits for a page, so the bulk lane is kept full, as far as its bandwidth is not limited.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use postcopy_transport::{AnyLane, Lane, LaneError, LocalRegion, Read};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -20,7 +20,7 @@ use super::token::{is_map, run_of, token_of};
 use super::{PagerError, SourceMemory, failed};
 use crate::memory::{PAGE_SIZE, PageIndex};
 use crate::page_set::PageSet;
-use crate::planner::{MAX_READ_PAGES, News, Run};
+use crate::planner::{Bandwidth, MAX_READ_PAGES, Nanos, News, Pace, Run};
 
 /// How long a sleep lasts at most, so that an order to stop is heard.
 const PATIENCE: Duration = Duration::from_millis(50);
@@ -79,6 +79,8 @@ struct Reader<'a> {
     map: MapReader,
     zero: PageSet,
     round: Round,
+    pace: Pace,
+    begun: Instant,
     pages: u64,
     /// Pages below this one are known to be zero or not.
     known: u64,
@@ -87,13 +89,14 @@ struct Reader<'a> {
     waiting: Vec<Read>,
 }
 
-/// Reads all of the source's `pages` once over `lane`, but for those that its map calls zero.
+/// Reads all of the source's `pages` once over `lane`, but for those that its map calls zero, at this bandwidth at most.
 ///
 /// Errors: the lane fails, the source breaks the protocol, reads land in a pool, or `watch` says to stop.
 pub(crate) fn read_once(
     source: &SourceMemory,
     pages: u64,
     lane: &mut AnyLane,
+    max_bandwidth: Option<Bandwidth>,
     watch: &RoundWatch,
 ) -> Result<Round, PagerError> {
     source.check(pages)?;
@@ -111,6 +114,8 @@ pub(crate) fn read_once(
         map,
         zero,
         round,
+        pace: Pace::new(max_bandwidth),
+        begun: Instant::now(),
         pages,
         known: 0,
         next: 0,
@@ -148,6 +153,10 @@ impl Reader<'_> {
     fn fill(&mut self) -> Result<(), PagerError> {
         let room = self.lane.room().saturating_sub(self.waiting.len());
         for _ in 1..room {
+            let now = self.now();
+            if self.pace.holds(now).is_some() {
+                break;
+            }
             let Some(run) = self.next_run() else {
                 self.waiting.extend(self.map.next());
                 break;
@@ -156,6 +165,7 @@ impl Reader<'_> {
             let sides = self.landing.slice(at, len).zip(self.source.memory.slice(at, len));
             let read = sides.and_then(|(local, remote)| Read::new(token_of(run), local, remote));
             self.waiting.push(read.ok_or(PagerError::Peer("its memory region has the wrong size"))?);
+            self.pace.cross(run.count, now);
         }
         let posted = self.lane.post(&self.waiting).map_err(|error| self.failed(error))?;
         self.waiting.drain(..posted);
@@ -194,11 +204,17 @@ impl Reader<'_> {
     fn rest(&mut self) -> Result<(), PagerError> {
         if self.lane.arm().map_err(|error| self.failed(error))? {
             let descriptor = PollFd::from_borrowed_fd(self.lane.descriptor(), PollFlags::IN);
-            let limit = Timespec { tv_sec: 0, tv_nsec: PATIENCE.as_nanos() as i64 };
+            let held = self.pace.holds(self.now()).map(Duration::from_nanos);
+            let limit = held.map_or(PATIENCE, |held| held.min(PATIENCE));
+            let limit = Timespec { tv_sec: 0, tv_nsec: limit.as_nanos() as i64 };
             // A signal is a wake-up like any other: look again.
             let _ = poll(&mut [descriptor], Some(&limit));
         }
         Ok(())
+    }
+
+    fn now(&self) -> Nanos {
+        Nanos(self.begun.elapsed().as_nanos() as u64)
     }
 
     fn failed(&self, source: LaneError) -> PagerError {

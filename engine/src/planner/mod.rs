@@ -35,11 +35,13 @@
 //! A lost lane is no event: the pager stops and the guest waits (fail closed). Over new lanes a planner
 //! [goes on](Planner::going_on) with what is known of the pages.
 
+mod action;
 mod adaptive;
 mod bubble;
 mod counts;
 mod flights;
 mod link;
+mod pace;
 mod pages;
 mod policy;
 mod ranks;
@@ -47,17 +49,19 @@ mod ranks;
 use std::collections::VecDeque;
 use std::sync::Arc;
 
+pub use action::{Action, LaneId, Why};
 use adaptive::Streams;
 use bubble::{Bubbles, Turn};
 pub use counts::PageCounts;
 use flights::Flight;
 use link::Link;
 pub use link::{MAX_READ_PAGES, Nanos};
+pub use pace::Bandwidth;
+pub(crate) use pace::Pace;
 pub use pages::{PageState, Pages, Run};
 pub use policy::{Direction, MAX_PIVOTS, PIVOTS, Policy};
 use ranks::Ground;
 pub use ranks::Ranks;
-use serde::{Deserialize, Serialize};
 
 use crate::memory::PageIndex;
 
@@ -82,52 +86,6 @@ pub struct News {
     pub kept: Vec<PageIndex>,
 }
 
-/// Which of a shard's two lanes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-pub enum LaneId {
-    /// Faults.
-    Urgent,
-    /// Everything else.
-    Bulk,
-}
-
-/// Why a run is read.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Why {
-    /// The guest waits for it.
-    Fault,
-    /// It lies where the guest is expected to go.
-    Prepage,
-    /// The guest touched it just before it was frozen.
-    Recent,
-    /// It is next in the order of the pages.
-    Drain,
-}
-
-impl Why {
-    /// The lane that it is read over.
-    pub fn lane(self) -> LaneId {
-        if self == Why::Fault { LaneId::Urgent } else { LaneId::Bulk }
-    }
-}
-
-/// What the pager has to do.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Action {
-    /// Read a run into the landing mapping.
-    Read(Why, Run),
-    /// Publish a run that has landed, and wake who waits for it.
-    Publish(Run),
-    /// Publish a page of zeros, and wake who waits for it.
-    PublishZero(PageIndex),
-    /// Publish a run that landed in the round of pre-copy, and wake who waits for it.
-    PublishKept(Run),
-    /// Wake who waits for a page that is there.
-    Wake(PageIndex),
-    /// Every page is here, published or not, or known to be zero: let go of the memory.
-    Done,
-}
-
 /// What a planner is to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PlannerConfig {
@@ -136,12 +94,15 @@ pub struct PlannerConfig {
     /// How long a fault's read may wait for the wire behind bulk reads, in nanoseconds. More of it
     /// drains faster where the link's rate or round trip varies.
     pub bulk_wait_ns: u64,
+    /// How much may cross a second of what nobody waits for, less what crosses for faults, which are never held back. `None`:
+    /// as much as the link carries.
+    pub max_bandwidth: Option<Bandwidth>,
 }
 
 impl Default for PlannerConfig {
-    /// Adaptive, 50 µs.
+    /// Adaptive, 50 µs, no limit.
     fn default() -> Self {
-        Self { policy: Policy::default(), bulk_wait_ns: 50_000 }
+        Self { policy: Policy::default(), bulk_wait_ns: 50_000, max_bandwidth: None }
     }
 }
 
@@ -172,6 +133,7 @@ pub struct Planner {
     pages: Pages,
     counts: PageCounts,
     link: Link,
+    pace: Pace,
     policy: Policy,
     order: Order,
     /// In which order pages lie.
@@ -203,6 +165,7 @@ impl Planner {
         Self {
             counts: PageCounts::default(),
             link: Link::new(config.bulk_wait_ns),
+            pace: Pace::new(config.max_bandwidth),
             policy: config.policy,
             order: Order::new(config.policy),
             ranks: Arc::new(Ranks::by_address(pages.total())),
@@ -371,9 +334,23 @@ impl Planner {
         self.finish(actions);
     }
 
-    /// Fills the bulk lane up to its window, with at most `reads` reads, in the policy's order.
+    /// What may cross a second at most where nobody waits for it.
+    pub fn max_bandwidth(&self) -> Option<Bandwidth> {
+        self.pace.limit()
+    }
+
+    /// How long the drain is held back yet for the sake of a limited bandwidth, in nanoseconds; `None`: it is not.
+    pub fn held_back(&self, now: Nanos) -> Option<u64> {
+        self.pace.holds(now)
+    }
+
+    /// Fills the bulk lane up to its window, with at most `reads` reads, in the policy's order, as far as its bandwidth is
+    /// not limited.
     pub fn drain(&mut self, reads: usize, now: Nanos, actions: &mut Vec<Action>) {
         for _ in 0..reads {
+            if self.pace.holds(now).is_some() {
+                return;
+            }
             let room = self.link.window().saturating_sub(self.bulk_in_flight);
             if room < self.link.read_least() {
                 return;
@@ -409,6 +386,7 @@ impl Planner {
 
     fn read(&mut self, why: Why, run: Run, now: Nanos, actions: &mut Vec<Action>) {
         self.pages.depart(run);
+        self.pace.cross(run.count, now);
         if why.lane() == LaneId::Bulk {
             self.bulk_in_flight += run.count;
         }

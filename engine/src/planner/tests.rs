@@ -294,3 +294,33 @@ fn what_another_thread_read_says_nothing_of_the_link() {
     assert_eq!(planner.window(), 16, "as before anything is known");
     assert!(!planner.landed_elsewhere(LaneId::Urgent, page(0), &mut actions), "it has landed");
 }
+
+#[test]
+fn a_limit_holds_back_the_drain_and_no_fault() {
+    // A page a millisecond: what the slack allows at once is 10 pages, and the read that begins below that.
+    let (policy, max_bandwidth) = (Policy::Linear, Bandwidth::new(4096 * 1000));
+    let config = PlannerConfig { policy, max_bandwidth, ..PlannerConfig::default() };
+    let mut planner = Planner::new(1000, config);
+    let (mut clock, mut actions) = (100_000_000, vec![]);
+    planner.map_extended(News { known: 1000, ..News::default() }, &mut actions);
+    let drained = |planner: &mut Planner, clock| {
+        let mut actions = vec![];
+        planner.drain(64, Nanos(clock), &mut actions);
+        let pages = |action: &Action| if let Action::Read(Why::Drain, run) = action { run.count } else { 0 };
+        actions.iter().map(pages).sum::<u32>()
+    };
+    assert_eq!(drained(&mut planner, clock), 12);
+    assert_eq!(planner.held_back(Nanos(clock)), Some(2_000_000));
+    for at in 900..950 {
+        actions.clear();
+        assert!(planner.fault(page(at), Nanos(clock), &mut actions));
+        assert_eq!(actions, [Action::Read(Why::Fault, Run::one(page(at)))]);
+    }
+    // What faults took is held against the drain, for 10 ms and the last of them at most.
+    let held = planner.held_back(Nanos(clock)).unwrap();
+    assert_eq!(held, 11_000_000);
+    clock += held - 1;
+    assert_eq!(drained(&mut planner, clock), 0);
+    assert_eq!(drained(&mut planner, clock + 1), 4);
+    assert_eq!(planner.held_back(Nanos(clock + 4_000_001)), None);
+}

@@ -18,7 +18,7 @@ use super::preamble::{Preamble, Purpose};
 use super::round::{Connected, pre_copy};
 use super::state::{Came, incoming};
 use super::tls::DestinationTls;
-use super::unpack::{Listed, offered, runs_of};
+use super::unpack::{Listed, Offered, offered, runs_of};
 use super::{GuestError, STEP_PATIENCE, SessionError, WORK_PATIENCE, blocking};
 use crate::export::MAX_SERVERS;
 use crate::import::Lanes;
@@ -181,11 +181,12 @@ impl<H: DestinationHost> Destination<'_, H> {
         channel: &mut Channel,
         said: Message,
     ) -> Result<(Arc<H::Guest>, GuestMemory, Pager), SessionError> {
-        let (description, offered, mode) = offered(said)?;
+        let Offered { guest: description, transports: offered, mode, max_bandwidth } = offered(said)?;
         passed("Offer", self.begun);
         self.check_size(&description)?;
         let huge_pages = &mut self.dock.options.pager.huge_pages;
         *huge_pages = huge_pages.resolved(description.huge_pages);
+        self.dock.options.pager.limit(max_bandwidth);
         let threads = self.host.serving_threads(&description).min(MAX_SERVERS);
         let (guest, memory, trap) = self.prepare(description, threads > 0).await?;
         let dock = &self.dock;
@@ -195,7 +196,8 @@ impl<H: DestinationHost> Destination<'_, H> {
         let mut connected = dock.connect(channel, transport, import, (trap.shards(), threads)).await?;
         if mode == Mode::Hybrid {
             passed("Connected", self.begun);
-            connected = pre_copy(channel, connected).await?;
+            let limit = dock.options.pager.planner.max_bandwidth;
+            connected = pre_copy(channel, connected, limit).await?;
         }
         let (pager, servers) = self.start(connected, trap).await?;
         channel.send(&Message::LanesReady).await?;

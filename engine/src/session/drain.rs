@@ -240,7 +240,8 @@ impl Parted {
             return Err(SessionError::Protocol("it shows another certificate than the guest's source"));
         }
         let dock = Dock::of(listener, &channel, session, options);
-        let offered = rejoins(said)?;
+        let (offered, max_bandwidth) = rejoins(said)?;
+        self.drain.options.pager.limit(max_bandwidth);
         if let Why::Unheard(arrival) = &self.why {
             released(&mut channel, arrival).await?;
             self.drain.over();

@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use super::SessionError;
 use super::report::ArrivalReport;
 use crate::memory::MemoryLayout;
+use crate::planner::Bandwidth;
 use crate::stats::PagerReport;
 
 /// Longest body of a frame.
@@ -68,7 +69,13 @@ pub enum PageOrder {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(super) enum Message {
     /// S: this guest would come, over one of these transports, best first.
-    Offer { guest: GuestDescription, transports: Vec<String>, mode: Mode },
+    Offer {
+        guest: GuestDescription,
+        transports: Vec<String>,
+        mode: Mode,
+        /// What may cross a second at most, where nobody waits for it.
+        max_bandwidth: Option<Bandwidth>,
+    },
     /// D: it may come, over this one; here are the lane requests. Its pages will lie in this order.
     Accept { transport: String, lanes: Vec<Vec<u8>>, order: PageOrder },
     /// S: the lanes are granted, and this is the memory to read.
@@ -97,8 +104,8 @@ pub(super) enum Message {
     /// likeliest first: first page and count of each run.
     Recent(Vec<(u64, u32)>),
     /// S, first on a connection of that kind: this side still has the memory of the session's guest, and would
-    /// offer it again over one of these transports, best first.
-    Rejoin { transports: Vec<String> },
+    /// offer it again over one of these transports, best first, with the limit of an offer.
+    Rejoin { transports: Vec<String>, max_bandwidth: Option<Bandwidth> },
     /// S, before State, where it was asked for: pages that the guest has used, the last used first, by runs. There is more,
     /// or that was all.
     Order { runs: Vec<(u64, u32)>, more: bool },
@@ -200,13 +207,14 @@ mod tests {
     fn offer() -> Message {
         let layout = MemoryLayout::pc(4096, 4096).unwrap();
         let guest = GuestDescription { vmm: "v".into(), layout, config: vec![9], huge_pages: true };
-        Message::Offer { guest, transports: vec!["tcp".into()], mode: Mode::Hybrid }
+        let (transports, max_bandwidth) = (vec!["tcp".into()], Bandwidth::new(128));
+        Message::Offer { guest, transports, mode: Mode::Hybrid, max_bandwidth }
     }
 
     #[test]
     fn golden_bytes() {
-        let body = [0, 1, b'v', 1, 0, 0x80, 0x20, 0, 1, 9, 1, 1, 3, b't', b'c', b'p', 1];
-        let mut golden = vec![17, 0, 0, 0];
+        let body = [0, 1, b'v', 1, 0, 0x80, 0x20, 0, 1, 9, 1, 1, 3, b't', b'c', b'p', 1, 1, 0x80, 1];
+        let mut golden = vec![20, 0, 0, 0];
         golden.extend(crc32fast::hash(&body).to_le_bytes());
         golden.extend(body);
         assert_eq!(framed(&offer()), golden);
@@ -218,6 +226,8 @@ mod tests {
             framed(&Message::Accept { transport: "".into(), lanes: vec![], order })[8..],
             [1, 0, 0, 1]
         );
+        let rejoin = Message::Rejoin { transports: vec![], max_bandwidth: None };
+        assert_eq!(framed(&rejoin)[8..], [14, 0, 0]);
         assert_eq!(framed(&Message::Order { runs: vec![(9, 2)], more: true })[8..], [15, 1, 9, 2, 1]);
     }
 
@@ -249,6 +259,8 @@ mod tests {
             known(&[]),
             known(&[99]),
             known(&[7, 0]),
+            // A limit that would let nothing cross.
+            known(&[14, 0, 1, 0]),
             // An offer whose string says that it is 4 GiB long.
             known(&[0, 0xff, 0xff, 0xff, 0xff, 0x0f]),
         ] {

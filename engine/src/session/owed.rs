@@ -25,6 +25,7 @@ use super::report::{ArrivalReport, MigrationReport, Phase, Progress};
 use super::source::{MigrateOptions, Owner, SourceGuest};
 use super::{SessionError, WORK_PATIENCE, blocking};
 use crate::export::Export;
+use crate::planner::Bandwidth;
 
 /// The rest between two attempts to reach a destination.
 const RETRY: Duration = Duration::from_millis(500);
@@ -55,6 +56,8 @@ pub struct RecoverOptions {
     pub peer: Option<SocketAddr>,
     /// Transports to offer, best first, and how lanes are made over them; `None`: as before.
     pub wire: Option<(Vec<Transport>, EndpointOptions)>,
+    /// How much may cross a second where nobody waits for it; `None`: as before.
+    pub max_bandwidth: Option<Bandwidth>,
     /// For how long to try, counted anew each time that it was reached.
     pub patience: Duration,
 }
@@ -67,12 +70,14 @@ pub async fn recover(
     mut owed: Box<Owed>,
     options: RecoverOptions,
 ) -> Result<MigrationReport, (SessionError, Box<Owed>)> {
-    let RecoverOptions { peer, wire, patience } = options;
+    let RecoverOptions { peer, wire, max_bandwidth, patience } = options;
     let patience = patience.min(MOST_PATIENCE);
     owed.course.peer = peer.unwrap_or(owed.course.peer);
     if let Some((transports, endpoint)) = wire {
         (owed.course.options.transports, owed.course.options.endpoint) = (transports, endpoint);
     }
+    let limit = &mut owed.course.options.max_bandwidth;
+    *limit = max_bandwidth.or(*limit);
     let mut until = Instant::now() + patience;
     loop {
         owed.course.enter(Phase::Recovering);
@@ -183,7 +188,8 @@ impl Owed {
     /// Gives the destination new lanes; or it has all of the memory already.
     async fn take_up(&mut self, channel: &mut Channel) -> Result<Option<ArrivalReport>, SessionError> {
         let transports = self.course.transports()?;
-        channel.send(&Message::Rejoin { transports }).await?;
+        let max_bandwidth = self.course.options.max_bandwidth;
+        channel.send(&Message::Rejoin { transports, max_bandwidth }).await?;
         let answer = channel.receive("Accept or Resident", WORK_PATIENCE).await?;
         if let Message::Resident(arrival) = answer {
             self.is_there();

@@ -19,7 +19,7 @@ use tokio::net::TcpStream;
 use super::SessionError;
 
 /// Version of the protocol. Peers must have the same.
-pub const PROTOCOL_VERSION: u16 = 14;
+pub const PROTOCOL_VERSION: u16 = 15;
 
 const MAGIC: [u8; 8] = *b"PCOPYMIG";
 pub(super) const PREAMBLE_BYTES: usize = 32;
@@ -136,7 +136,7 @@ mod tests {
     fn golden_bytes() {
         let mut golden = [7u8; 32];
         golden[..8].copy_from_slice(b"PCOPYMIG");
-        golden[8..16].copy_from_slice(&[14, 0, 1, 0, 5, 0, 0, 0]);
+        golden[8..16].copy_from_slice(&[15, 0, 1, 0, 5, 0, 0, 0]);
         assert_eq!(example(Purpose::Lane(5)).encode(), golden);
         assert_eq!(Preamble::decode(&golden).unwrap(), example(Purpose::Lane(5)));
         golden[11] = 0x80;
@@ -158,9 +158,9 @@ mod tests {
         http[..8].copy_from_slice(b"GET / HT");
         assert!(matches!(Preamble::decode(&http), Err(SessionError::NotOurs)));
         let mut newer = good;
-        newer[8] = 15;
+        newer[8] = 16;
         let said = Preamble::decode(&newer).unwrap_err().to_string();
-        assert!(said.contains("15") && said.contains("14"), "{said}");
+        assert!(said.contains("16") && said.contains("15"), "{said}");
         for (at, kind) in [(10, [3, 0]), (10, [3, 0x80]), (12, [1, 0])] {
             let mut bad = good;
             bad[at..at + 2].copy_from_slice(&kind);

@@ -10,6 +10,7 @@ use super::message::Message;
 use super::{SessionError, blocking};
 use crate::import::{Import, Lanes};
 use crate::pager::{Round, RoundWatch};
+use crate::planner::Bandwidth;
 use crate::stats::PagerReport;
 
 /// Everything that the pager needs of the way to the source.
@@ -31,10 +32,11 @@ impl Drop for EndsWith {
     }
 }
 
-/// Reads the memory of the running guest once and tells the source how far it is.
+/// Reads the memory of the running guest once, at this bandwidth at most, and tells the source how far it is.
 pub(super) async fn pre_copy(
     channel: &mut Channel,
     mut connected: Connected,
+    max_bandwidth: Option<Bandwidth>,
 ) -> Result<Connected, SessionError> {
     let total_pages = connected.import.total_pages();
     let watch = Arc::new(RoundWatch::default());
@@ -42,7 +44,7 @@ pub(super) async fn pre_copy(
     let work = blocking(move || {
         let Connected { import, lanes, regions, round } = &mut connected;
         let first = lanes.shards.first_mut().ok_or(SessionError::Protocol("no lanes"))?;
-        *round = import.pre_copy(first, *regions, &watch)?;
+        *round = import.pre_copy(first, *regions, max_bandwidth, &watch)?;
         Ok(connected)
     });
     tokio::pin!(work);
@@ -51,7 +53,9 @@ pub(super) async fn pre_copy(
             done = &mut work => return done,
             () = tokio::time::sleep(PROGRESS) => {
                 let outstanding_pages = total_pages.saturating_sub(watched.0.pages_done());
-                let report = PagerReport { total_pages, outstanding_pages, ..PagerReport::default() };
+                let max_bandwidth = max_bandwidth.map_or(0, Bandwidth::bytes);
+                let report =
+                    PagerReport { total_pages, outstanding_pages, max_bandwidth, ..PagerReport::default() };
                 channel.send(&Message::Progress(report)).await?;
             }
         }

@@ -21,7 +21,7 @@ use super::{GuestError, STEP_PATIENCE, SessionError, WORK_PATIENCE, blocking};
 use crate::export::Export;
 use crate::memory::GuestMemory;
 use crate::pager::is_huge;
-use crate::planner::Run;
+use crate::planner::{Bandwidth, Run};
 use crate::proc_pages::is_trapped;
 
 /// A running guest that can be moved away. Called from a blocking thread.
@@ -87,6 +87,8 @@ pub struct MigrateOptions {
     pub endpoint: EndpointOptions,
     /// When memory moves.
     pub mode: Mode,
+    /// How much may cross a second where nobody waits for it, if the destination does not allow less.
+    pub max_bandwidth: Option<Bandwidth>,
     /// For how long to try to reach a destination again that is lost after the handover; not at all, if not
     /// said otherwise.
     pub patience: Duration,
@@ -242,7 +244,8 @@ impl Source {
         let layout = self.guest.memory().layout().clone();
         let transports = self.course.transports()?;
         let guest = GuestDescription { vmm, layout, config, huge_pages };
-        Ok(Message::Offer { guest, transports, mode: self.course.options.mode })
+        let MigrateOptions { mode, max_bandwidth, .. } = self.course.options;
+        Ok(Message::Offer { guest, transports, mode, max_bandwidth })
     }
 
     async fn export(&mut self, accepted: &Accepted, channel: &mut Channel) -> Result<Export, SessionError> {

@@ -6,19 +6,29 @@ use super::SessionError;
 use super::channel::unexpected;
 use super::message::{GuestDescription, Message, Mode};
 use crate::memory::PageIndex;
-use crate::planner::Run;
+use crate::planner::{Bandwidth, Run};
 
-pub(super) fn offered(message: Message) -> Result<(GuestDescription, Vec<Transport>, Mode), SessionError> {
+/// What a source offers.
+pub(super) struct Offered {
+    pub(super) guest: GuestDescription,
+    pub(super) transports: Vec<Transport>,
+    pub(super) mode: Mode,
+    pub(super) max_bandwidth: Option<Bandwidth>,
+}
+
+pub(super) fn offered(message: Message) -> Result<Offered, SessionError> {
     match message {
-        Message::Offer { guest, transports, mode } => Ok((guest, known(&transports), mode)),
+        Message::Offer { guest, transports, mode, max_bandwidth } => {
+            Ok(Offered { guest, transports: known(&transports), mode, max_bandwidth })
+        }
         other => Err(unexpected(&other, "Offer")),
     }
 }
 
-/// The transports over which a source that has come back would serve.
-pub(super) fn rejoins(message: Message) -> Result<Vec<Transport>, SessionError> {
+/// The transports over which a source that has come back would serve, and what may cross a second.
+pub(super) fn rejoins(message: Message) -> Result<(Vec<Transport>, Option<Bandwidth>), SessionError> {
     match message {
-        Message::Rejoin { transports } => Ok(known(&transports)),
+        Message::Rejoin { transports, max_bandwidth } => Ok((known(&transports), max_bandwidth)),
         other => Err(unexpected(&other, "Rejoin")),
     }
 }

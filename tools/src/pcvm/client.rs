@@ -50,6 +50,7 @@ fn migrate_held(args: &MigrateArgs, control: &Path) -> anyhow::Result<MigrationR
         lanes: args.wire.device.clone(),
         mode: args.mode.into(),
         patience: args.told.patience,
+        max_bandwidth: args.limit.max_bandwidth,
         trust: args.trust.absolute().context("the working folder")?,
     };
     reported(control, &request, args.told.quiet)
@@ -75,6 +76,7 @@ fn recover_held(args: &RecoverArgs, control: &Path) -> anyhow::Result<MigrationR
         to: args.to.clone(),
         transports: names(&args.wire),
         lanes: args.wire.device.clone(),
+        max_bandwidth: args.limit.max_bandwidth,
         patience: args.told.patience,
     };
     reported(control, &request, args.told.quiet)

@@ -2,6 +2,7 @@
 //!
 //! A client sends one request, as one line, and reads lines until one says `done` or `error`.
 
+use postcopy_engine::planner::Bandwidth;
 use postcopy_engine::session::{MigrationReport, Mode, Progress};
 use postcopy_engine::stats::PagerReport;
 use postcopy_tools::device::DeviceArgs;
@@ -35,6 +36,9 @@ pub(crate) enum Request {
         /// For how many seconds to try to reach a destination again that is lost after the handover.
         #[serde(default = "patience")]
         patience: u64,
+        /// How many bytes may cross a second where nobody waits for them.
+        #[serde(default)]
+        max_bandwidth: Option<Bandwidth>,
         /// Whom to give it to, as the flags of these names say it.
         #[serde(default, flatten)]
         trust: TrustArgs,
@@ -49,6 +53,9 @@ pub(crate) enum Request {
         transports: Vec<String>,
         #[serde(default)]
         lanes: DeviceArgs,
+        /// As for a migration; if nothing is said, as before.
+        #[serde(default)]
+        max_bandwidth: Option<Bandwidth>,
         /// For how many seconds to try.
         #[serde(default = "patience")]
         patience: u64,
@@ -112,13 +119,14 @@ mod tests {
     #[test]
     fn the_documented_lines_are_understood() {
         let line = r#"{"command":"migrate","to":"192.0.2.7:7070","transports":["tcp"]}"#;
-        let Request::Migrate { to, transports, lanes, mode, patience, trust } =
+        let Request::Migrate { to, transports, lanes, mode, patience, max_bandwidth, trust } =
             serde_json::from_str(line).unwrap()
         else {
             panic!("{line}");
         };
         assert_eq!((to.as_str(), transports.len(), lanes), ("192.0.2.7:7070", 1, DeviceArgs::default()));
         assert_eq!((mode, patience, trust), (Mode::Postcopy, 60, TrustArgs::default()));
+        assert_eq!(max_bandwidth, None);
         let line = r#"{"command":"migrate","to":"192.0.2.7:7070","tls":"/etc/pki/qemu","tls_hostname":"b"}"#;
         let Request::Migrate { trust, .. } = serde_json::from_str(line).unwrap() else { panic!("{line}") };
         assert_eq!(trust, TrustArgs { tls: Some("/etc/pki/qemu".into()), tls_hostname: Some("b".into()) });

@@ -16,7 +16,7 @@ use postcopy_tools::trust::TrustArgs;
 use postcopy_vmm::qemu::{Inflated, QemuGuest};
 use tokio::sync::watch;
 
-use crate::args::{MigrateArgs, RecoverArgs, ToldArgs, WireArgs, resolve};
+use crate::args::{LimitArgs, MigrateArgs, RecoverArgs, ToldArgs, WireArgs, resolve};
 use crate::client::Meter;
 use crate::signals::Wanted;
 
@@ -28,7 +28,8 @@ const NEEDED: &str = "pcvm: the guest is on its way and needs this process; it e
 
 pub(crate) fn migrate(args: &MigrateArgs, monitor: &Path) -> anyhow::Result<MigrationReport> {
     let peer = resolve(&args.to)?;
-    let options = MigrateOptions { mode: args.mode.into(), ..options(&args.wire, &args.trust, &args.told)? };
+    let options = options(&args.wire, args.limit, &args.trust, &args.told)?;
+    let options = MigrateOptions { mode: args.mode.into(), ..options };
     let guest = Arc::new(QemuGuest::attach(monitor)?);
     let moved = control_plane()?.block_on(run(args, peer, options, &guest));
     if moved.is_err()
@@ -43,7 +44,7 @@ pub(crate) fn migrate(args: &MigrateArgs, monitor: &Path) -> anyhow::Result<Migr
 pub(crate) fn recover(args: &RecoverArgs, monitor: &Path) -> anyhow::Result<MigrationReport> {
     let to = args.to.as_deref().context("with --qmp say where the destination listens: --to HOST:PORT")?;
     let peer = resolve(to)?;
-    let options = options(&args.wire, &args.trust, &args.told)?;
+    let options = options(&args.wire, args.limit, &args.trust, &args.told)?;
     let guest = Arc::new(QemuGuest::attach(monitor)?);
     let name = guest.kept_name()?;
     control_plane()?.block_on(async {
@@ -67,11 +68,17 @@ pub(crate) fn recover(args: &RecoverArgs, monitor: &Path) -> anyhow::Result<Migr
     })
 }
 
-fn options(wire: &WireArgs, trust: &TrustArgs, told: &ToldArgs) -> anyhow::Result<MigrateOptions> {
+fn options(
+    wire: &WireArgs,
+    limit: LimitArgs,
+    trust: &TrustArgs,
+    told: &ToldArgs,
+) -> anyhow::Result<MigrateOptions> {
     Ok(MigrateOptions {
         transports: wire.transports(),
         endpoint: wire.device.endpoint(None),
         mode: Mode::default(),
+        max_bandwidth: limit.max_bandwidth,
         patience: Duration::from_secs(told.patience),
         tls: trust.read()?,
     })

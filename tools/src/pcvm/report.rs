@@ -5,6 +5,7 @@ use std::fmt::Write;
 use postcopy_engine::memory::PAGE_SIZE;
 use postcopy_engine::session::{MigrationReport, Mode, Phase, Progress};
 use postcopy_engine::stats::{PagerReport, Percentiles, StageReport};
+use postcopy_tools::size;
 
 fn mebibytes(bytes: u64) -> f64 {
     bytes as f64 / f64::from(1 << 20)
@@ -40,14 +41,19 @@ pub(crate) fn pager_line(pager: &PagerReport) -> String {
 fn share_line(pager: &PagerReport) -> String {
     let arrived = pager.total_pages - pager.outstanding_pages.min(pager.total_pages);
     let share = 100.0 * arrived as f64 / pager.total_pages.max(1) as f64;
-    format!("{share:5.1} % of {:.0} MiB", mebibytes(pager.total_pages * PAGE_SIZE))
+    format!("{share:5.1} % of {:.0} MiB{}", mebibytes(pager.total_pages * PAGE_SIZE), limit(pager))
 }
 
 /// How pages crossed.
 pub(crate) fn wire(report: &MigrationReport) -> String {
-    match report.pages_encrypted {
-        true => format!("{}, encrypted", report.transport),
-        false => report.transport.clone(),
+    let encrypted = if report.pages_encrypted { ", encrypted" } else { "" };
+    format!("{}{encrypted}{}", report.transport, limit(&report.pager))
+}
+
+fn limit(pager: &PagerReport) -> String {
+    match pager.max_bandwidth {
+        0 => String::new(),
+        limit => format!(", at most {} a second", size::short(limit)),
     }
 }
 

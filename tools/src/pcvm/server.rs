@@ -99,23 +99,23 @@ async fn carry_out(request: Request, host: &Arc<Host>, writer: &mut OwnedWriteHa
         Request::Type { text } => (type_text(host, &text), None),
         Request::Resolve { guest } => end_doubt(host, guest).await,
         Request::Quit => (Answer::Done, Some(State::Quit)),
-        Request::Migrate { to, transports, lanes, mode, patience, trust } => {
+        Request::Migrate { to, transports, lanes, mode, patience, max_bandwidth, trust } => {
             let (endpoint, patience) = (lanes.endpoint(None), Duration::from_secs(patience));
             let tls = trust.read().map_err(|error| error.to_string());
             match parsed(&transports).and_then(|transports| Ok((transports, tls?))) {
                 Ok((transports, tls)) => {
-                    let options = MigrateOptions { transports, endpoint, mode, patience, tls };
+                    let options = MigrateOptions { transports, endpoint, mode, max_bandwidth, patience, tls };
                     migrate(host, &to, options, writer).await
                 }
                 Err(reason) => refuse(reason),
             }
         }
-        Request::Recover { to, transports, lanes, patience } => match parsed(&transports) {
+        Request::Recover { to, transports, lanes, max_bandwidth, patience } => match parsed(&transports) {
             Ok(transports) => {
                 let as_before = transports.is_empty() && lanes == DeviceArgs::default();
                 let wire = (!as_before).then(|| (transports, lanes.endpoint(None)));
                 let patience = Duration::from_secs(patience);
-                recover(host, to, RecoverOptions { peer: None, wire, patience }, writer).await
+                recover(host, to, RecoverOptions { peer: None, wire, max_bandwidth, patience }, writer).await
             }
             Err(reason) => refuse(reason),
         },

@@ -25,7 +25,7 @@ use postcopy_engine::pager::{Landing, PagerConfig, Shards};
 use postcopy_engine::planner::Policy;
 use postcopy_engine::session::SourceTls;
 use postcopy_tools::device::DeviceArgs;
-use postcopy_tools::drain::BulkWaitArgs;
+use postcopy_tools::drain::DrainArgs;
 use postcopy_tools::machine::Machine;
 use postcopy_tools::trust::TrustArgs;
 use postcopy_tools::{cli, size};
@@ -118,7 +118,7 @@ pub(crate) struct FaultArgs {
     #[arg(long, value_delimiter = ',', value_name = "POLICY", default_values_t = [Policy::Adaptive])]
     pub(crate) policy: Vec<Policy>,
     #[command(flatten)]
-    pub(crate) bulk_wait: BulkWaitArgs,
+    pub(crate) background: DrainArgs,
     /// How long threads poll before they sleep. Default: 100.
     #[arg(long, value_name = "US")]
     pub(crate) spin: Option<u64>,
@@ -179,7 +179,7 @@ impl FaultArgs {
     }
 
     fn pager(&self, case: Case) -> PagerConfig {
-        let planner = self.bulk_wait.planner(case.policy.unwrap_or_default());
+        let planner = self.background.planner(case.policy.unwrap_or_default());
         let spin = self.spin.map_or(PagerConfig::default().spin, Duration::from_micros);
         PagerConfig { spin, planner, ..PagerConfig::default() }
     }

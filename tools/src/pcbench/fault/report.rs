@@ -5,7 +5,7 @@ use std::time::{Duration, Instant, SystemTime};
 use anyhow::anyhow;
 use postcopy_engine::memory::PAGE_SIZE;
 use postcopy_engine::pager::Landing;
-use postcopy_engine::planner::Policy;
+use postcopy_engine::planner::{Bandwidth, Policy};
 use postcopy_engine::stats::PagerReport;
 use postcopy_tools::machine::Machine;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
@@ -37,6 +37,9 @@ pub(crate) struct FaultReport {
     /// Threads of the pager.
     pub(crate) shards: usize,
     pub(crate) landing: Landing,
+    /// Bytes a second that the drain may have.
+    #[serde(default)]
+    pub(crate) max_bandwidth: Option<Bandwidth>,
     pub(crate) rounds: u32,
     /// One raw 4 KiB read at a time on a lane of the same transport.
     pub(crate) raw_read: Times,
@@ -151,6 +154,7 @@ impl FaultReport {
             threads: args.threads,
             shards: args.shards.count(),
             landing: args.landing.resolved(args.transport, false),
+            max_bandwidth: args.background.max_bandwidth,
             rounds: args.rounds,
             raw_read: Times::new(&reads)?,
             raw_bulk_mb_s: median(all.bulk_mb_s.iter().copied()),

@@ -3,6 +3,7 @@
 use std::fmt::Write as _;
 
 use postcopy_engine::stats::Percentiles;
+use postcopy_tools::size;
 
 use super::report::{Case, FaultReport};
 use crate::report::table::wrap;
@@ -39,10 +40,15 @@ pub(super) fn title(report: &FaultReport) -> String {
 
 /// How it was measured, in words.
 pub(super) fn how(report: &FaultReport) -> String {
+    let limit = match report.max_bandwidth {
+        Some(limit) => format!(", at most {} a second unasked,", size::short(limit.bytes())),
+        None => String::new(),
+    };
     format!(
-        "{}{} of {} MiB, {:?} {:?}, {} thread(s), {} shard(s), landing {}, medians of {} rounds",
+        "{}{}{} of {} MiB, {:?} {:?}, {} thread(s), {} shard(s), landing {}, medians of {} rounds",
         report.transport,
         if report.tls { ", under TLS," } else { "" },
+        limit,
         report.memory_bytes >> 20,
         report.pattern,
         report.access,

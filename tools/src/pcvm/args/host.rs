@@ -7,7 +7,7 @@ use postcopy_engine::pager::{HugePages, Landing, PagerConfig, Shards};
 use postcopy_engine::planner::Policy;
 use postcopy_engine::session::{DestinationTls, PageOrder, ReceiveOptions, TlsError};
 use postcopy_tools::device::DeviceArgs;
-use postcopy_tools::drain::BulkWaitArgs;
+use postcopy_tools::drain::DrainArgs;
 use postcopy_tools::size;
 use postcopy_transport::Transport;
 
@@ -72,7 +72,7 @@ pub(crate) struct HostArgs {
     #[arg(long, value_enum, default_value_t = Order::Address)]
     pub(crate) order: Order,
     #[command(flatten)]
-    pub(crate) bulk_wait: BulkWaitArgs,
+    pub(crate) background: DrainArgs,
     /// Threads that bring the memory of a guest that arrives, 1 to 16: each has a part of it, two
     /// lanes, and a processor to itself while it is busy. More pay where faults or the wire ask for more
     /// than one processor.
@@ -116,7 +116,7 @@ impl HostArgs {
     }
 
     fn pager(&self) -> PagerConfig {
-        let planner = self.bulk_wait.planner(self.policy);
+        let planner = self.background.planner(self.policy);
         let huge_pages = match self.huge_pages {
             Huge::Auto => HugePages::Auto,
             Huge::On => HugePages::On,

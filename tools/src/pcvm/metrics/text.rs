@@ -45,8 +45,9 @@ const COUNTERS: [Figure<PagerReport>; 15] = [
 ];
 
 /// What a pager says of now.
-const GAUGES: [Figure<PagerReport>; 3] = [
+const GAUGES: [Figure<PagerReport>; 4] = [
     ("pcvm_outstanding_pages", "Pages still to come.", "", |p| p.outstanding_pages),
+    ("pcvm_max_bandwidth", "Bytes a second that may cross unasked; 0: no limit.", "", |p| p.max_bandwidth),
     ("pcvm_huge_page_bytes", "Bytes put together to huge pages after they came.", "", |p| p.huge_pages.bytes),
     ("pcvm_huge_page_refused_bytes", "Bytes that the kernel refused to put together.", "", |p| {
         p.huge_pages.refused_bytes
