@@ -1,8 +1,10 @@
 //! A real guest moves between processes of this host: the tiny guest, on this host's KVM.
 #![allow(clippy::unwrap_used)] // helpers of tests, where a panic is the report
 
+use std::process::Stdio;
+
 use postcopy_e2e::reports::{assert_whole, number};
-use postcopy_e2e::{Pcvm, Scratch, free_port};
+use postcopy_e2e::{Pcvm, Scratch, assert_refused, free_port, pcvm, stderr};
 
 /// The rounds that the guest has printed at one console: ascending by one, none bad.
 fn rounds(console: &str) -> Vec<u64> {
@@ -132,6 +134,40 @@ fn what_crosses_in_a_second_is_the_lesser_of_both_sides_limits() {
         assert!(number(&report, "/precopy_us") >= least_us(before), "{report}");
         destination.assert_runs();
     }
+}
+
+#[test]
+fn a_move_is_called_off_while_the_guest_still_runs() {
+    let scratch = Scratch::new("moves-called-off");
+    let port = free_port();
+    let source = Pcvm::run_tiny(&scratch, "a");
+    let destination = Pcvm::receive(&scratch, "b", port, &["--again"]);
+    let to = format!("127.0.0.1:{port}");
+    let cancel = || pcvm(&["cancel", "--control", source.control().to_str().unwrap()]);
+    assert_refused(&cancel(), &["no guest is being moved"]);
+    // In its round of pre-copy, which would take hours; then where there is nobody to say no more than hello.
+    let dead_end = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let nowhere = dead_end.local_addr().unwrap().to_string();
+    for (to, phase) in [(&to, "pre-copy"), (&nowhere, "setup")] {
+        let slow = ["--mode", "hybrid", "--max-bandwidth", "1K"];
+        let mut moving = source.migration(to, &slow);
+        let moving = moving.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+        source.wait_until("it is on its way", |source| source.status()["migration"]["phase"] == phase);
+        let out = cancel();
+        assert!(out.status.success(), "{}", stderr(&out));
+        source.assert_runs();
+        assert_refused(&moving.wait_with_output().unwrap(), &["called off", "the guest runs on here"]);
+    }
+    destination.wait_until("it waits again", |there| there.status()["state"] == "waiting");
+    assert!(destination.log().contains("called off"), "{}", destination.log());
+    // Once it was stopped, which the last pages show that are still to come, it moves.
+    let slow = ["--max-bandwidth", "1M"];
+    let mut moving = source.migration(&to, &slow);
+    let moving = moving.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+    source.wait_until("it has left", |source| source.status()["migration"]["phase"] == "draining");
+    assert_refused(&cancel(), &["too late"]);
+    assert!(moving.wait_with_output().unwrap().status.success());
+    destination.assert_runs();
 }
 
 #[test]

@@ -121,6 +121,9 @@ pub enum SessionError {
         /// How long.
         patience: Duration,
     },
+    /// [`MigrateOptions::called_off`] said so.
+    #[error("it was called off")]
+    CalledOff,
     /// The destination was lost after the handover, and could not be reached again.
     #[error("{first}; and it was not reached again: {last}")]
     NotReached {

@@ -104,6 +104,13 @@ pub enum Phase {
     Resident,
 }
 
+impl Phase {
+    /// Whether the guest runs at the source as ever: a migration that is dropped now has changed nothing.
+    pub fn is_before_stop(self) -> bool {
+        matches!(self, Self::Setup | Self::PreCopy)
+    }
+}
+
 /// Progress for whoever watches.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Progress {

@@ -4,10 +4,10 @@ use std::sync::Arc;
 
 use postcopy_transport::RemoteRegion;
 
-use super::channel::Channel;
+use super::channel::{Channel, unexpected};
 use super::drain::PROGRESS;
 use super::message::Message;
-use super::{SessionError, blocking};
+use super::{SessionError, WORK_PATIENCE, blocking};
 use crate::import::{Import, Lanes};
 use crate::pager::{Round, RoundWatch};
 use crate::planner::Bandwidth;
@@ -32,6 +32,9 @@ impl Drop for EndsWith {
     }
 }
 
+/// What this side waits for meanwhile.
+const ROUND: &str = "the end of the round of pre-copy";
+
 /// Reads the memory of the running guest once, at this bandwidth at most, and tells the source how far it is.
 pub(super) async fn pre_copy(
     channel: &mut Channel,
@@ -51,6 +54,10 @@ pub(super) async fn pre_copy(
     loop {
         tokio::select! {
             done = &mut work => return done,
+            // It says nothing meanwhile, unless it is to call the migration off.
+            heard = channel.receive(ROUND, WORK_PATIENCE) => {
+                return Err(heard.map_or_else(|lost| lost, |early| unexpected(&early, ROUND)));
+            }
             () = tokio::time::sleep(PROGRESS) => {
                 let outstanding_pages = total_pages.saturating_sub(watched.0.pages_done());
                 let max_bandwidth = max_bandwidth.map_or(0, Bandwidth::bytes);

@@ -94,6 +94,9 @@ pub struct MigrateOptions {
     pub patience: Duration,
     /// Whom to speak with. `None`: whoever listens there, in clear.
     pub tls: Option<SourceTls>,
+    /// Says true if the migration is to be called off. That is heeded for as long as the guest has not been stopped
+    /// ([`Phase::is_before_stop`]); it runs on then.
+    pub called_off: Option<watch::Receiver<bool>>,
 }
 
 /// Who has the guest after a migration that failed.
@@ -169,6 +172,24 @@ pub async fn migrate(
     }
 }
 
+/// What comes of `work`, unless the migration is called off first.
+async fn unless<T>(
+    called_off: Option<watch::Receiver<bool>>,
+    work: impl Future<Output = Result<T, SessionError>>,
+) -> Result<T, SessionError> {
+    let called_off = async {
+        let Some(mut said) = called_off else { return std::future::pending().await };
+        if said.wait_for(|called_off| *called_off).await.is_err() {
+            std::future::pending().await
+        }
+    };
+    tokio::select! {
+        biased;
+        () = called_off => Err(SessionError::CalledOff),
+        done = work => done,
+    }
+}
+
 /// The guest runs on here.
 fn kept(error: SessionError) -> MigrationError {
     MigrationError { error, owed: None }
@@ -202,10 +223,10 @@ impl Source {
             false
         });
         let offer = self.offer(huge_pages)?;
-        let mut channel = self.course.call(Purpose::Control).await?;
+        let called_off = self.course.options.called_off.clone();
+        let mut channel = unless(called_off, self.course.call(Purpose::Control)).await?;
         channel.send(&offer).await?;
-        let accepted = self.course.accepted(channel.receive("Accept", WORK_PATIENCE).await?)?;
-        match self.export(&accepted, &mut channel).await {
+        match self.export(&mut channel).await {
             Ok(export) => {
                 self.keep_name().await;
                 Ok((channel, export))
@@ -248,18 +269,20 @@ impl Source {
         Ok(Message::Offer { guest, transports, mode, max_bandwidth })
     }
 
-    async fn export(&mut self, accepted: &Accepted, channel: &mut Channel) -> Result<Export, SessionError> {
-        let transport = accepted.transport;
+    async fn export(&mut self, channel: &mut Channel) -> Result<Export, SessionError> {
+        let called_off = self.course.options.called_off.clone();
+        let answer = unless(called_off.clone(), channel.receive("Accept", WORK_PATIENCE)).await?;
+        let Accepted { transport, lanes, order } = self.course.accepted(answer)?;
         let (memory, endpoint) = (self.guest.memory(), self.course.options.endpoint.clone());
         let mut export = blocking(move || Export::new(transport, &memory, &endpoint)).await?;
         if self.course.options.mode == Mode::Hybrid {
             self.watched = Watched::begin(self.guest.clone()).await?;
         }
         export.describe_running()?;
-        self.course.connect(&mut export, &accepted.lanes, channel).await?;
+        self.course.connect(&mut export, &lanes, channel).await?;
         self.lanes_ready(channel).await?;
-        self.watch(channel, &export, accepted.order).await?;
-        Ok(export)
+        self.watch(channel, &export, order).await?;
+        unless(called_off, std::future::ready(Ok(export))).await
     }
 
     /// Waits until the destination can take the guest: where there is a round of pre-copy, until that
@@ -270,8 +293,9 @@ impl Source {
         if hybrid {
             self.course.enter(Phase::PreCopy);
         }
+        let called_off = &self.course.options.called_off.clone();
         loop {
-            match channel.receive("LanesReady", WORK_PATIENCE).await? {
+            match unless(called_off.clone(), channel.receive("LanesReady", WORK_PATIENCE)).await? {
                 Message::LanesReady => break,
                 Message::Progress(pager) if hybrid => self.course.show(pager),
                 other => return Err(unexpected(&other, "LanesReady")),

@@ -36,6 +36,10 @@ pub(crate) enum Command {
     Receive(ReceiveArgs),
     /// Move a guest to a destination where `pcvm receive` listens.
     Migrate(MigrateArgs),
+    /// Call off a move while the guest still runs at the source, before it is stopped there.
+    ///
+    /// Of a QEMU's guest: interrupt `pcvm migrate --qmp`.
+    Cancel(ControlArgs),
     /// Say where a guest is and what it is doing.
     Status(ControlArgs),
     /// End a guest, or a receiver that waits for one.

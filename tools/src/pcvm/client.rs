@@ -156,8 +156,16 @@ fn simple(control: &Path, request: &Request) -> anyhow::Result<()> {
     ask(control, request, |_| {}).map(drop)
 }
 
+pub(crate) fn cancel(args: &ControlArgs) -> anyhow::Result<()> {
+    done(args, &Request::Cancel)
+}
+
 pub(crate) fn quit(args: &ControlArgs) -> anyhow::Result<()> {
-    simple(&args.control, &Request::Quit)?;
+    done(args, &Request::Quit)
+}
+
+fn done(args: &ControlArgs, request: &Request) -> anyhow::Result<()> {
+    simple(&args.control, request)?;
     if args.json {
         println!("{}", serde_json::to_string(&Answer::Done)?);
     }

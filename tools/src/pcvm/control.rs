@@ -60,6 +60,8 @@ pub(crate) enum Request {
         #[serde(default = "patience")]
         patience: u64,
     },
+    /// Call off a migration while the guest still runs here.
+    Cancel,
     /// Type at the guest's console.
     Type {
         /// The text, as it is.

@@ -53,6 +53,7 @@ fn dispatch(command: Command) -> anyhow::Result<()> {
         Command::Run(args) => host::run(&args),
         Command::Receive(args) => host::receive(&args),
         Command::Migrate(args) => client::migrate(&args),
+        Command::Cancel(args) => client::cancel(&args),
         Command::Status(args) => client::status(&args),
         Command::Quit(args) => client::quit(&args),
         Command::Type(args) => client::type_text(&args),

@@ -81,6 +81,8 @@ fn options(
         max_bandwidth: limit.max_bandwidth,
         patience: Duration::from_secs(told.patience),
         tls: trust.read()?,
+        // An interrupt drops it, and this process ends.
+        called_off: None,
     })
 }
 
@@ -109,9 +111,8 @@ async fn run(
     }
     let progress = watch::Sender::new(Progress::default());
     let moving = session::migrate(guest.clone(), peer, options, &progress);
-    let unstopped = |phase| {
-        matches!(phase, Phase::Setup | Phase::PreCopy)
-            .then_some("interrupted before anything was stopped; the guest runs on here")
+    let unstopped = |phase: Phase| {
+        phase.is_before_stop().then_some("interrupted before anything was stopped; the guest runs on here")
     };
     let outcome = attended(moving, (&progress, args.told.quiet), &mut wanted, unstopped).await?;
     let report = match outcome {

@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use postcopy_engine::session::{
-    self, MigrateOptions, MigrationError, MigrationReport, Owed, Owner, Progress, RecoverOptions,
-    SessionError, SourceGuest,
+    self, MigrateOptions, MigrationError, MigrationReport, Owed, Owner, RecoverOptions, SessionError,
+    SourceGuest,
 };
 use postcopy_tools::device::DeviceArgs;
 use postcopy_transport::Transport;
@@ -98,13 +98,22 @@ async fn carry_out(request: Request, host: &Arc<Host>, writer: &mut OwnedWriteHa
         Request::Status => (Answer::Status(Box::new(host.status())), None),
         Request::Type { text } => (type_text(host, &text), None),
         Request::Resolve { guest } => end_doubt(host, guest).await,
+        Request::Cancel => (cancel(host).await, None),
         Request::Quit => (Answer::Done, Some(State::Quit)),
         Request::Migrate { to, transports, lanes, mode, patience, max_bandwidth, trust } => {
             let (endpoint, patience) = (lanes.endpoint(None), Duration::from_secs(patience));
             let tls = trust.read().map_err(|error| error.to_string());
             match parsed(&transports).and_then(|transports| Ok((transports, tls?))) {
                 Ok((transports, tls)) => {
-                    let options = MigrateOptions { transports, endpoint, mode, max_bandwidth, patience, tls };
+                    let options = MigrateOptions {
+                        transports,
+                        endpoint,
+                        mode,
+                        max_bandwidth,
+                        patience,
+                        tls,
+                        called_off: Some(host.called_off()),
+                    };
                     migrate(host, &to, options, writer).await
                 }
                 Err(reason) => refuse(reason),
@@ -153,7 +162,6 @@ async fn migrate(
         Ok(guest) => guest,
         Err(reason) => return refuse(reason),
     };
-    host.progress.send_replace(Progress::default());
     let moving = host.clone();
     let task = async move {
         let source: Arc<dyn SourceGuest> = guest.clone();
@@ -166,6 +174,15 @@ async fn migrate(
         }
     };
     watched(host, task, writer).await
+}
+
+/// Calls off the migration that is under way, and waits until the guest can be moved again.
+async fn cancel(host: &Host) -> Answer {
+    if let Err(reason) = host.call_off() {
+        return Answer::Error(reason);
+    }
+    host.reached(|state| !matches!(state, State::Migrating(_))).await;
+    Answer::Done
 }
 
 /// Reaches the destination again, likewise in a task of its own.

@@ -38,6 +38,8 @@ pub(crate) struct Host {
     arrival: Mutex<Arrival>,
     changed: tokio::sync::Notify,
     pub(crate) progress: watch::Sender<Progress>,
+    /// Somebody has asked for the migration that is under way to be called off.
+    called_off: watch::Sender<bool>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -51,6 +53,7 @@ impl Host {
             arrival: Mutex::new(Arrival::None),
             changed: tokio::sync::Notify::new(),
             progress: watch::Sender::new(Progress::default()),
+            called_off: watch::Sender::new(false),
         })
     }
 
@@ -81,6 +84,8 @@ impl Host {
             State::Running(guest) => {
                 let guest = guest.clone();
                 *state = State::Migrating(guest.clone());
+                self.progress.send_replace(Progress::default());
+                self.called_off.send_replace(false);
                 Ok(guest)
             }
             State::Migrating(_) | State::Recovering => Err("the guest is being moved already".into()),
@@ -90,6 +95,25 @@ impl Host {
             }
             State::Kept { .. } | State::Gone | State::Quit => Err("the guest is not here any more".into()),
         }
+    }
+
+    /// Calls off the migration that is under way, if the guest still runs here for certain.
+    pub(crate) fn call_off(&self) -> Result<(), String> {
+        match &*lock(&self.state) {
+            State::Migrating(_) if self.progress.borrow().phase.is_before_stop() => {
+                self.called_off.send_replace(true);
+                Ok(())
+            }
+            State::Migrating(_) | State::Recovering => {
+                Err("it is too late: the guest was stopped for its move; see `pcvm status`".into())
+            }
+            _ => Err("no guest is being moved from here".into()),
+        }
+    }
+
+    /// Says true when the migration that is under way is called off.
+    pub(crate) fn called_off(&self) -> watch::Receiver<bool> {
+        self.called_off.subscribe()
     }
 
     /// Takes guest and export out of doubt.
