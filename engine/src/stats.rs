@@ -168,7 +168,7 @@ pub struct PagerReport {
 }
 
 impl PagerReport {
-    /// Adds what another shard did. Stages are left out: percentiles have no sum.
+    /// Adds what another shard did. Stages are left out: percentiles have no sum. What all may have a second is one figure.
     pub(crate) fn add(&mut self, other: &Self) {
         let Self {
             shards,
@@ -181,7 +181,7 @@ impl PagerReport {
             precopy_pages,
             precopy_bytes,
             self_served_faults,
-            max_bandwidth,
+            max_bandwidth: _,
             stages: _,
             latencies,
             huge_pages,
@@ -196,7 +196,6 @@ impl PagerReport {
         self.precopy_pages += precopy_pages;
         self.precopy_bytes += precopy_bytes;
         self.self_served_faults += self_served_faults;
-        self.max_bandwidth += max_bandwidth;
         self.latencies.add(latencies);
         self.huge_pages.bytes += huge_pages.bytes;
         self.huge_pages.refused_bytes += huge_pages.refused_bytes;

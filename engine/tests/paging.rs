@@ -13,7 +13,7 @@ use postcopy_engine::memory::{GuestMemory, PAGE_SIZE, PageIndex};
 use postcopy_engine::pager::{
     FaultsTo, Landing, Pager, PagerConfig, PagerError, PagerState, PagerStatus, Round, Shards, Trap,
 };
-use postcopy_engine::planner::Run;
+use postcopy_engine::planner::{Bandwidth, PlannerConfig, Run};
 use postcopy_transport::{EndpointOptions, Transport};
 
 /// 16 MiB.
@@ -25,7 +25,7 @@ fn source(transport: Transport) -> (Export, GuestMemory) {
 }
 
 fn destination(transport: Transport, export: &mut Export, setup: Setup) -> (GuestMemory, Pager) {
-    destination_whose(|_| {}, transport, export, setup)
+    destination_whose(|_| {}, transport, export, setup, PagerConfig::default())
 }
 
 /// That with a trap that something is done to first.
@@ -34,6 +34,7 @@ fn destination_whose(
     transport: Transport,
     export: &mut Export,
     setup: Setup,
+    config: PagerConfig,
 ) -> (GuestMemory, Pager) {
     let memory = empty(PAGES);
     let trap = Trap::register(&memory, FaultsTo::Pager, setup.shards).unwrap();
@@ -42,7 +43,7 @@ fn destination_whose(
         Import::new(transport, &memory, (setup.landing, setup.shards.count()), &EndpointOptions::default())
             .unwrap();
     let lanes = import.connect_local(export, setup.shards.count()).unwrap();
-    let pager = import.start(trap, lanes, export.regions(), Round::none(), PagerConfig::default()).unwrap();
+    let pager = import.start(trap, lanes, export.regions(), Round::none(), config).unwrap();
     (memory, pager)
 }
 
@@ -83,6 +84,31 @@ fn threads_that_touch_while_it_drains_see_every_byte_right_and_zero_pages_never_
 }
 
 #[test]
+fn what_may_cross_is_changed_while_memory_arrives() {
+    let limit = |bytes| Bandwidth::new(bytes);
+    for (transport, setup) in available_setups() {
+        let (mut export, _memory) = source(transport);
+        export.describe_pages(None).unwrap();
+        // All of it would take days.
+        let planner = PlannerConfig { max_bandwidth: limit(100), ..PlannerConfig::default() };
+        let config = PagerConfig { planner, ..PagerConfig::default() };
+        let (memory, pager) = destination_whose(|_| {}, transport, &mut export, setup, config);
+        // Nobody is held back who waits.
+        (0..PAGES / 2).for_each(|page| check(memory.guest(), page));
+        let told = || pager.status().borrow().report;
+        assert_eq!(told().max_bandwidth, 100, "{transport}");
+        pager.limit(limit(200));
+        assert_eq!(told().max_bandwidth, 200, "{transport}");
+        assert!(told().outstanding_pages > PAGES / 4, "{transport}");
+        pager.limit(None);
+        let end = end_of(&pager);
+        assert!(matches!(end.state, PagerState::Resident), "{transport}: {:?}", end.state);
+        assert_eq!(end.report.max_bandwidth, 0, "{transport}");
+        (0..PAGES).for_each(|page| check(memory.guest(), page));
+    }
+}
+
+#[test]
 fn without_a_page_map_faults_are_still_served() {
     for (transport, setup) in available_setups() {
         let (mut export, _memory) = source(transport);
@@ -100,7 +126,8 @@ fn without_a_page_map_faults_are_still_served() {
 fn what_is_touched_while_the_sources_guest_runs_comes_when_it_stands_still() {
     for (transport, setup) in available_setups() {
         let (mut export, source) = source(transport);
-        let (memory, pager) = destination_whose(Trap::hold, transport, &mut export, setup);
+        let (memory, pager) =
+            destination_whose(Trap::hold, transport, &mut export, setup, PagerConfig::default());
         let touched = [5, 1, 3, 4000, PAGES - 1];
         std::thread::scope(|scope| {
             let guest = memory.guest().clone();
@@ -122,7 +149,8 @@ fn what_is_touched_while_the_sources_guest_runs_comes_when_it_stands_still() {
 fn memory_in_another_order_is_read_when_the_sources_guest_stands_still_and_not_before() {
     for (transport, setup) in available_setups() {
         let (mut export, source) = source(transport);
-        let (memory, pager) = destination_whose(Trap::hold, transport, &mut export, setup);
+        let (memory, pager) =
+            destination_whose(Trap::hold, transport, &mut export, setup, PagerConfig::default());
         // Every other piece of 7 pages, the last first; all of them have still to be written.
         let run = |first| Run { first: PageIndex(first), count: 7 };
         let runs: Vec<Run> = (0..PAGES / 14).rev().map(|piece| run(14 * piece)).collect();

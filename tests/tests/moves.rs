@@ -171,6 +171,29 @@ fn a_move_is_called_off_while_the_guest_still_runs() {
 }
 
 #[test]
+fn what_may_cross_is_changed_while_a_guest_arrives() {
+    let scratch = Scratch::new("moves-limit-changed");
+    let port = free_port();
+    let source = Pcvm::run_tiny(&scratch, "a");
+    let destination = Pcvm::receive(&scratch, "b", port, &["--shards", "2"]);
+    let limit = |to: &str| pcvm(&["limit", "--control", destination.control().to_str().unwrap(), to]);
+    assert_refused(&limit("1M"), &["no guest's memory is on its way here"]);
+    // What the guest does not ask for would take hours; but it asks for most of it before long.
+    let mut moving = source.migration(&format!("127.0.0.1:{port}"), &["--max-bandwidth", "64"]);
+    let moving = moving.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+    destination.wait_until("it is on its way", |there| there.status()["arrival"]["max_bandwidth"] == 64);
+    let out = limit("none");
+    assert!(
+        out.status.success() || destination.status()["arrival"]["outstanding_pages"] == 0,
+        "{}",
+        stderr(&out)
+    );
+    let out = moving.wait_with_output().unwrap();
+    assert!(out.status.success(), "{}", stderr(&out));
+    destination.assert_runs();
+}
+
+#[test]
 fn back_and_forth_between_two_processes() {
     let scratch = Scratch::new("back-and-forth");
     let ([a, b], [port_a, port_b]) = Pcvm::pair(&scratch);

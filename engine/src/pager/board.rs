@@ -10,6 +10,7 @@ use tokio::sync::watch;
 use super::timing::Timing;
 use super::waits::Waits;
 use super::{Collapsed, PagerError, PagerState, PagerStatus, locked};
+use crate::planner::Bandwidth;
 use crate::stats::{PagerReport, StageReport, Stages};
 
 /// What the shards have told.
@@ -22,6 +23,8 @@ struct Told {
     /// What was done before, over lanes that were lost.
     before: PagerReport,
     reports: Vec<PagerReport>,
+    /// What all of them together may have a second.
+    max_bandwidth: Option<Bandwidth>,
     /// Of those shards that have ended.
     ended: usize,
     /// When the last of them had its last page.
@@ -45,6 +48,7 @@ impl Told {
     fn report(&self) -> PagerReport {
         let mut all = self.before;
         self.reports.iter().for_each(|report| all.add(report));
+        all.max_bandwidth = self.max_bandwidth.map_or(0, Bandwidth::bytes);
         all
     }
 }
@@ -65,29 +69,47 @@ pub(super) struct End {
 }
 
 impl Board {
-    /// For so many shards, which go on where others have ended.
-    pub(super) fn new(shards: usize, past: Past) -> (Self, watch::Receiver<PagerStatus>) {
+    /// For so many shards, which go on where others have ended and may have so much a second.
+    pub(super) fn new(
+        shards: usize,
+        past: Past,
+        max_bandwidth: Option<Bandwidth>,
+    ) -> (Self, watch::Receiver<PagerStatus>) {
         let Past { report: before, stages, waits } = past;
-        let (status, watched) = watch::channel(PagerStatus { report: before, ..Default::default() });
         let reports = vec![PagerReport::default(); shards];
-        let told =
-            Told { before, reports, ended: 0, last_page: None, stopped: false, failed: None, stages, waits };
+        let told = Told {
+            before,
+            reports,
+            max_bandwidth,
+            ended: 0,
+            last_page: None,
+            stopped: false,
+            failed: None,
+            stages,
+            waits,
+        };
+        let (status, watched) = watch::channel(PagerStatus { report: told.report(), ..Default::default() });
         (Self { told: Mutex::new(told), status }, watched)
     }
 
     /// What there is to go on with, once all shards have ended.
     pub(super) fn past(&self) -> Past {
         let mut told = locked(&self.told);
-        // What the next shards tell themselves.
-        let report = PagerReport {
-            shards: 0,
-            total_pages: 0,
-            outstanding_pages: 0,
-            max_bandwidth: 0,
-            ..told.report()
-        };
+        // How many pages there are, and how many are to come, the next shards tell themselves.
+        let report = PagerReport { shards: 0, total_pages: 0, outstanding_pages: 0, ..told.report() };
         told.waits.interrupt();
         Past { report, stages: told.stages.clone(), waits: told.waits.clone() }
+    }
+
+    /// They may have so much a second.
+    pub(super) fn limit(&self, max_bandwidth: Option<Bandwidth>) {
+        let mut told = locked(&self.told);
+        told.max_bandwidth = max_bandwidth;
+        self.status.send_modify(|status| status.report = told.report());
+    }
+
+    pub(super) fn max_bandwidth(&self) -> Option<Bandwidth> {
+        locked(&self.told).max_bandwidth
     }
 
     /// A shard has got so far.

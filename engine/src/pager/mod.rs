@@ -12,7 +12,6 @@ mod huge_pages;
 mod landing;
 mod ledger;
 mod map_reader;
-mod order;
 mod rest;
 mod round;
 mod server;
@@ -22,6 +21,7 @@ mod sigbus;
 mod status;
 mod timing;
 mod token;
+mod told;
 mod trap;
 mod waits;
 
@@ -38,7 +38,6 @@ pub use huge_pages::{Collapsed, HugePages};
 pub use landing::{Landing, LandingMemory};
 pub use ledger::{Ledger, Stage};
 pub use map_reader::MAP_STRETCH;
-pub use order::LaidOut;
 use postcopy_transport::{AnyLane, HostMemory, LocalRegion, RemoteRegion};
 pub(crate) use round::read_once;
 pub use round::{Round, RoundWatch};
@@ -48,6 +47,7 @@ pub use shards::{MAX_SHARDS, Shards};
 pub use sigbus::SelfService;
 pub use status::{PagerState, PagerStatus};
 use tokio::sync::watch;
+pub use told::LaidOut;
 pub use trap::{FaultsTo, Trap};
 pub(crate) use trap::{errno, owned};
 pub use waits::Waited;
@@ -57,7 +57,7 @@ use self::claims::Claims;
 use self::map_reader::MapReader;
 use self::server::{Note, Outfit, Relay, Shared};
 use crate::memory::{GuestMemory, PAGE_SIZE};
-use crate::planner::{Bandwidth, PlannerConfig};
+use crate::planner::PlannerConfig;
 use crate::stats::PagerReport;
 
 /// How the pager behaves.
@@ -77,14 +77,6 @@ impl Default for PagerConfig {
     fn default() -> Self {
         let (planner, huge_pages) = (PlannerConfig::default(), HugePages::default());
         Self { spin: postcopy_transport::DEFAULT_SPIN, planner, huge_pages }
-    }
-}
-
-impl PagerConfig {
-    /// The source may allow less to cross than this side does.
-    pub(crate) fn limit(&mut self, max_bandwidth: Option<Bandwidth>) {
-        let ours = &mut self.planner.max_bandwidth;
-        *ours = Bandwidth::least(*ours, max_bandwidth);
     }
 }
 
@@ -192,7 +184,7 @@ impl Pager {
         let report = PagerReport { total_pages: trap.pages(), outstanding_pages, ..PagerReport::default() };
         let state = PagerState::Failed(Arc::new(PagerError::Left));
         let (_, status) = watch::channel(PagerStatus { state, report, ..PagerStatus::default() });
-        let (board, _) = Board::new(0, Past::default());
+        let (board, _) = Board::new(0, Past::default(), None);
         let round = Round { held: trap.ledger().held(), bytes: 0 };
         Self {
             status,
@@ -230,7 +222,8 @@ impl Pager {
         let Known { claims, past, order } = known;
         trap.ledger().lands(matches!(source.landing, LandingMemory::InPlace { .. }));
         let first = past.is_none();
-        let (board, status) = Board::new(trap.shards(), past.unwrap_or_default());
+        let (board, status) =
+            Board::new(trap.shards(), past.unwrap_or_default(), config.planner.max_bandwidth);
         let board = Arc::new(board);
         let (mut shards, mut notes) = (Vec::new(), Vec::new());
         for (trap, claims) in trap.parts().iter().zip(claims) {
@@ -372,7 +365,7 @@ impl Pager {
 
     /// Goes on over new lanes, after [`Pager::part`]: as many pairs as it has shards, and one for each thread
     /// that serves itself. Pages that were here stay as they are; those that were on their way are read
-    /// again. Pages land [as they did](Pager::lands_in_place). Its [status](Pager::status) is another from
+    /// again. Pages land [as they did](Pager::lands_in_place), and [as many](Pager::limit) may cross. Its [status](Pager::status) is another from
     /// now on.
     ///
     /// Errors: as [`Pager::start`]; it is then as it was.
@@ -381,8 +374,9 @@ impl Pager {
         source: SourceMemory,
         lanes: Vec<[AnyLane; 2]>,
         servers: Vec<AnyLane>,
-        config: PagerConfig,
+        mut config: PagerConfig,
     ) -> Result<(), PagerError> {
+        config.planner.max_bandwidth = self.board.max_bandwidth();
         let in_place = self.lands_in_place();
         if in_place != matches!(source.landing, LandingMemory::InPlace { .. }) {
             let source = std::io::Error::other("pages have landed elsewhere before");

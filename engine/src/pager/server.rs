@@ -21,7 +21,7 @@ use super::shards::Part;
 use super::trap::PartTrap;
 use super::{PagerError, SourceMemory, StopSignal, locked};
 use crate::memory::{PAGE_SIZE, PageIndex};
-use crate::planner::{LaneId, Ranks, Run};
+use crate::planner::{Bandwidth, LaneId, Ranks, Run};
 
 /// How long a page that somebody else brings is waited for by giving way, before sleeping between
 /// the looks.
@@ -45,6 +45,8 @@ pub(super) enum Note {
     Prefer(Vec<Run>),
     /// The source says in which order pages lie.
     Order(Arc<Ranks>),
+    /// So much may cross a second from now on where nobody waits for it.
+    Limit(Option<Bandwidth>),
     /// Its lane died, or the kernel refused.
     Failed(PagerError),
 }

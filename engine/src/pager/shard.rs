@@ -29,7 +29,7 @@ use super::token::{is_map, run_of, token_of};
 use super::trap::TrapEvent;
 use super::{PagerConfig, PagerError, PagerState};
 use crate::memory::{PAGE_SIZE, PageIndex};
-use crate::planner::{Action, Bandwidth, LaneId, Nanos, Planner, Run, Why};
+use crate::planner::{Action, LaneId, Nanos, Planner, Run, Why};
 use crate::stats::PagerReport;
 
 /// Fault events taken in one turn.
@@ -428,7 +428,6 @@ impl Shard {
             precopy_pages: self.precopied[0],
             precopy_bytes: self.precopied[1],
             self_served_faults: self.self_served,
-            max_bandwidth: self.planner.max_bandwidth().map_or(0, Bandwidth::bytes),
             latencies: self.timing.latencies,
             ..PagerReport::default()
         }

@@ -334,9 +334,9 @@ impl Planner {
         self.finish(actions);
     }
 
-    /// What may cross a second at most where nobody waits for it.
-    pub fn max_bandwidth(&self) -> Option<Bandwidth> {
-        self.pace.limit()
+    /// From now on so much may cross a second.
+    pub fn limit(&mut self, max_bandwidth: Option<Bandwidth>) {
+        self.pace = Pace::new(max_bandwidth);
     }
 
     /// How long the drain is held back yet for the sake of a limited bandwidth, in nanoseconds; `None`: it is not.

@@ -54,10 +54,6 @@ impl Pace {
         Self { limit, due: Nanos(0) }
     }
 
-    pub(crate) fn limit(&self) -> Option<Bandwidth> {
-        self.limit
-    }
-
     /// How long the next read is held back yet, in nanoseconds; `None`: it is not.
     pub(crate) fn holds(&self, now: Nanos) -> Option<u64> {
         Some(self.due.since(now)).filter(|left| *left > 0)

@@ -24,6 +24,7 @@ use crate::export::MAX_SERVERS;
 use crate::import::Lanes;
 use crate::memory::GuestMemory;
 use crate::pager::{FaultServer, FaultsTo, Landing, Ledger, Pager, PagerConfig, Shards, Stage, Trap};
+use crate::planner::Bandwidth;
 use crate::room;
 
 /// Makes guests for what arrives. Called from a blocking thread.
@@ -186,7 +187,8 @@ impl<H: DestinationHost> Destination<'_, H> {
         self.check_size(&description)?;
         let huge_pages = &mut self.dock.options.pager.huge_pages;
         *huge_pages = huge_pages.resolved(description.huge_pages);
-        self.dock.options.pager.limit(max_bandwidth);
+        let ours = &mut self.dock.options.pager.planner.max_bandwidth;
+        *ours = Bandwidth::least(*ours, max_bandwidth);
         let threads = self.host.serving_threads(&description).min(MAX_SERVERS);
         let (guest, memory, trap) = self.prepare(description, threads > 0).await?;
         let dock = &self.dock;

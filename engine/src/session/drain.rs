@@ -1,7 +1,7 @@
 //! The rest of a session at its destination: the guest runs, its memory follows. [`Drain::finish`] reads as the
 //! protocol, and [`Parted::rejoin`] as what follows when the source is out of hearing.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use postcopy_transport::Transport;
@@ -21,6 +21,7 @@ use super::unpack::rejoins;
 use super::{STEP_PATIENCE, SessionError, blocking};
 use crate::memory::GuestMemory;
 use crate::pager::{Landing, Pager, PagerError, PagerState, PagerStatus, Stage, Trap};
+use crate::planner::Bandwidth;
 
 /// How often the source hears of progress.
 pub(super) const PROGRESS: Duration = Duration::from_millis(100);
@@ -54,6 +55,11 @@ impl Drain {
     /// Where the pager stands, for whoever watches.
     pub fn status(&self) -> watch::Receiver<PagerStatus> {
         locked(&self.pager).status()
+    }
+
+    /// For whoever decides how much may cross.
+    pub fn limiter(&self) -> Limiter {
+        Limiter(Arc::downgrade(&self.pager))
     }
 
     /// Waits until every page is here, telling the source on the way, and lets the source go.
@@ -150,6 +156,20 @@ impl Drain {
     }
 }
 
+/// Changes how much may cross a second where nobody waits for it.
+#[derive(Clone)]
+pub struct Limiter(Weak<Mutex<Pager>>);
+
+impl Limiter {
+    /// From now on so much; `None`: as much as the link carries. Nothing, if the guest is no more. May wait for a pager that is
+    /// being given other lanes.
+    pub fn set(&self, max_bandwidth: Option<Bandwidth>) {
+        if let Some(pager) = self.0.upgrade() {
+            locked(&pager).limit(max_bandwidth);
+        }
+    }
+}
+
 fn locked(pager: &Mutex<Pager>) -> MutexGuard<'_, Pager> {
     pager.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -192,6 +212,7 @@ impl Parted {
         options: ReceiveOptions,
     ) -> Self {
         let (session, pager) = (trap.ledger().session(), Pager::of_another(trap, &memory));
+        pager.limit(options.pager.planner.max_bandwidth);
         let drain = Drain::new(None, pager, (guest, memory), (session, options), Instant::now());
         Self { drain, why: Why::Stranded(Arc::new(PagerError::Left)) }
     }
@@ -199,6 +220,11 @@ impl Parted {
     /// Where the pager stood, for whoever watches.
     pub fn status(&self) -> watch::Receiver<PagerStatus> {
         self.drain.status()
+    }
+
+    /// For whoever decides how much may cross when it goes on.
+    pub fn limiter(&self) -> Limiter {
+        self.drain.limiter()
     }
 
     /// What happened, in words.
@@ -241,7 +267,7 @@ impl Parted {
         }
         let dock = Dock::of(listener, &channel, session, options);
         let (offered, max_bandwidth) = rejoins(said)?;
-        self.drain.options.pager.limit(max_bandwidth);
+        locked(&self.drain.pager).limit_further(max_bandwidth);
         if let Why::Unheard(arrival) = &self.why {
             released(&mut channel, arrival).await?;
             self.drain.over();

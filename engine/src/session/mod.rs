@@ -46,7 +46,7 @@ use std::time::Duration;
 
 pub use destination::{Arrived, DestinationGuest, DestinationHost, ReceiveOptions, receive};
 pub use dirty::{DirtyLog, RECENCY_LAPS, UseLog, last_first};
-pub use drain::{Drain, Parted, Rejoined};
+pub use drain::{Drain, Limiter, Parted, Rejoined};
 #[cfg(feature = "fuzz")]
 pub(crate) use message::fuzz_frame;
 pub use message::{GuestDescription, Mode, PageOrder};

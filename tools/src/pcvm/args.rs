@@ -40,6 +40,8 @@ pub(crate) enum Command {
     ///
     /// Of a QEMU's guest: interrupt `pcvm migrate --qmp`.
     Cancel(ControlArgs),
+    /// Change how much may cross a second of a guest's memory that is on its way here.
+    Limit(LimitNowArgs),
     /// Say where a guest is and what it is doing.
     Status(ControlArgs),
     /// End a guest, or a receiver that waits for one.
@@ -287,6 +289,28 @@ pub(crate) struct ControlArgs {
     /// Print JSON.
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct LimitNowArgs {
+    /// Control socket of the process that the guest arrives in.
+    #[arg(long, value_name = "SOCK")]
+    pub(crate) control: PathBuf,
+    /// How many bytes may cross a second where nobody waits for them: a number with K, M, G or none; or `none` for as many as
+    /// the link carries.
+    #[arg(value_name = "SIZE|none", value_parser = limit)]
+    pub(crate) max_bandwidth: Limit,
+}
+
+/// A limit to the bandwidth, or none.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Limit(pub(crate) Option<Bandwidth>);
+
+fn limit(text: &str) -> Result<Limit, String> {
+    match text {
+        "none" => Ok(Limit(None)),
+        text => bandwidth(text).map(|limit| Limit(Some(limit))),
+    }
 }
 
 #[derive(Debug, Args)]

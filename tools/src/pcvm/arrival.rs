@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use postcopy_engine::pager::PagerStatus;
-use postcopy_engine::session::{Drain, Parted, Rejoined};
+use postcopy_engine::session::{Drain, Limiter, Parted, Rejoined};
 use postcopy_tools::cli;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
@@ -21,7 +21,7 @@ pub(crate) enum Arrival {
     /// No guest has arrived.
     None,
     /// On its way.
-    Draining(watch::Receiver<PagerStatus>),
+    Draining { status: watch::Receiver<PagerStatus>, limiter: Limiter },
     /// All of it is here.
     Resident(watch::Receiver<PagerStatus>),
     /// The pager failed; it stays, so that the guest waits instead of reading zeros.
@@ -30,7 +30,15 @@ pub(crate) enum Arrival {
         reason: String,
         /// Where the pager stood.
         status: watch::Receiver<PagerStatus>,
+        limiter: Limiter,
     },
+}
+
+impl Arrival {
+    /// That of memory which is on its way.
+    pub(crate) fn draining(drain: &Drain) -> Self {
+        Self::Draining { status: drain.status(), limiter: drain.limiter() }
+    }
 }
 
 /// Follows the memory, of which the host knows that it drains, until all of it is here and its source knows. Must not be dropped while the guest runs: it
@@ -63,7 +71,7 @@ async fn again(host: &Host, parted: Parted, door: SocketAddr) -> Option<Drain> {
         false => stranded(&parted, door, status),
     });
     let Rejoined::Draining(drain) = await_source(parted, door).await else { return None };
-    host.set_arrival(Arrival::Draining(drain.status()));
+    host.set_arrival(Arrival::draining(&drain));
     cli::say("pcvm: the source is back; the guest's memory follows");
     Some(*drain)
 }
@@ -71,7 +79,7 @@ async fn again(host: &Host, parted: Parted, door: SocketAddr) -> Option<Drain> {
 fn stranded(parted: &Parted, door: SocketAddr, status: watch::Receiver<PagerStatus>) -> Arrival {
     let reason = format!("{}; its source is waited for at {door}", parted.reason());
     cli::say(&format!("pcvm: {reason}"));
-    Arrival::Stranded { reason, status }
+    Arrival::Stranded { reason, status, limiter: parted.limiter() }
 }
 
 /// Listens until the source has come back.

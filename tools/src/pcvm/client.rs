@@ -8,7 +8,7 @@ use anyhow::{Context, bail, ensure};
 use postcopy_engine::session::{MigrationReport, Phase, Progress};
 use postcopy_tools::cli;
 
-use crate::args::{ControlArgs, MigrateArgs, RecoverArgs, ResolveArgs, TypeArgs, WireArgs};
+use crate::args::{ControlArgs, LimitNowArgs, MigrateArgs, RecoverArgs, ResolveArgs, TypeArgs, WireArgs};
 use crate::control::{Answer, Request, Status};
 use crate::report;
 
@@ -170,6 +170,10 @@ fn done(args: &ControlArgs, request: &Request) -> anyhow::Result<()> {
         println!("{}", serde_json::to_string(&Answer::Done)?);
     }
     Ok(())
+}
+
+pub(crate) fn limit(args: &LimitNowArgs) -> anyhow::Result<()> {
+    simple(&args.control, &Request::Limit { max_bandwidth: args.max_bandwidth.0 })
 }
 
 pub(crate) fn type_text(args: &TypeArgs) -> anyhow::Result<()> {

@@ -62,6 +62,12 @@ pub(crate) enum Request {
     },
     /// Call off a migration while the guest still runs here.
     Cancel,
+    /// Change how much of the memory of a guest that arrives here may cross.
+    Limit {
+        /// Bytes a second where nobody waits for them; none: as many as the link carries.
+        #[serde(default)]
+        max_bandwidth: Option<Bandwidth>,
+    },
     /// Type at the guest's console.
     Type {
         /// The text, as it is.

@@ -234,7 +234,7 @@ async fn take_in<G: HeldGuest>(
     wanted: &mut Wanted,
 ) -> Next {
     let Arrived { guest, drain, .. } = arrived;
-    host.set_arrival(Arrival::Draining(drain.status()));
+    host.set_arrival(Arrival::draining(&drain));
     hold_followed(host, guest, follow(host.clone(), drain, address), wanted).await
 }
 

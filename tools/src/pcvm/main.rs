@@ -54,6 +54,7 @@ fn dispatch(command: Command) -> anyhow::Result<()> {
         Command::Receive(args) => host::receive(&args),
         Command::Migrate(args) => client::migrate(&args),
         Command::Cancel(args) => client::cancel(&args),
+        Command::Limit(args) => client::limit(&args),
         Command::Status(args) => client::status(&args),
         Command::Quit(args) => client::quit(&args),
         Command::Type(args) => client::type_text(&args),

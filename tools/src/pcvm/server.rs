@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
+use postcopy_engine::planner::Bandwidth;
 use postcopy_engine::session::{
     self, MigrateOptions, MigrationError, MigrationReport, Owed, Owner, RecoverOptions, SessionError,
     SourceGuest,
@@ -99,6 +100,7 @@ async fn carry_out(request: Request, host: &Arc<Host>, writer: &mut OwnedWriteHa
         Request::Type { text } => (type_text(host, &text), None),
         Request::Resolve { guest } => end_doubt(host, guest).await,
         Request::Cancel => (cancel(host).await, None),
+        Request::Limit { max_bandwidth } => (limit(host, max_bandwidth).await, None),
         Request::Quit => (Answer::Done, Some(State::Quit)),
         Request::Migrate { to, transports, lanes, mode, patience, max_bandwidth, trust } => {
             let (endpoint, patience) = (lanes.endpoint(None), Duration::from_secs(patience));
@@ -183,6 +185,19 @@ async fn cancel(host: &Host) -> Answer {
     }
     host.reached(|state| !matches!(state, State::Migrating(_))).await;
     Answer::Done
+}
+
+/// Changes how much of the memory of a guest that arrives here may cross.
+async fn limit(host: &Host, max_bandwidth: Option<Bandwidth>) -> Answer {
+    let Some(limiter) = host.limiter() else {
+        let reason =
+            "no guest's memory is on its way here; who receives a guest decides how much of it may cross";
+        return Answer::Error(reason.into());
+    };
+    match tokio::task::spawn_blocking(move || limiter.set(max_bandwidth)).await {
+        Ok(()) => Answer::Done,
+        Err(error) => Answer::Error(error.to_string()),
+    }
 }
 
 /// Reaches the destination again, likewise in a task of its own.

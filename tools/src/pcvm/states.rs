@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use postcopy_engine::session::{Owed, Phase, Progress};
+use postcopy_engine::session::{Limiter, Owed, Phase, Progress};
 use tokio::sync::watch;
 
 use crate::arrival::Arrival;
@@ -169,7 +169,7 @@ impl Host {
     pub(crate) async fn resident(&self) {
         loop {
             let changed = self.changed.notified();
-            if !matches!(&*lock(&self.arrival), Arrival::Draining(_)) {
+            if !matches!(&*lock(&self.arrival), Arrival::Draining { .. }) {
                 return;
             }
             changed.await;
@@ -181,11 +181,21 @@ impl Host {
         self.changed.notify_waiters();
     }
 
+    /// What changes how much of a guest's memory may cross, while that is on its way here.
+    pub(crate) fn limiter(&self) -> Option<Limiter> {
+        match &*lock(&self.arrival) {
+            Arrival::Draining { limiter, .. } | Arrival::Stranded { limiter, .. } => Some(limiter.clone()),
+            Arrival::None | Arrival::Resident(_) => None,
+        }
+    }
+
     pub(crate) fn status(&self) -> Status {
         let (arrival, stranded) = match &*lock(&self.arrival) {
             Arrival::None => (None, None),
-            Arrival::Draining(status) | Arrival::Resident(status) => (Some(status.borrow().report), None),
-            Arrival::Stranded { reason, status } => (Some(status.borrow().report), Some(reason.clone())),
+            Arrival::Draining { status, .. } | Arrival::Resident(status) => {
+                (Some(status.borrow().report), None)
+            }
+            Arrival::Stranded { reason, status, .. } => (Some(status.borrow().report), Some(reason.clone())),
         };
         let mut migration = None;
         let (state, detail) = match &*lock(&self.state) {

@@ -39,6 +39,7 @@ impl Shard {
             }
             Note::Prefer(runs) => Self::told_of_its_pages(self.planner.prefer(&runs))?,
             Note::Order(ranks) => Self::told_of_its_pages(self.planner.order(ranks))?,
+            Note::Limit(max_bandwidth) => self.planner.limit(max_bandwidth),
             Note::Waited(thread, time) => self.timing.waits.add(thread, time),
             Note::Failed(error) => return Err(error),
         }

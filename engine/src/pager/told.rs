@@ -1,10 +1,10 @@
-//! What the pager is told before the first page is read: what comes first, and how pages lie.
+//! What the pager is told while it works: what comes first, how pages lie, how much may cross.
 
 use std::sync::Arc;
 
 use super::server::Note;
 use super::{Pager, PagerError, locked};
-use crate::planner::{Ranks, Run};
+use crate::planner::{Bandwidth, Ranks, Run};
 
 /// An order of the guest's pages: what each shard has of it.
 #[derive(Clone, Default)]
@@ -36,6 +36,21 @@ impl Pager {
             shared.note(Note::Prefer(here));
             shared.stop.rouse();
         }
+    }
+
+    /// How much may cross a second from now on where nobody waits for it, also when it [goes on](Pager::go_on).
+    pub fn limit(&self, max_bandwidth: Option<Bandwidth>) {
+        self.board.limit(max_bandwidth);
+        let each = max_bandwidth.map(|limit| limit.shared_by(self.shards.len()));
+        for shared in &*self.shards {
+            shared.note(Note::Limit(each));
+            shared.stop.rouse();
+        }
+    }
+
+    /// The same, if less may cross already.
+    pub(crate) fn limit_further(&self, max_bandwidth: Option<Bandwidth>) {
+        self.limit(Bandwidth::least(self.board.max_bandwidth(), max_bandwidth));
     }
 
     /// Each shard hears of its part, and a pager that [goes on](Pager::go_on) has it again.
