@@ -99,7 +99,7 @@ fn what_may_cross_is_changed_while_memory_arrives() {
         assert_eq!(told().max_bandwidth, 100, "{transport}");
         pager.limit(limit(200));
         assert_eq!(told().max_bandwidth, 200, "{transport}");
-        assert!(told().outstanding_pages > PAGES / 4, "{transport}");
+        assert!(matches!(pager.status().borrow().state, PagerState::Running), "{transport}");
         pager.limit(None);
         let end = end_of(&pager);
         assert!(matches!(end.state, PagerState::Resident), "{transport}: {:?}", end.state);

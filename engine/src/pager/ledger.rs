@@ -189,6 +189,13 @@ impl Ledger {
         );
     }
 
+    /// The first of pages `first..end` of a shard that was given back.
+    pub(super) fn first_given_back(&self, part: Part, first: u64, end: u64) -> Option<u64> {
+        let pages = Part { first: part.first + first, pages: end - first };
+        let given_back = |page: &AtomicU8| page.load(Ordering::Acquire) & GIVEN_BACK != 0;
+        self.bits(pages).iter().position(given_back).map(|at| first + at as u64)
+    }
+
     /// Which of a shard's pages were given back.
     pub(super) fn given_back(&self, part: Part) -> PageSet {
         self.marked(part, GIVEN_BACK)
@@ -290,6 +297,10 @@ mod tests {
         assert_eq!(other.held(), held);
         let given_back = other.given_back(part);
         assert!(given_back.has(0) && given_back.len() == 1);
+        assert_eq!(
+            (other.first_given_back(part, 0, 70), other.first_given_back(part, 1, 70)),
+            (Some(0), None)
+        );
     }
 
     #[test]

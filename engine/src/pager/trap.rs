@@ -90,8 +90,9 @@ impl Trap {
             FaultsTo::Pager => (NEEDED, Whose::Pager),
             FaultsTo::Threads => (NEEDED | FeatureFlags::SIGBUS, Whose::Threads),
         };
-        let base = memory.guest().base() as u64;
-        let parts = shards.cut(memory.layout().total_pages()).map(|part| {
+        let (base, pages) = (memory.guest().base() as u64, memory.layout().total_pages());
+        let ledger = ledger_of(pages)?;
+        let parts = shards.cut(pages).map(|part| {
             let uffd = UffdBuilder::new()
                 .close_on_exec(true)
                 .non_blocking(true)
@@ -99,9 +100,9 @@ impl Trap {
                 .require_features(features)
                 .create()
                 .map_err(refused)?;
-            PartTrap::over(uffd, part, base, whose)
+            PartTrap::over(uffd, (part, base), whose, &ledger)
         });
-        Self::of(parts.collect::<Result<_, _>>()?)
+        Ok(Self { parts: parts.collect::<Result<_, _>>()?, ledger })
     }
 
     /// Registers the mapping of the guest's memory in another process, which starts at `base` there,
@@ -118,12 +119,14 @@ impl Trap {
         let emptied = rustix::fs::fallocate(memory.guest().file(), all, 0, memory.guest().len() as u64);
         emptied.map_err(|errno| failed(errno.into()))?;
         // Memory may be too small for all of them.
-        let each = shards.cut(memory.layout().total_pages()).zip(descriptors);
+        let pages = memory.layout().total_pages();
+        let (ledger, each) = (ledger_of(pages)?, shards.cut(pages).zip(descriptors));
         let parts = each.map(|(part, descriptor)| {
             set_up(&descriptor, NEEDED | FeatureFlags::EVENT_REMOVE)?;
-            PartTrap::over(owned(descriptor).map_err(not_made_nonblocking)?, part, base, Whose::Theirs)
+            let uffd = owned(descriptor).map_err(not_made_nonblocking)?;
+            PartTrap::over(uffd, (part, base), Whose::Theirs, &ledger)
         });
-        Self::of(parts.collect::<Result<_, _>>()?)
+        Ok(Self { parts: parts.collect::<Result<_, _>>()?, ledger })
     }
 
     /// Registers memory of another process that has no file behind it: `pages` from `base` there, by
@@ -133,16 +136,17 @@ impl Trap {
     ///
     /// Errors: none or too many descriptors, one that is no userfaultfd, or a range that cannot be registered.
     pub fn adopt_anonymous(descriptors: Vec<OwnedFd>, base: u64, pages: u64) -> Result<Self, PagerError> {
-        let shards = shards_of(&descriptors)?;
+        let (shards, ledger) = (shards_of(&descriptors)?, ledger_of(pages)?);
         let parts = shards.cut(pages).zip(descriptors).map(|(part, descriptor)| {
             match set_up(&descriptor, FeatureFlags::THREAD_ID | FeatureFlags::EVENT_REMOVE) {
                 // It is set up.
                 Err(PagerError::Userfault { source, .. }) if source.raw_os_error() == Some(libc::EINVAL) => {}
                 other => other?,
             }
-            PartTrap::over_anonymous(owned(descriptor).map_err(not_made_nonblocking)?, part, base)
+            let uffd = owned(descriptor).map_err(not_made_nonblocking)?;
+            PartTrap::over_anonymous(uffd, (part, base), &ledger)
         });
-        Self::of(parts.collect::<Result<_, _>>()?)
+        Ok(Self { parts: parts.collect::<Result<_, _>>()?, ledger })
     }
 
     /// The trap that a process has [adopted](Trap::adopt) which has ended since: by the same userfaultfds, in their order, and what
@@ -153,19 +157,12 @@ impl Trap {
         let (shards, count) = (shards_of(&descriptors)?, descriptors.len());
         let parts = shards.cut(ledger.pages()).zip(descriptors).map(|(part, descriptor)| {
             let uffd = owned(descriptor).map_err(not_made_nonblocking)?;
-            Ok(PartTrap::registered_before(uffd, part, base, &ledger))
+            Ok(PartTrap::registered_before(uffd, (part, base), &ledger))
         });
         let parts = parts.collect::<Result<Vec<_>, PagerError>>()?;
         let few = || io::Error::other("there is less memory than it was cut for");
         let failed = |source| PagerError::System { operation: "taking guest memory over", source };
         (parts.len() == count).then_some(Self { parts, ledger }).ok_or_else(|| failed(few()))
-    }
-
-    fn of(parts: Vec<PartTrap>) -> Result<Self, PagerError> {
-        let pages = parts.iter().map(|part| part.part().pages).sum();
-        let failed =
-            |source| PagerError::System { operation: "making room for what is known of pages", source };
-        Ok(Self { parts, ledger: Ledger::of_this_process(pages).map_err(failed)? })
     }
 
     /// Keeps what is known of its pages in `ledger`, from which another process can go on. To be chosen before a pager has it.
@@ -224,6 +221,12 @@ impl Trap {
     pub(super) fn parts(&self) -> &[PartTrap] {
         &self.parts
     }
+}
+
+/// For what is known of so many pages, while this process lives.
+fn ledger_of(pages: u64) -> Result<Ledger, PagerError> {
+    let operation = "making room for what is known of pages";
+    Ledger::of_this_process(pages).map_err(|source| PagerError::System { operation, source })
 }
 
 /// So many as there are descriptors.

@@ -11,7 +11,6 @@ use userfaultfd::{Error as UffdError, Event, EventBuffer, RegisterMode, Uffd};
 
 use super::{TrapEvent, Whose, failed};
 use crate::memory::{PAGE_SIZE, PageIndex};
-use crate::page_set::PageSet;
 use crate::pager::ledger::Ledger;
 use crate::pager::shards::Part;
 use crate::pager::{PagerError, locked};
@@ -31,73 +30,60 @@ pub(in crate::pager) struct PartTrap {
     early: Arc<Mutex<Vec<TrapEvent>>>,
     /// Events wait: the source's guest may run.
     held: Arc<AtomicBool>,
-    /// Pages that were given back, where that is told: what has landed for them since is stale.
-    given_back: Arc<Mutex<PageSet>>,
-    /// Where that is kept for another process.
-    ledger: Option<Ledger>,
+    /// Which pages were given back, where that is told: what has landed for them since is stale.
+    ledger: Ledger,
 }
 
 impl PartTrap {
     /// Registers `part` of the guest mapping, which starts at `guest`, with a userfaultfd that is set
     /// up and has nothing registered.
-    pub(super) fn over(uffd: Uffd, part: Part, guest: u64, whose: Whose) -> Result<Self, PagerError> {
-        Self::registered(uffd, part, guest, whose, RegisterMode::MISSING | RegisterMode::MINOR)
+    pub(super) fn over(
+        uffd: Uffd,
+        (part, guest): (Part, u64),
+        whose: Whose,
+        ledger: &Ledger,
+    ) -> Result<Self, PagerError> {
+        let trap = Self::new(uffd, (part, guest), whose, ledger);
+        trap.registered(RegisterMode::MISSING | RegisterMode::MINOR)
     }
 
     /// As [`PartTrap::over`], for a mapping of another process that has no file behind it.
-    pub(super) fn over_anonymous(uffd: Uffd, part: Part, guest: u64) -> Result<Self, PagerError> {
-        let trap = Self::registered(uffd, part, guest, Whose::Theirs, RegisterMode::MISSING)?;
-        Ok(Self { anonymous: true, ..trap })
-    }
-
-    fn registered(
+    pub(super) fn over_anonymous(
         uffd: Uffd,
-        part: Part,
-        guest: u64,
-        whose: Whose,
-        mode: RegisterMode,
+        (part, guest): (Part, u64),
+        ledger: &Ledger,
     ) -> Result<Self, PagerError> {
-        let base = guest.wrapping_add(part.offset());
-        let start = base as *mut libc::c_void;
-        uffd.register_with_mode(start, part.bytes() as usize, mode)
-            .map_err(|error| PagerError::Userfault { operation: "UFFDIO_REGISTER", source: errno(error) })?;
-        Ok(Self::new(uffd, part, base, whose))
+        let trap = Self::new(uffd, (part, guest), Whose::Theirs, ledger);
+        Self { anonymous: true, ..trap }.registered(RegisterMode::MISSING)
     }
 
-    fn new(uffd: Uffd, part: Part, base: u64, whose: Whose) -> Self {
-        let told = if whose == Whose::Theirs { part.pages } else { 0 };
-        let given_back = Arc::new(Mutex::new(PageSet::new(told, false)));
+    /// As [`PartTrap::over`], which another process has done that has ended since.
+    pub(super) fn registered_before(uffd: Uffd, (part, guest): (Part, u64), ledger: &Ledger) -> Self {
+        Self::new(uffd, (part, guest), Whose::Theirs, ledger)
+    }
+
+    fn new(uffd: Uffd, (part, guest): (Part, u64), whose: Whose, ledger: &Ledger) -> Self {
         Self {
             uffd: Arc::new(uffd),
             part,
-            base,
+            base: guest.wrapping_add(part.offset()),
             whose,
             anonymous: false,
             early: Arc::default(),
             held: Arc::default(),
-            given_back,
-            ledger: None,
+            ledger: ledger.clone(),
         }
     }
 
-    /// As [`PartTrap::over`], which another process has done that has ended since.
-    pub(super) fn registered_before(uffd: Uffd, part: Part, guest: u64, ledger: &Ledger) -> Self {
-        let mut trap = Self::new(uffd, part, guest.wrapping_add(part.offset()), Whose::Theirs);
-        trap.given_back = Arc::new(Mutex::new(ledger.given_back(part)));
-        trap.note_in(ledger);
-        trap
+    fn registered(self, mode: RegisterMode) -> Result<Self, PagerError> {
+        let registered = self.uffd.register_with_mode(self.address(0), self.part.bytes() as usize, mode);
+        registered
+            .map_err(|error| PagerError::Userfault { operation: "UFFDIO_REGISTER", source: errno(error) })?;
+        Ok(self)
     }
 
     pub(super) fn note_in(&mut self, ledger: &Ledger) {
-        self.ledger = Some(ledger.clone());
-    }
-
-    /// These pages are zero from now on, unless something is written there.
-    fn note_given_back(&self, first: u64, end: u64) {
-        locked(&self.given_back).put(first, end, true);
-        if let Some(ledger) = &self.ledger {
-            ledger.give_back(self.part, first, end);
-        }
+        self.ledger = ledger.clone();
     }
 
     /// Which part it is.
@@ -145,7 +131,7 @@ impl PartTrap {
                 Ok(Event::Remove { start, end }) => {
                     let [first, end] = [start, end].map(|at| page(at as u64).0.min(self.part.pages));
                     if self.whose == Whose::Theirs {
-                        self.note_given_back(first, end);
+                        self.ledger.give_back(self.part, first, end);
                     }
                     seen.push(TrapEvent::Discarded { first: PageIndex(first), end: PageIndex(end) });
                 }
@@ -239,7 +225,7 @@ impl PartTrap {
             return len;
         }
         let end = page.0 + len / PAGE_SIZE;
-        let first = locked(&self.given_back).first(page.0, end, true);
+        let first = self.ledger.first_given_back(self.part, page.0, end);
         (first.unwrap_or(end) - page.0) * PAGE_SIZE
     }
 
