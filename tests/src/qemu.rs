@@ -371,13 +371,15 @@ impl QemuGuest {
 
     /// Begins to move it over tcp; gives pcvm's process as soon as that has `said` so.
     pub fn migrate_until(&self, to: SocketAddr, mode: &str, said: &str) -> Child {
-        self.migrate_over_until("tcp", to, mode, said)
+        self.migrate_over_until(&["--transport", "tcp"], to, mode, said)
     }
 
-    /// As [`QemuGuest::migrate_until`], over another transport.
-    pub fn migrate_over_until(&self, transport: &str, to: SocketAddr, mode: &str, said: &str) -> Child {
+    /// As [`QemuGuest::migrate_until`], by what these flags say.
+    pub fn migrate_over_until(&self, wire: &[&str], to: SocketAddr, mode: &str, said: &str) -> Child {
         let mut moving = Command::new(program("pcvm"))
-            .args(["migrate", "--transport", transport, "--mode", mode, "--qmp"])
+            .args(["migrate", "--mode", mode])
+            .args(wire)
+            .arg("--qmp")
             .arg(&self.place.qmp)
             .args(["--to", &to.to_string()])
             .stderr(Stdio::piped())

@@ -96,7 +96,7 @@ fn another_goes_on_over_verbs() {
     source.wait_for_reports(2);
     let verbs = ["--transport", "verbs"];
     let (mut destination, to) = machine.receive(&scratch, "q1", address(), &verbs);
-    let mut moving = source.migrate_over_until("verbs", to, "postcopy", "runs at the destination");
+    let mut moving = source.migrate_over_until(&verbs, to, "postcopy", "runs at the destination");
     let qemu = destination.kill_pcvm();
     destination.take_over(qemu, to, &verbs);
     let state = destination.status_of_pcvm()["state"].clone();
