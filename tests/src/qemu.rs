@@ -72,7 +72,7 @@ pub struct Place {
     console: PathBuf,
     tty: PathBuf,
     log: PathBuf,
-    control: PathBuf,
+    pub control: PathBuf,
 }
 
 impl Place {

@@ -272,7 +272,7 @@ async fn hold_followed(
 /// Holds a guest until it ends, has moved away, or the user has had enough.
 async fn hold_one(host: &Arc<Host>, guest: Arc<dyn HeldGuest>, wanted: &mut Wanted) -> Next {
     let next = tokio::select! {
-        End { how, failed } = ended(&*guest) => {
+        End { how, failed } = ended(host, &*guest) => {
             if failed {
                 Next::Fail(format!("the guest ended: {how}"))
             } else {
@@ -289,9 +289,13 @@ async fn hold_one(host: &Arc<Host>, guest: Arc<dyn HeldGuest>, wanted: &mut Want
     next
 }
 
-async fn ended(guest: &dyn HeldGuest) -> End {
+/// Waits for the end of a guest that runs here. One that has left, or is about to, may end here: what it leaves is for the
+/// migration to say.
+async fn ended(host: &Host, guest: &dyn HeldGuest) -> End {
     loop {
-        if let Some(end) = guest.ended() {
+        if host.runs_here()
+            && let Some(end) = guest.ended()
+        {
             return end;
         }
         tokio::time::sleep(GUEST_CHECK).await;

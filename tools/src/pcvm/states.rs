@@ -154,6 +154,11 @@ impl Host {
         }
     }
 
+    /// Whether it is this side's guest, and not on its way.
+    pub(crate) fn runs_here(&self) -> bool {
+        matches!(&*lock(&self.state), State::Running(_))
+    }
+
     /// Whether a guest that has left, or may have, needs its memory from here.
     pub(crate) fn is_needed(&self) -> bool {
         match &*lock(&self.state) {

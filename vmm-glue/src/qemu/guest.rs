@@ -32,7 +32,8 @@ const PIECE: usize = 64 << 10;
 
 /// A guest in a QEMU: one that was found running, or one that was started to take it in.
 pub struct QemuGuest {
-    facts: Facts,
+    /// As they were when it was last asked: devices may be plugged in.
+    facts: Mutex<Facts>,
     memory: GuestMemory,
     qmp: Arc<Mutex<Qmp>>,
     process: Option<Process>,
@@ -93,7 +94,7 @@ impl QemuGuest {
         };
         let (qmp, resumed) = (Arc::new(Mutex::new(qmp)), AtomicBool::new(false));
         let (before, deflate_to) = (Mutex::new(before), Mutex::new(deflate_to));
-        let saving = AtomicBool::new(false);
+        let (facts, saving) = (Mutex::new(facts), AtomicBool::new(false));
         Self { facts, memory, qmp, process, threads, resumed, before, saving, deflate_to }
     }
 
@@ -116,11 +117,11 @@ impl QemuGuest {
     ///
     /// Errors: it has no balloon, or one that tells nothing.
     pub fn inflate(&self, percent: u8, stop: &AtomicBool) -> Result<Inflated, QemuError> {
-        let device = self.facts.balloon.as_deref().ok_or_else(balloon::none)?;
+        let device = locked(&self.facts).balloon.clone().ok_or_else(balloon::none)?;
         let mut qmp = self.qmp();
         let before = balloon::actual(&mut qmp)?;
         *locked(&self.deflate_to) = Some(before);
-        balloon::inflate(&mut qmp, device, (before, percent), stop)
+        balloon::inflate(&mut qmp, &device, (before, percent), stop)
     }
 
     /// Gives back what [`QemuGuest::inflate`] has taken, if the guest stays.
@@ -149,9 +150,8 @@ impl QemuGuest {
         }
     }
 
-    /// What QEMU it is.
-    pub fn facts(&self) -> &Facts {
-        &self.facts
+    fn ram_bytes(&self) -> u64 {
+        locked(&self.facts).ram_bytes
     }
 
     /// How its QEMU ended, if it was started to take it in and has.
@@ -272,13 +272,19 @@ impl SourceGuest for QemuGuest {
             let now = status["status"].as_str().unwrap_or("stopped");
             return Err(format!("the guest does not run ({now}); continue it first (cont)").into());
         }
+        // Since it was asked a guest that has arrived here may have got what binds it to this host, or a balloon.
+        let facts = Facts::gather(&mut self.qmp())?;
+        if facts.ram_bytes != self.ram_bytes() {
+            return Err("its RAM is another than it was".into());
+        }
         let deflate_to = *locked(&self.deflate_to);
-        let described = Described { facts: self.facts.clone(), deflate_to };
+        *locked(&self.facts) = facts.clone();
+        let described = Described { facts, deflate_to };
         Ok((VMM.into(), postcard::to_stdvec(&described)?))
     }
 
     fn may_discard(&self) -> bool {
-        self.facts.balloon.is_some()
+        locked(&self.facts).balloon.is_some()
     }
 
     fn freeze(&self, state: &mut dyn Write) -> Result<Instant, GuestError> {
@@ -286,11 +292,11 @@ impl SourceGuest for QemuGuest {
     }
 
     fn log_dirty(&self) -> Result<Box<dyn DirtyLog>, GuestError> {
-        uses::log_dirty(&self.qmp, self.facts.ram_bytes).map_err(|error| self.explain(error))
+        uses::log_dirty(&self.qmp, self.ram_bytes()).map_err(|error| self.explain(error))
     }
 
     fn watch_uses(&self) -> Result<Option<Box<dyn UseLog>>, GuestError> {
-        uses::watch(&self.qmp, self.facts.ram_bytes).map_err(|error| self.explain(error))
+        uses::watch(&self.qmp, self.ram_bytes()).map_err(|error| self.explain(error))
     }
 
     fn keep_name(&self, session: &str) -> Result<(), GuestError> {
