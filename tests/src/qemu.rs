@@ -72,6 +72,7 @@ pub struct Place {
     console: PathBuf,
     tty: PathBuf,
     log: PathBuf,
+    /// The socket of the pcvm that holds it.
     pub control: PathBuf,
 }
 

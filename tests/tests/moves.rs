@@ -5,6 +5,7 @@ use std::process::Stdio;
 
 use postcopy_e2e::reports::{assert_whole, number};
 use postcopy_e2e::{Pcvm, Scratch, assert_refused, free_port, pcvm, stderr};
+use serde_json::Value;
 
 /// The rounds that the guest has printed at one console: ascending by one, none bad.
 fn rounds(console: &str) -> Vec<u64> {
@@ -191,6 +192,29 @@ fn what_may_cross_is_changed_while_a_guest_arrives() {
     let out = moving.wait_with_output().unwrap();
     assert!(out.status.success(), "{}", stderr(&out));
     destination.assert_runs();
+}
+
+#[test]
+fn a_guest_that_is_ended_while_its_memory_comes_is_not_waited_for() {
+    let scratch = Scratch::new("moves-ended");
+    let port = free_port();
+    let source = Pcvm::run_tiny(&scratch, "a");
+    let destination = Pcvm::receive(&scratch, "b", port, &[]);
+    let mut moving = source
+        .migration(&format!("127.0.0.1:{port}"), &["--json", "--max-bandwidth", "64", "--patience", "600"]);
+    let moving = moving.stdout(Stdio::piped()).spawn().unwrap();
+    destination.wait_until("it is on its way", |there| there.status()["state"] == "running");
+    assert!(pcvm(&["quit", "--control", destination.control().to_str().unwrap()]).status.success());
+    let out = moving.wait_with_output().unwrap();
+    assert!(out.status.success(), "{}", source.log());
+    let report: Value = serde_json::from_slice(&out.stdout).unwrap();
+    let outstanding = number(&report, "/pager/outstanding_pages");
+    // It may have asked for all of it before.
+    assert_eq!(report["guest_ended"], outstanding > 0, "{report}");
+    for process in [source, destination] {
+        let (ended_well, log) = process.wait();
+        assert!(ended_well, "{log}");
+    }
 }
 
 #[test]

@@ -15,7 +15,7 @@ use postcopy_e2e::cutter::{Line, assert_cut, cut_after};
 use postcopy_e2e::qemu::{LOOPBACK, NOBODY, Place, Plain, QemuGuest, address, library, transports};
 use postcopy_e2e::{Scratch, assert_refused, free_port, pcvm, program, run, stderr, wait_until};
 use rustix::process::{Pid, Signal, kill_process};
-use serde_json::json;
+use serde_json::{Value, json};
 
 /// Messages before the one that hands the guest over; its state is in one or more pieces.
 const BEFORE_STATE: i64 = 4;
@@ -336,6 +336,29 @@ fn what_has_left_does_not_need_the_qemu_that_it_has_left() {
     assert!(pcvm(&limit).status.success(), "{}", third.story());
     assert!(moving.wait().unwrap().success(), "{}", second.story());
     assert!(runs(&third));
+}
+
+#[test]
+fn a_guest_that_ends_while_its_memory_comes_is_not_waited_for() {
+    let scratch = Scratch::new("stock-ended");
+    let machine = Plain::firmware();
+    let source = machine.start(&scratch, "a");
+    let (destination, to) = machine.receive(&scratch, "b", LOOPBACK, &["--max-bandwidth", "200K"]);
+    let moving = Command::new(program("pcvm"))
+        .args(["migrate", "--quiet", "--json", "--patience", "600", "--to", &to.to_string(), "--qmp"])
+        .arg(&source.place().qmp)
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    destination.wait_until("it has arrived", || destination.status_of_pcvm()["state"] == "running");
+    // As when it is powered off.
+    destination.qmp("quit", json!({}));
+    let out = moving.wait_with_output().unwrap();
+    assert!(out.status.success(), "{}", destination.story());
+    let report: Value = serde_json::from_slice(&out.stdout).unwrap();
+    assert!(report["guest_ended"] == true && report["pager"]["outstanding_pages"] != 0, "{report}");
+    source.wait_until("its QEMU has ended", || !source.lives());
+    destination.wait_until("pcvm has ended", || !destination.lives());
 }
 
 #[test]

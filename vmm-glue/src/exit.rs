@@ -23,6 +23,13 @@ pub enum ExitReason {
     Failed(String),
 }
 
+impl ExitReason {
+    /// Whether it says that something went wrong.
+    pub fn failed(&self) -> bool {
+        matches!(self, Self::Failed(_) | Self::TripleFault)
+    }
+}
+
 impl fmt::Display for ExitReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {

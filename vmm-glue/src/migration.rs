@@ -3,6 +3,7 @@
 //! What is here is only translation; the protocol is the engine's, the machine is [`Vm`]'s.
 
 use std::io::{Read, Write};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -33,6 +34,8 @@ pub struct MovableVm {
     vm: Mutex<Option<Vm>>,
     /// The machine that waits for that state.
     prepared: Mutex<Option<PreparedVm>>,
+    /// It has ended, and nothing went wrong.
+    over: AtomicBool,
     /// What tells its vCPUs which page they missed, where they serve themselves.
     addresses: Option<Arc<FaultAddresses>>,
 }
@@ -47,7 +50,18 @@ impl MovableVm {
             .map_err(|source| VmError::System { operation: "making guest memory", source })?;
         let vm = Vm::boot(config.clone(), memory.clone(), source, console)?;
         vm.start()?;
-        Ok(Self { config, memory, vm: Mutex::new(Some(vm)), prepared: Mutex::new(None), addresses: None })
+        Ok(Self::new(config, memory, Some(vm), None, None))
+    }
+
+    fn new(
+        config: VmConfig,
+        memory: GuestMemory,
+        vm: Option<Vm>,
+        prepared: Option<PreparedVm>,
+        addresses: Option<Arc<FaultAddresses>>,
+    ) -> Self {
+        let (vm, prepared) = (Mutex::new(vm), Mutex::new(prepared));
+        Self { config, memory, vm, prepared, over: AtomicBool::new(false), addresses }
     }
 
     /// The guest's shape.
@@ -68,6 +82,9 @@ impl MovableVm {
     /// Ends the guest here: it runs elsewhere, or is no longer wanted.
     pub fn end(&self) {
         let vm = self.vm().take();
+        let failed =
+            vm.as_ref().and_then(|vm| vm.exit_event().reason()).is_some_and(|reason| reason.failed());
+        self.over.store(!failed, Ordering::Release);
         drop(vm);
     }
 
@@ -159,6 +176,10 @@ impl DestinationGuest for MovableVm {
         }
     }
 
+    fn has_ended(&self) -> bool {
+        self.over.load(Ordering::Acquire) || self.ended().is_some_and(|reason| !reason.failed())
+    }
+
     fn touched_pages(&self) -> Option<u64> {
         self.vm().as_ref().and_then(Vm::touched_pages)
     }
@@ -235,8 +256,6 @@ impl DestinationHost for VmHost {
         }
         let idle = if self.addresses.is_some() { Idle::OnItsProcessor } else { Idle::Yielding };
         let prepared = Vm::prepare_with(config.clone(), memory.clone(), (self.console)(), idle)?;
-        let prepared = Mutex::new(Some(prepared));
-        let (vm, addresses) = (Mutex::new(None), self.addresses.clone());
-        Ok(MovableVm { config, memory: memory.clone(), vm, prepared, addresses })
+        Ok(MovableVm::new(config, memory.clone(), None, Some(prepared), self.addresses.clone()))
     }
 }

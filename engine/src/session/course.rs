@@ -191,6 +191,7 @@ impl Course {
         };
         self.report.vcpu_blocktime_us.clone_from(&arrival.vcpu_blocktime_us);
         self.report.touched_pages = arrival.touched_pages;
+        self.report.guest_ended = arrival.guest_ended;
         tracing::info!(phase = "Released", elapsed_us = micros(self.begun.elapsed()), "migration");
         self.report
     }

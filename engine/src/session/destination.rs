@@ -88,6 +88,12 @@ pub trait DestinationGuest: Send + Sync + 'static {
     /// All of its memory is here: nothing faults any more, and servers of faults can go.
     fn memory_arrived(&self) {}
 
+    /// Whether it has ended here and nothing more of it is needed, which its source is told then. Not if it failed: somebody may
+    /// want what the source still has. Must not block.
+    fn has_ended(&self) -> bool {
+        false
+    }
+
     /// How many of its pages it has touched since it runs here, whether they had come or not. `None`, if not said
     /// otherwise: the engine sees only touches of pages that were missing.
     fn touched_pages(&self) -> Option<u64> {

@@ -62,7 +62,8 @@ impl Drain {
         Limiter(Arc::downgrade(&self.pager))
     }
 
-    /// Waits until every page is here, telling the source on the way, and lets the source go.
+    /// Waits until every page is here, or the guest has [ended](DestinationGuest::has_ended), telling the source on the way, and
+    /// lets the source go.
     ///
     /// A broken control connection does not matter as long as the lanes live.
     ///
@@ -73,11 +74,15 @@ impl Drain {
             let ended = status.wait_for(|status| !matches!(status.state, PagerState::Running));
             let ended = tokio::time::timeout(PROGRESS, ended).await.map(|ended| ended.map(|s| s.clone()));
             match ended {
+                Err(_) if self.guest.has_ended() => return Ok(self.guest_ended().await),
                 Err(_) => {
                     let report = status.borrow().report;
                     self.tell(&Message::Progress(report)).await;
                 }
                 Ok(Ok(PagerStatus { state: PagerState::Failed(error), .. })) => {
+                    if ends(self.guest.clone()).await {
+                        return Ok(self.guest_ended().await);
+                    }
                     self.tell(&Message::Refuse(error.to_string())).await;
                     return Err(Parted { drain: self, why: Why::Stranded(error) });
                 }
@@ -102,7 +107,8 @@ impl Drain {
         let vcpu_blocktime_us = each.map(|blocked| blocked.map_or(0, micros)).collect();
         let guest = self.guest.clone();
         let touched_pages = blocking(move || guest.touched_pages()).await;
-        let arrival = ArrivalReport { resident_us, pager, vcpu_blocktime_us, touched_pages };
+        let guest_ended = false;
+        let arrival = ArrivalReport { resident_us, pager, vcpu_blocktime_us, touched_pages, guest_ended };
         passed("Resident", self.begun);
         let released = match &mut self.channel {
             Some(channel) => released(channel, &arrival).await,
@@ -115,6 +121,20 @@ impl Drain {
         }
         self.over();
         Ok(arrival)
+    }
+
+    /// Lets the source go, whose guest has ended here.
+    async fn guest_ended(mut self) -> ArrivalReport {
+        let (resident_us, pager) = (micros(self.resumed.elapsed()), self.status().borrow().report);
+        let arrival = ArrivalReport { resident_us, pager, guest_ended: true, ..ArrivalReport::default() };
+        passed("Ended", self.begun);
+        if let Some(channel) = &mut self.channel
+            && let Err(error) = released(channel, &arrival).await
+        {
+            tracing::warn!(%error, "the source was not told that its guest has ended");
+        }
+        self.over();
+        arrival
     }
 
     /// The source knows that every page is here.
@@ -154,6 +174,17 @@ impl Drain {
         });
         Ok(gone_on.await?)
     }
+}
+
+/// Whether a guest is at its end: its memory goes first, and the pager may see that before anybody sees the rest.
+async fn ends(guest: Arc<dyn DestinationGuest>) -> bool {
+    for _ in 0..10 {
+        if guest.has_ended() {
+            return true;
+        }
+        tokio::time::sleep(PROGRESS / 10).await;
+    }
+    false
 }
 
 /// Changes how much may cross a second where nobody waits for it.

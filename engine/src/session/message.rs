@@ -94,7 +94,7 @@ pub(super) enum Message {
     Resumed,
     /// D: how far its memory has come, in the round of pre-copy or after Resumed.
     Progress(PagerReport),
-    /// D: all of it is here; the lanes are closed.
+    /// D: all of it is here, and the lanes are closed; or the guest has ended, and needs no more.
     Resident(ArrivalReport),
     /// S: the guest's memory here is let go. The session is over.
     Release,

@@ -17,6 +17,8 @@ pub struct ArrivalReport {
     pub vcpu_blocktime_us: Vec<u64>,
     /// Pages that the guest had touched by then.
     pub touched_pages: Option<u64>,
+    /// The guest ended before all pages were resident, and needs none of them any more.
+    pub guest_ended: bool,
 }
 
 /// The whole migration, as the source reports it. Times in microseconds.
@@ -74,6 +76,9 @@ pub struct MigrationReport {
     /// monitor does not tell.
     #[serde(default)]
     pub touched_pages: Option<u64>,
+    /// The guest has ended at the destination, in order, before all of its memory had come there.
+    #[serde(default)]
+    pub guest_ended: bool,
     /// What of it QEMU has too, by QEMU's names.
     #[serde(default)]
     pub query_migrate: QueryMigrate,

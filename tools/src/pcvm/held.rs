@@ -6,7 +6,7 @@ use std::sync::Arc;
 use anyhow::Context;
 use postcopy_engine::session::{DestinationGuest, DestinationHost, SourceGuest};
 use postcopy_vmm::qemu::{QemuCommand, QemuGuest, QemuHost};
-use postcopy_vmm::{ExitReason, MovableVm, VmHost};
+use postcopy_vmm::{MovableVm, VmHost};
 
 use crate::args::{ReceiveArgs, SelfService, Vmm};
 
@@ -34,8 +34,7 @@ pub(crate) trait HeldGuest: SourceGuest {
 impl HeldGuest for MovableVm {
     fn ended(&self) -> Option<End> {
         let reason = MovableVm::ended(self)?;
-        let failed = matches!(reason, ExitReason::Failed(_) | ExitReason::TripleFault);
-        Some(End { how: reason.to_string(), failed })
+        Some(End { how: reason.to_string(), failed: reason.failed() })
     }
 
     fn console_input(&self, bytes: &[u8]) -> Option<usize> {

@@ -36,6 +36,9 @@ use crate::{metrics, server};
 /// How often a host looks whether its guest has ended.
 const GUEST_CHECK: Duration = Duration::from_millis(50);
 
+/// How long a source may take to hear that its guest has ended.
+const LAST_WORDS: Duration = Duration::from_secs(5);
+
 /// What the main loop does next.
 enum Next {
     Exit,
@@ -261,8 +264,12 @@ async fn hold_followed(
     wanted: &mut Wanted,
 ) -> Next {
     host.set(State::Running(guest.clone()));
-    let following = tokio::spawn(follow);
+    let mut following = tokio::spawn(follow);
     let next = hold_one(host, guest, wanted).await;
+    // The source hears that its guest has ended.
+    if host.is_draining() && tokio::time::timeout(LAST_WORDS, &mut following).await.is_ok() {
+        return next;
+    }
     // It may hold the port.
     following.abort();
     let _ = following.await;

@@ -29,6 +29,9 @@ pub(crate) fn progress_line(progress: &Progress) -> String {
         Phase::Recovering => {
             format!("the destination is lost and being reached again; {}", pager_line(&progress.pager))
         }
+        Phase::Resident if progress.pager.outstanding_pages > 0 => {
+            "the guest has ended at the destination, and needs no more".into()
+        }
         Phase::Resident => "every page is there".into(),
     }
 }

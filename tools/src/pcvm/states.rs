@@ -170,11 +170,16 @@ impl Host {
         }
     }
 
+    /// Whether the memory of a guest that arrived here is on its way.
+    pub(crate) fn is_draining(&self) -> bool {
+        matches!(&*lock(&self.arrival), Arrival::Draining { .. })
+    }
+
     /// Waits until the memory of a guest that arrived here is all here.
     pub(crate) async fn resident(&self) {
         loop {
             let changed = self.changed.notified();
-            if !matches!(&*lock(&self.arrival), Arrival::Draining { .. }) {
+            if !self.is_draining() {
                 return;
             }
             changed.await;

@@ -340,6 +340,10 @@ impl DestinationGuest for QemuGuest {
         self.later("balloon", failed, move |qmp| balloon::set(qmp, bytes));
     }
 
+    fn has_ended(&self) -> bool {
+        self.ended().is_some_and(Ended::in_order)
+    }
+
     /// By QEMU's own account of its KVM (since QEMU 7.1).
     fn touched_pages(&self) -> Option<u64> {
         facts::touched_pages(&mut self.qmp())

@@ -59,6 +59,11 @@ pub enum Ended {
 }
 
 impl Ended {
+    /// Whether it says that nothing went wrong.
+    pub fn in_order(self) -> bool {
+        matches!(self, Self::With(status) if status.success())
+    }
+
     /// Whether it says that something went wrong.
     pub fn failed(self) -> bool {
         matches!(self, Self::With(status) if !status.success())
