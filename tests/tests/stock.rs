@@ -7,15 +7,15 @@
 
 use std::io::Read;
 use std::net::{SocketAddr, TcpListener};
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::time::Duration;
 
 use postcopy_e2e::authority::Authority;
 use postcopy_e2e::cutter::{Line, assert_cut, cut_after};
 use postcopy_e2e::qemu::{LOOPBACK, NOBODY, Place, Plain, QemuGuest, address, library, transports};
-use postcopy_e2e::{Scratch, assert_refused, free_port, pcvm, program, run, stderr, wait_until};
+use postcopy_e2e::{Scratch, assert_refused, free_port, pcvm, run, stderr, wait_until};
 use rustix::process::{Pid, Signal, kill_process};
-use serde_json::{Value, json};
+use serde_json::json;
 
 /// Messages before the one that hands the guest over; its state is in one or more pieces.
 const BEFORE_STATE: i64 = 4;
@@ -283,82 +283,6 @@ fn a_guest_whose_memory_cannot_be_reached() {
         let out = machine.receive_to_the_end(&scratch, &format!("{name}-there"));
         assert_refused(&out, &[&["this guest cannot be moved"], &words[..]].concat());
     }
-}
-
-#[test]
-fn a_guest_that_has_arrived_moves_on_unless_something_was_plugged_in_that_cannot() {
-    let scratch = Scratch::new("stock-plugged");
-    let room = ["-m", "256M,slots=1,maxmem=1G"].map(str::to_owned);
-    let machine = Plain { more: room.to_vec(), ..Plain::firmware() };
-    let first = machine.start(&scratch, "a");
-    let (second, to) = machine.receive(&scratch, "b", LOOPBACK, &[]);
-    first.migrate(&second, to, "tcp");
-    let on = |from: &QemuGuest, to: SocketAddr| {
-        pcvm(&[
-            "migrate",
-            "--quiet",
-            "--control",
-            from.place().control.to_str().unwrap(),
-            "--to",
-            &to.to_string(),
-        ])
-    };
-    let (third, to) = machine.receive(&scratch, "c", LOOPBACK, &[]);
-    let moved = on(&second, to);
-    assert!(moved.status.success(), "{}", stderr(&moved));
-    assert!(runs(&third));
-    let memory = json!({"qom-type": "memory-backend-ram", "id": "more", "size": 128 << 20});
-    third.qmp("object-add", memory);
-    third.qmp("device_add", json!({"driver": "pc-dimm", "id": "dimm", "memdev": "more"}));
-    assert_refused(&on(&third, NOBODY), &["memory that was plugged in", "the guest runs on here"]);
-    assert!(runs(&third));
-}
-
-#[test]
-fn what_has_left_does_not_need_the_qemu_that_it_has_left() {
-    let scratch = Scratch::new("stock-left");
-    let machine = Plain::firmware();
-    let first = machine.start(&scratch, "a");
-    let (second, to) = machine.receive(&scratch, "b", LOOPBACK, &[]);
-    first.migrate(&second, to, "tcp");
-    let (third, to) = machine.receive(&scratch, "c", LOOPBACK, &["--max-bandwidth", "200K"]);
-    let control = second.place().control.to_str().unwrap();
-    let mut moving = Command::new(program("pcvm"))
-        .args(["migrate", "--quiet", "--json", "--control", control, "--to", &to.to_string()])
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
-    third.wait_until("it has arrived", || third.status_of_pcvm()["state"] == "running");
-    assert!(third.status_of_pcvm()["arrival"]["outstanding_pages"] != 0, "there is more to come");
-    kill_process(Pid::from_raw(second.qemu()).unwrap(), Signal::KILL).unwrap();
-    let limit = ["limit", "--control", third.place().control.to_str().unwrap(), "none"];
-    std::thread::sleep(Duration::from_millis(300));
-    assert!(pcvm(&limit).status.success(), "{}", third.story());
-    assert!(moving.wait().unwrap().success(), "{}", second.story());
-    assert!(runs(&third));
-}
-
-#[test]
-fn a_guest_that_ends_while_its_memory_comes_is_not_waited_for() {
-    let scratch = Scratch::new("stock-ended");
-    let machine = Plain::firmware();
-    let source = machine.start(&scratch, "a");
-    let (destination, to) = machine.receive(&scratch, "b", LOOPBACK, &["--max-bandwidth", "200K"]);
-    let moving = Command::new(program("pcvm"))
-        .args(["migrate", "--quiet", "--json", "--patience", "600", "--to", &to.to_string(), "--qmp"])
-        .arg(&source.place().qmp)
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
-    destination.wait_until("it has arrived", || destination.status_of_pcvm()["state"] == "running");
-    // As when it is powered off.
-    destination.qmp("quit", json!({}));
-    let out = moving.wait_with_output().unwrap();
-    assert!(out.status.success(), "{}", destination.story());
-    let report: Value = serde_json::from_slice(&out.stdout).unwrap();
-    assert!(report["guest_ended"] == true && report["pager"]["outstanding_pages"] != 0, "{report}");
-    source.wait_until("its QEMU has ended", || !source.lives());
-    destination.wait_until("pcvm has ended", || !destination.lives());
 }
 
 #[test]

@@ -213,6 +213,8 @@ impl QemuGuest {
     /// long, the memory of firmware and displays.
     fn save(&self, state: &mut dyn Write) -> Result<Instant, QemuError> {
         let mut qmp = self.qmp();
+        // Somebody may have stopped it since; the destination would have it run.
+        refuse_a_stopped_one(&mut qmp)?;
         let begun = Instant::now();
         // Given, and not a path: QEMU may be another user's, or confined.
         let made = UnixStream::pair().map_err(QemuError::system("making a socket for QEMU's state"));
@@ -267,11 +269,7 @@ impl SourceGuest for QemuGuest {
     }
 
     fn describe(&self) -> Result<(String, Vec<u8>), GuestError> {
-        let status = self.qmp().execute("query-status", &json!({}))?;
-        if status["running"] != true {
-            let now = status["status"].as_str().unwrap_or("stopped");
-            return Err(format!("the guest does not run ({now}); continue it first (cont)").into());
-        }
+        refuse_a_stopped_one(&mut self.qmp())?;
         // Since it was asked a guest that has arrived here may have got what binds it to this host, or a balloon.
         let facts = Facts::gather(&mut self.qmp())?;
         if facts.ram_bytes != self.ram_bytes() {
@@ -352,6 +350,16 @@ impl DestinationGuest for QemuGuest {
     fn vcpu_threads(&self) -> Vec<i32> {
         self.threads.clone()
     }
+}
+
+/// Errors: the guest does not run.
+fn refuse_a_stopped_one(qmp: &mut Qmp) -> Result<(), QemuError> {
+    let status = qmp.execute("query-status", &json!({}))?;
+    if status["running"] == true {
+        return Ok(());
+    }
+    let now = status["status"].as_str().unwrap_or("stopped");
+    Err(QemuError::Unfit(format!("it does not run ({now}); continue it first (cont)")))
 }
 
 /// Removes the name of a session before, if there is one.
