@@ -86,7 +86,7 @@ impl Course {
         let usable = |transport: &Transport| match transport.available() {
             Ok(()) => true,
             Err(error) => {
-                tracing::warn!(%error, "going on without it");
+                tracing::info!(%error, "going on without it");
                 false
             }
         };

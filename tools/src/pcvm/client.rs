@@ -3,6 +3,7 @@
 use std::io::{BufRead, BufReader, IsTerminal, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::time::Instant;
 
 use anyhow::{Context, bail, ensure};
 use postcopy_engine::session::{MigrationReport, Phase, Progress};
@@ -106,19 +107,28 @@ pub(crate) struct Meter {
     quiet: bool,
     terminal: bool,
     phase: Option<Phase>,
+    /// When the phase was entered, and how much was to come then.
+    entered: (Instant, u64),
 }
 
 impl Meter {
     pub(crate) fn new(quiet: bool) -> Self {
-        Self { quiet, terminal: std::io::stderr().is_terminal(), phase: None }
+        Self { quiet, terminal: std::io::stderr().is_terminal(), phase: None, entered: (Instant::now(), 0) }
     }
 
     pub(crate) fn show(&mut self, progress: &Progress) {
         let entered = self.phase.replace(progress.phase) != Some(progress.phase);
+        let outstanding = progress.pager.outstanding_pages;
+        // Of a phase that has just begun it is not known yet.
+        if entered || self.entered.1 == 0 {
+            self.entered = (Instant::now(), outstanding);
+        }
         if self.quiet || !(entered || self.terminal) {
             return;
         }
-        let line = report::progress_line(progress);
+        let (since, at_first) = self.entered;
+        let pace = report::pace(at_first.saturating_sub(outstanding), outstanding, since.elapsed());
+        let line = report::progress_line(progress) + &pace;
         if self.terminal {
             let _ = write!(std::io::stderr(), "\r\x1b[K{line}");
         } else {

@@ -1,6 +1,7 @@
 //! A migration's report for people.
 
 use std::fmt::Write;
+use std::time::Duration;
 
 use postcopy_engine::memory::PAGE_SIZE;
 use postcopy_engine::session::{MigrationReport, Mode, Phase, Progress};
@@ -34,6 +35,16 @@ pub(crate) fn progress_line(progress: &Progress) -> String {
         }
         Phase::Resident => "every page is there".into(),
     }
+}
+
+/// How fast pages come, of which so many have come in so much time and others are to come; nothing before that can be said.
+pub(crate) fn pace(come: u64, to_come: u64, time: Duration) -> String {
+    if come == 0 || time < Duration::from_secs(1) {
+        return String::new();
+    }
+    let a_second = come as f64 / time.as_secs_f64();
+    let left = to_come as f64 / a_second;
+    format!(", {:.0} MiB/s, {left:.0} s left", a_second * PAGE_SIZE as f64 / f64::from(1 << 20))
 }
 
 /// One line about what has arrived.
@@ -146,5 +157,18 @@ fn stages(out: &mut String, stages: &StageReport) {
             out,
             "{name:<14} {count:>8} {p50_us:>9.1} {p90_us:>9.1} {p99_us:>9.1} {p999_us:>9.1} {max_us:>9.1}"
         );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn how_fast_pages_come_is_said_once_it_is_known() {
+        assert_eq!(pace(512, 1024, Duration::from_secs(2)), ", 1 MiB/s, 4 s left");
+        assert_eq!(pace(512, 0, Duration::from_secs(2)), ", 1 MiB/s, 0 s left");
+        assert_eq!(pace(0, 1024, Duration::from_secs(9)), "");
+        assert_eq!(pace(512, 1024, Duration::from_millis(900)), "");
     }
 }
