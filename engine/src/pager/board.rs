@@ -112,6 +112,12 @@ impl Board {
         locked(&self.told).max_bandwidth
     }
 
+    /// What each shard that is at work has of it.
+    pub(super) fn share(&self) -> Option<Bandwidth> {
+        let told = locked(&self.told);
+        told.max_bandwidth.map(|limit| limit.shared_by(told.reports.len() - told.ended))
+    }
+
     /// A shard has got so far.
     pub(super) fn tell(&self, shard: usize, report: PagerReport) {
         let mut told = locked(&self.told);
@@ -147,5 +153,26 @@ impl Board {
     /// So much was put together to huge pages, after the end.
     pub(super) fn collapsed(&self, collapsed: Collapsed) {
         self.status.send_modify(|status| status.report.huge_pages = collapsed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_is_at_work_shares_what_may_cross() {
+        let limit = Bandwidth::new;
+        let (board, status) = Board::new(4, Past::default(), limit(120));
+        assert_eq!((board.share(), status.borrow().report.max_bandwidth), (limit(30), 120));
+        let end =
+            || End { state: PagerState::Resident, report: PagerReport::default(), timing: Timing::default() };
+        board.end(2, end());
+        assert_eq!((board.share(), status.borrow().report.max_bandwidth), (limit(40), 120));
+        board.limit(limit(60));
+        board.end(0, end());
+        assert_eq!((board.share(), status.borrow().report.max_bandwidth), (limit(30), 60));
+        board.limit(None);
+        assert_eq!((board.share(), status.borrow().report.max_bandwidth), (None, 0));
     }
 }

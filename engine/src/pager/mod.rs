@@ -276,8 +276,14 @@ impl Pager {
             let map = MapReader::of_frozen(pages, source, (at, shared.part), round.held)?;
             let ways = shard::Ways { lanes, place: source.landing.of_shard(at), map };
             let shard = shard::Shard::new(shared.clone(), notes, ways, precopied, config);
-            let board = self.board.clone();
-            let work = move || shard::supervise(shard, at, &board);
+            let (board, shards) = (self.board.clone(), self.shards.clone());
+            let work = move || {
+                shard::supervise(shard, at, &board);
+                // The others have what it had.
+                if board.max_bandwidth().is_some() {
+                    told::share_out(&board, &shards);
+                }
+            };
             let thread = std::thread::Builder::new().name(format!("pager-{at}")).spawn(work);
             self.threads.push(thread.map_err(failed("starting a pager thread"))?);
         }

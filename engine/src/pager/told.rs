@@ -2,13 +2,23 @@
 
 use std::sync::Arc;
 
-use super::server::Note;
+use super::board::Board;
+use super::server::{Note, Shared};
 use super::{Pager, PagerError, locked};
 use crate::planner::{Bandwidth, Ranks, Run};
 
 /// An order of the guest's pages: what each shard has of it.
 #[derive(Clone, Default)]
 pub struct LaidOut(Vec<Arc<Ranks>>);
+
+/// Tells each shard what it has of the bandwidth, where that is limited or was.
+pub(super) fn share_out(board: &Board, shards: &[Arc<Shared>]) {
+    let each = board.share();
+    for shared in shards {
+        shared.note(Note::Limit(each));
+        shared.stop.rouse();
+    }
+}
 
 impl Pager {
     /// Lays the guest's pages out in an order: those of these runs one after the other, then the others by address. Takes a
@@ -41,11 +51,7 @@ impl Pager {
     /// How much may cross a second from now on where nobody waits for it, also when it [goes on](Pager::go_on).
     pub fn limit(&self, max_bandwidth: Option<Bandwidth>) {
         self.board.limit(max_bandwidth);
-        let each = max_bandwidth.map(|limit| limit.shared_by(self.shards.len()));
-        for shared in &*self.shards {
-            shared.note(Note::Limit(each));
-            shared.stop.rouse();
-        }
+        share_out(&self.board, &self.shards);
     }
 
     /// The same, if less may cross already.
