@@ -46,6 +46,12 @@ impl Rest {
     }
 }
 
+/// As the kernel takes it: with an odd one it would not sleep at all. What is longer than it counts is for ever.
+fn timeout(limit: Duration) -> Option<Timespec> {
+    let tv_sec = limit.as_secs().try_into().ok()?;
+    Some(Timespec { tv_sec, tv_nsec: limit.subsec_nanos().into() })
+}
+
 /// Sleeps. The second of `others` is an eventfd, which is taken back.
 fn sleep(lanes: &[AnyLane; 2], others: [BorrowedFd<'_>; 2], limit: Option<Duration>) {
     let [urgent, bulk] = lanes;
@@ -57,10 +63,25 @@ fn sleep(lanes: &[AnyLane; 2], others: [BorrowedFd<'_>; 2], limit: Option<Durati
         waited(urgent.descriptor()),
         waited(bulk.descriptor()),
     ];
-    let limit = limit.map(|limit| Timespec { tv_sec: 0, tv_nsec: limit.as_nanos() as i64 });
+    let limit = limit.and_then(timeout);
     // An error (a signal) is a wake-up like any other: the loop looks at everything again.
     let _ = poll(&mut descriptors, limit.as_ref());
     if descriptors[1].revents().contains(PollFlags::IN) {
         let _ = rustix::io::read(second, &mut [0; 8]);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_long_sleep_is_one_that_the_kernel_takes() {
+        for (limit, seconds, nanos) in [(50, 0, 50_000_000), (1500, 1, 500_000_000), (7_200_000, 7200, 0)] {
+            let timeout = timeout(Duration::from_millis(limit)).unwrap();
+            assert_eq!((timeout.tv_sec, timeout.tv_nsec), (seconds, nanos));
+            assert!(poll(&mut [], Some(&Timespec { tv_sec: 0, ..timeout })).is_ok());
+        }
+        assert!(timeout(Duration::MAX).is_none());
     }
 }

@@ -206,7 +206,7 @@ impl Reader<'_> {
             let descriptor = PollFd::from_borrowed_fd(self.lane.descriptor(), PollFlags::IN);
             let held = self.pace.holds(self.now()).map(Duration::from_nanos);
             let limit = held.map_or(PATIENCE, |held| held.min(PATIENCE));
-            let limit = Timespec { tv_sec: 0, tv_nsec: limit.as_nanos() as i64 };
+            let limit = Timespec { tv_sec: 0, tv_nsec: limit.subsec_nanos().into() };
             // A signal is a wake-up like any other: look again.
             let _ = poll(&mut [descriptor], Some(&limit));
         }
