@@ -184,6 +184,12 @@ impl Pcvm {
         run(&mut self.migration(to, more))
     }
 
+    /// The same, without waiting for what comes of it.
+    pub fn begin_migration(&self, to: &str, more: &[&str]) -> Child {
+        let piped = |command: &mut Command| command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
+        piped(&mut self.migration(to, more)).unwrap()
+    }
+
     /// The command that asks for it.
     pub fn migration(&self, to: &str, more: &[&str]) -> Command {
         let mut command = Command::new(program("pcvm"));

@@ -1,8 +1,6 @@
 //! A real guest moves between processes of this host: the tiny guest, on this host's KVM.
 #![allow(clippy::unwrap_used)] // helpers of tests, where a panic is the report
 
-use std::process::Stdio;
-
 use postcopy_e2e::reports::{assert_whole, number};
 use postcopy_e2e::{Pcvm, Scratch, assert_refused, free_port, pcvm, stderr};
 use serde_json::Value;
@@ -151,8 +149,7 @@ fn a_move_is_called_off_while_the_guest_still_runs() {
     let nowhere = dead_end.local_addr().unwrap().to_string();
     for (to, phase) in [(&to, "pre-copy"), (&nowhere, "setup")] {
         let slow = ["--mode", "hybrid", "--max-bandwidth", "1K"];
-        let mut moving = source.migration(to, &slow);
-        let moving = moving.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+        let moving = source.begin_migration(to, &slow);
         source.wait_until("it is on its way", |source| source.status()["migration"]["phase"] == phase);
         let out = cancel();
         assert!(out.status.success(), "{}", stderr(&out));
@@ -163,8 +160,7 @@ fn a_move_is_called_off_while_the_guest_still_runs() {
     assert!(destination.log().contains("called off"), "{}", destination.log());
     // Once it was stopped, which the last pages show that are still to come, it moves.
     let slow = ["--max-bandwidth", "1M"];
-    let mut moving = source.migration(&to, &slow);
-    let moving = moving.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+    let moving = source.begin_migration(&to, &slow);
     source.wait_until("it has left", |source| source.status()["migration"]["phase"] == "draining");
     assert_refused(&cancel(), &["too late"]);
     assert!(moving.wait_with_output().unwrap().status.success());
@@ -180,8 +176,7 @@ fn what_may_cross_is_changed_while_a_guest_arrives() {
     let limit = |to: &str| pcvm(&["limit", "--control", destination.control().to_str().unwrap(), to]);
     assert_refused(&limit("1M"), &["no guest's memory is on its way here"]);
     // What the guest does not ask for would take hours; but it asks for most of it before long.
-    let mut moving = source.migration(&format!("127.0.0.1:{port}"), &["--max-bandwidth", "64"]);
-    let moving = moving.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+    let moving = source.begin_migration(&format!("127.0.0.1:{port}"), &["--max-bandwidth", "64"]);
     destination.wait_until("it is on its way", |there| there.status()["arrival"]["max_bandwidth"] == 64);
     let out = limit("none");
     assert!(
@@ -200,9 +195,8 @@ fn a_guest_that_is_ended_while_its_memory_comes_is_not_waited_for() {
     let port = free_port();
     let source = Pcvm::run_tiny(&scratch, "a");
     let destination = Pcvm::receive(&scratch, "b", port, &[]);
-    let mut moving = source
-        .migration(&format!("127.0.0.1:{port}"), &["--json", "--max-bandwidth", "64", "--patience", "600"]);
-    let moving = moving.stdout(Stdio::piped()).spawn().unwrap();
+    let slow = ["--json", "--max-bandwidth", "64", "--patience", "600"];
+    let moving = source.begin_migration(&format!("127.0.0.1:{port}"), &slow);
     destination.wait_until("it is on its way", |there| there.status()["state"] == "running");
     assert!(pcvm(&["quit", "--control", destination.control().to_str().unwrap()]).status.success());
     let out = moving.wait_with_output().unwrap();

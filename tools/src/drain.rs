@@ -13,8 +13,17 @@ pub struct DrainArgs {
     #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     #[arg(value_name = "US")]
     bulk_wait: u32,
+    /// How much it may have.
+    #[command(flatten)]
+    pub limit: LimitArgs,
+}
+
+/// How much may cross. Each side of a move may say it.
+#[derive(Clone, Copy, Debug, Args)]
+pub struct LimitArgs {
     /// How many bytes may cross a second where nobody waits for them: a number with K, M, G or none. Faults are never held
-    /// back; what crosses for them is taken off the rest. Default: as many as the link carries.
+    /// back; what crosses for them is taken off the rest. The other side of a move may allow less. Default: as many as the
+    /// link carries.
     #[arg(long, value_name = "SIZE", value_parser = bandwidth)]
     pub max_bandwidth: Option<Bandwidth>,
 }
@@ -22,7 +31,7 @@ pub struct DrainArgs {
 impl DrainArgs {
     /// A planner's configuration with it, and this policy.
     pub fn planner(self, policy: Policy) -> PlannerConfig {
-        let Self { bulk_wait, max_bandwidth } = self;
+        let Self { bulk_wait, limit: LimitArgs { max_bandwidth } } = self;
         PlannerConfig { policy, bulk_wait_ns: u64::from(bulk_wait) * 1000, max_bandwidth }
     }
 }

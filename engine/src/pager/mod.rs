@@ -268,8 +268,7 @@ impl Pager {
         let pages = self.trap.pages();
         // They share the wire that a fault may wait for.
         config.planner.bulk_wait_ns /= self.shards.len() as u64;
-        config.planner.max_bandwidth =
-            config.planner.max_bandwidth.map(|limit| limit.shared_by(self.shards.len()));
+        config.planner.max_bandwidth = self.board.share();
         for (at, (shared, (notes, lanes))) in self.shards.iter().zip(each).enumerate() {
             let round = source.round.of(shared.part);
             let precopied = if first { [round.pages(), round.bytes] } else { [0; 2] };

@@ -47,9 +47,8 @@ impl Rest {
 }
 
 /// As the kernel takes it: with an odd one it would not sleep at all. What is longer than it counts is for ever.
-fn timeout(limit: Duration) -> Option<Timespec> {
-    let tv_sec = limit.as_secs().try_into().ok()?;
-    Some(Timespec { tv_sec, tv_nsec: limit.subsec_nanos().into() })
+pub(super) fn timeout(limit: Duration) -> Option<Timespec> {
+    Timespec::try_from(limit).ok()
 }
 
 /// Sleeps. The second of `others` is an eventfd, which is taken back.

@@ -11,10 +11,11 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use postcopy_transport::{AnyLane, Lane, LaneError, LocalRegion, Read};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::{PollFd, PollFlags, poll};
 
 use super::landing::LandingMemory;
 use super::map_reader::{Landed, MapReader};
+use super::rest::timeout;
 use super::shards::Part;
 use super::token::{is_map, run_of, token_of};
 use super::{PagerError, SourceMemory, failed};
@@ -206,9 +207,8 @@ impl Reader<'_> {
             let descriptor = PollFd::from_borrowed_fd(self.lane.descriptor(), PollFlags::IN);
             let held = self.pace.holds(self.now()).map(Duration::from_nanos);
             let limit = held.map_or(PATIENCE, |held| held.min(PATIENCE));
-            let limit = Timespec { tv_sec: 0, tv_nsec: limit.subsec_nanos().into() };
             // A signal is a wake-up like any other: look again.
-            let _ = poll(&mut [descriptor], Some(&limit));
+            let _ = poll(&mut [descriptor], timeout(limit).as_ref());
         }
         Ok(())
     }

@@ -12,7 +12,7 @@ use tokio_rustls::rustls;
 
 use super::message::{self, Message};
 use super::tls::{DestinationTls, Shown, SourceTls};
-use super::{STEP_PATIENCE, SessionError};
+use super::{STEP_PATIENCE, SessionError, WORK_PATIENCE};
 
 /// One side of a control connection.
 pub(super) struct Channel {
@@ -98,6 +98,15 @@ impl Channel {
         match received.map_err(|_| SessionError::Silent { waiting_for, patience })?? {
             Message::Refuse(reason) => Err(SessionError::Refused { reason }),
             message => Ok(message),
+        }
+    }
+
+    /// What is wrong, where nothing is to be said before this side does: that something was, or that nobody is there any more. Pending
+    /// as long as nothing is.
+    pub(super) async fn broken_into(&mut self, waiting_for: &'static str) -> SessionError {
+        match self.receive(waiting_for, WORK_PATIENCE).await {
+            Ok(early) => unexpected(&early, waiting_for),
+            Err(lost) => lost,
         }
     }
 

@@ -391,10 +391,7 @@ fn has_room(memory: &GuestMemory, limited: bool) -> Result<(), SessionError> {
 async fn cut_off(channel: &mut Channel, pager: &Pager) -> GuestError {
     const AWAITED: &str = "the state to be loaded";
     tokio::select! {
-        heard = channel.receive(AWAITED, WORK_PATIENCE) => match heard {
-            Ok(early) => unexpected(&early, AWAITED).into(),
-            Err(lost) => lost.into(),
-        },
+        error = channel.broken_into(AWAITED) => error.into(),
         Some(error) = pager.failed() => error.into(),
     }
 }

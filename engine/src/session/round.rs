@@ -4,10 +4,10 @@ use std::sync::Arc;
 
 use postcopy_transport::RemoteRegion;
 
-use super::channel::{Channel, unexpected};
+use super::channel::Channel;
 use super::drain::PROGRESS;
 use super::message::Message;
-use super::{SessionError, WORK_PATIENCE, blocking};
+use super::{SessionError, blocking};
 use crate::import::{Import, Lanes};
 use crate::pager::{Round, RoundWatch};
 use crate::planner::Bandwidth;
@@ -55,9 +55,7 @@ pub(super) async fn pre_copy(
         tokio::select! {
             done = &mut work => return done,
             // It says nothing meanwhile, unless it is to call the migration off.
-            heard = channel.receive(ROUND, WORK_PATIENCE) => {
-                return Err(heard.map_or_else(|lost| lost, |early| unexpected(&early, ROUND)));
-            }
+            error = channel.broken_into(ROUND) => return Err(error),
             () = tokio::time::sleep(PROGRESS) => {
                 let outstanding_pages = total_pages.saturating_sub(watched.0.pages_done());
                 let max_bandwidth = max_bandwidth.map_or(0, Bandwidth::bytes);

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use postcopy_engine::planner::Bandwidth;
 use postcopy_engine::session::Mode;
-use postcopy_tools::drain::bandwidth;
+use postcopy_tools::drain::{LimitArgs, bandwidth};
 use postcopy_tools::size;
 use postcopy_tools::trust::TrustArgs;
 
@@ -186,15 +186,6 @@ pub(crate) struct MigrateArgs {
     pub(crate) trust: TrustArgs,
     #[command(flatten)]
     pub(crate) told: ToldArgs,
-}
-
-/// How much a source lets cross.
-#[derive(Clone, Copy, Debug, Args)]
-pub(crate) struct LimitArgs {
-    /// How many bytes may cross a second where nobody waits for them: a number with K, M, G or none. Faults are never held
-    /// back; what crosses for them is taken off the rest. The destination may allow less. Default: as many as the link carries.
-    #[arg(long, value_name = "SIZE", value_parser = bandwidth)]
-    pub(crate) max_bandwidth: Option<Bandwidth>,
 }
 
 /// Where the memory is that a destination still needs.

@@ -12,11 +12,12 @@ use postcopy_engine::session::{
     self, MigrateOptions, MigrationError, MigrationReport, Mode, Owed, Owner, Phase, Progress, RecoverOptions,
 };
 use postcopy_tools::cli;
+use postcopy_tools::drain::LimitArgs;
 use postcopy_tools::trust::TrustArgs;
 use postcopy_vmm::qemu::{Inflated, QemuGuest};
 use tokio::sync::watch;
 
-use crate::args::{LimitArgs, MigrateArgs, RecoverArgs, ToldArgs, WireArgs, resolve};
+use crate::args::{MigrateArgs, RecoverArgs, ToldArgs, WireArgs, resolve};
 use crate::client::Meter;
 use crate::signals::Wanted;
 

@@ -154,7 +154,7 @@ impl FaultReport {
             threads: args.threads,
             shards: args.shards.count(),
             landing: args.landing.resolved(args.transport, false),
-            max_bandwidth: args.background.max_bandwidth,
+            max_bandwidth: args.background.limit.max_bandwidth,
             rounds: args.rounds,
             raw_read: Times::new(&reads)?,
             raw_bulk_mb_s: median(all.bulk_mb_s.iter().copied()),
