@@ -8,6 +8,7 @@ use std::os::unix::fs::FileExt;
 
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
 use postcopy_engine::memory::PAGE_SIZE;
+use postcopy_engine::places::Places;
 use postcopy_engine::written::{WP_ASYNC, Way, WriteLog};
 use postcopy_transport::HostMemory;
 use userfaultfd::{FeatureFlags, UffdBuilder};
@@ -32,7 +33,8 @@ fn written(criterion: &mut Criterion) {
     (0..PAGES).for_each(|page| assert!(memory.write(page * PAGE_SIZE, &[1])));
     let base = memory.base() as u64;
     let way = Way::of(std::process::id() as i32).expect("this process has made a userfaultfd");
-    let mut log = way.begin(base, PAGES).expect("the memory is one mapping");
+    let places = Places::new([(base, PAGES * PAGE_SIZE)]).expect("the memory has whole pages");
+    let mut log = way.begin(places).expect("the memory is one mapping");
     write(&memory);
 
     let mut group = criterion.benchmark_group("written");

@@ -14,6 +14,7 @@ pub mod memory;
 pub mod page_set;
 pub mod pagemap;
 pub mod pager;
+pub mod places;
 pub mod planner;
 pub mod proc_pages;
 pub mod room;

@@ -8,6 +8,7 @@
 //! Pages are numbered by their offset in the memfd. Guest physical addresses differ from that
 //! only where the layout has a hole (below 4 GiB on x86); [`MemoryLayout`] converts.
 
+use std::fs::File;
 use std::io;
 use std::sync::Arc;
 
@@ -164,13 +165,28 @@ impl GuestMemory {
     /// it can change it, and can end this process by making it shorter.
     ///
     /// Errors: the file is shorter than the layout, or mmap(2) refuses.
-    pub fn of_file(layout: MemoryLayout, file: std::fs::File) -> io::Result<Self> {
-        let (len, found) = (layout.total_bytes(), file.metadata()?.len());
-        if found < len {
-            return Err(io::Error::other(format!("the file has {found} bytes, the guest {len}")));
+    pub fn of_file(layout: MemoryLayout, file: File) -> io::Result<Self> {
+        let len = layout.total_bytes();
+        Self::of_files(layout, [(file, len)])
+    }
+
+    /// As [`GuestMemory::of_file`], of several files one after the other, and how many bytes of each.
+    ///
+    /// Errors: one is shorter than that, all together are not as long as the layout, or mmap(2) refuses.
+    pub fn of_files(layout: MemoryLayout, files: impl IntoIterator<Item = (File, u64)>) -> io::Result<Self> {
+        let long_enough = |(file, len): (File, u64)| {
+            let found = file.metadata()?.len();
+            if found < len {
+                return Err(io::Error::other(format!("the file has {found} bytes, the guest {len}")));
+            }
+            Ok((file, usize::try_from(len).map_err(io::Error::other)?))
+        };
+        let files = files.into_iter().map(long_enough).collect::<io::Result<Vec<_>>>()?;
+        let guest = HostMemory::map_all(files)?;
+        let (len, found) = (layout.total_bytes(), guest.len());
+        if found as u64 != len {
+            return Err(io::Error::other(format!("the files have {found} bytes, the guest {len}")));
         }
-        let len = usize::try_from(len).map_err(io::Error::other)?;
-        let guest = HostMemory::map(Arc::new(file), len)?;
         Self::with(layout, guest)
     }
 

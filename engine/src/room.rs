@@ -2,8 +2,9 @@
 //! that is asked before anything stops.
 
 use std::fs::read_to_string;
-use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
+
+use postcopy_transport::HostMemory;
 
 /// Where cgroups of version 2 are, as every distribution mounts them.
 const CGROUPS: &str = "/sys/fs/cgroup";
@@ -20,13 +21,37 @@ pub fn of_machine() -> Option<u64> {
     Some(cgroups.filter_map(|folder| of_cgroup(folder, swap)).fold(memory + swap, u64::min))
 }
 
-/// Bytes that a file may grow by in its file system, those of its own that are not holes included. `None`: without a limit
-/// of its own (memfd_create(2)), or the system does not tell.
-pub(crate) fn of_file(file: BorrowedFd<'_>) -> Option<u64> {
-    let system = rustix::fs::fstatfs(file).ok()?;
-    let own = u64::try_from(rustix::fs::fstat(file).ok()?.st_blocks).ok()? * 512;
-    let block = u64::try_from(system.f_bsize).ok()?;
-    (system.f_blocks > 0).then(|| system.f_bavail * block + own)
+/// A file system with too little room for those of the memory's files that it has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Lacking {
+    /// Bytes that they need.
+    pub(crate) needed: u64,
+    /// Bytes that there is room for.
+    pub(crate) room: u64,
+}
+
+/// The first file system that has too little room for its files of `memory`, what they have already included. A file without
+/// a limit of its own (memfd_create(2)) lacks none, nor one of which the system does not tell.
+pub(crate) fn lacking(memory: &HostMemory) -> Option<Lacking> {
+    let mut systems: Vec<(u64, Lacking)> = Vec::new();
+    for (file, needed) in memory.files() {
+        let (Ok(found), Ok(system)) = (rustix::fs::fstat(file), rustix::fs::fstatfs(file)) else { continue };
+        let own = u64::try_from(found.st_blocks).unwrap_or_default() * 512;
+        if system.f_blocks == 0 {
+            continue;
+        }
+        match systems.iter_mut().find(|(device, _)| *device == found.st_dev) {
+            Some((_, lacking)) => {
+                lacking.needed += needed;
+                lacking.room += own;
+            }
+            None => {
+                let left = system.f_bavail.saturating_mul(u64::try_from(system.f_bsize).unwrap_or_default());
+                systems.push((found.st_dev, Lacking { needed, room: left.saturating_add(own) }));
+            }
+        }
+    }
+    systems.into_iter().map(|(_, lacking)| lacking).find(|lacking| lacking.room < lacking.needed)
 }
 
 /// Bytes that a line of /proc/meminfo says.
@@ -66,8 +91,6 @@ fn files(text: &str) -> u64 {
 
 #[cfg(test)]
 mod tests {
-    use std::os::fd::AsFd;
-
     use super::*;
 
     #[test]
@@ -104,7 +127,7 @@ mod tests {
 
     #[test]
     fn a_memfd_has_no_limit_of_its_own() {
-        let memory = postcopy_transport::HostMemory::anonymous("room", 4096).unwrap();
-        assert_eq!(of_file(memory.file().as_fd()), None);
+        let memory = HostMemory::anonymous("room", 4096).unwrap();
+        assert_eq!(lacking(&memory), None);
     }
 }

@@ -9,8 +9,8 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 use userfaultfd::{RegisterMode, Uffd};
 
-use crate::memory::PAGE_SIZE;
 use crate::pager::{errno, owned};
+use crate::places::Places;
 
 /// The feature of the userfaultfd that a process makes to have its writes noted (UFFD_FEATURE_WP_ASYNC of
 /// linux/userfaultfd.h, Linux 6.7).
@@ -44,13 +44,18 @@ impl Tracker {
         Ok(None)
     }
 
-    /// Registers `pages` pages from address `base` on in its process for write protection, and protects none.
+    /// Registers these places in its process for write protection, and protects none.
     ///
-    /// Errors: they are not one mapping, or another userfaultfd has it.
-    pub(crate) fn register(self, base: u64, pages: u64) -> io::Result<Registered> {
-        let (at, bytes) = (base as *mut libc::c_void, (pages * PAGE_SIZE) as usize);
-        self.0.register_with_mode(at, bytes, RegisterMode::WRITE_PROTECT).map_err(errno)?;
-        Ok(Registered { tracker: self, base, pages })
+    /// Errors: one of them is not one mapping, or another userfaultfd has it.
+    pub(crate) fn register(self, places: &Places) -> io::Result<Registered> {
+        let mut registered = Registered { tracker: self, places: places.clone(), done: 0 };
+        for place in places.each() {
+            let (at, len) = (place.address as *mut libc::c_void, place.len as usize);
+            let mode = RegisterMode::WRITE_PROTECT;
+            registered.tracker.0.register_with_mode(at, len, mode).map_err(errno)?;
+            registered.done += 1;
+        }
+        Ok(registered)
     }
 }
 
@@ -66,16 +71,19 @@ fn features(descriptor: &OwnedFd) -> io::Result<Option<u64>> {
 #[derive(Debug)]
 pub(crate) struct Registered {
     tracker: Tracker,
-    pub(crate) base: u64,
-    pub(crate) pages: u64,
+    pub(crate) places: Places,
+    /// How many of the places are.
+    done: usize,
 }
 
 impl Drop for Registered {
     fn drop(&mut self) {
-        let (at, bytes) = (self.base as *mut libc::c_void, (self.pages * PAGE_SIZE) as usize);
-        if let Err(error) = self.tracker.0.unregister(at, bytes) {
-            // It may have ended.
-            tracing::debug!(%error, "pages stay registered, and protected until they are written");
+        for place in self.places.each().take(self.done) {
+            let (at, len) = (place.address as *mut libc::c_void, place.len as usize);
+            if let Err(error) = self.tracker.0.unregister(at, len) {
+                // It may have ended.
+                tracing::debug!(%error, "pages stay registered, and protected until they are written");
+            }
         }
     }
 }

@@ -20,6 +20,7 @@ use postcopy_engine::pagemap::Dirty;
 use postcopy_engine::pager::{
     Landing, Ledger, Pager, PagerConfig, PagerState, Round, RoundWatch, Shards, Trap,
 };
+use postcopy_engine::places::Places;
 use postcopy_transport::{EndpointOptions, Transport};
 use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::io::{FdFlags, fcntl_setfd};
@@ -47,10 +48,11 @@ struct Given {
     hybrid: bool,
     /// Whether another was at work before.
     later: bool,
-    base: u64,
-    /// Descriptors that it inherits.
+    /// Where the guest's memory is mapped.
+    places: Places,
+    /// Descriptors that it inherits; of the memory one for each place.
     userfaultfds: Vec<i32>,
-    memory: i32,
+    memory: Vec<i32>,
     ledger: i32,
 }
 
@@ -69,9 +71,11 @@ fn pager(given: &Given) {
     // SAFETY: the numbers are of descriptors that this process has inherited for this, and nobody else uses here.
     let own = |number: &i32| unsafe { OwnedFd::from_raw_fd(*number) };
     let userfaultfds: Vec<_> = given.userfaultfds.iter().map(own).collect();
-    let (file, ledger) = (File::from(own(&given.memory)), File::from(own(&given.ledger)));
+    let ledger = File::from(own(&given.ledger));
+    let files = given.memory.iter().zip(given.places.each());
+    let files = files.map(|(file, place)| (File::from(own(file)), place.len));
     let source = filled(PAGES);
-    let memory = GuestMemory::of_file(source.layout().clone(), file).unwrap();
+    let memory = GuestMemory::of_files(source.layout().clone(), files).unwrap();
     let options = EndpointOptions::default();
     let mut export = Export::new(transport, &source, &options).unwrap();
     let landing = if given.in_place { Landing::InPlace } else { Landing::Pool };
@@ -82,9 +86,9 @@ fn pager(given: &Given) {
 
     // Before anything lands in it.
     let trap = match given.later {
-        true => Trap::take_over(userfaultfds, given.base, Ledger::open(&ledger).unwrap()).unwrap(),
+        true => Trap::take_over(userfaultfds, &given.places, Ledger::open(&ledger).unwrap()).unwrap(),
         false => {
-            let trap = Trap::adopt(userfaultfds, given.base, &memory).unwrap();
+            let trap = Trap::adopt(userfaultfds, &given.places, &memory).unwrap();
             trap.noted_in(Ledger::begin(&ledger, PAGES).unwrap()).unwrap()
         }
     };
@@ -141,25 +145,48 @@ fn outlive(mut given: Given) -> u32 {
     unreachable!("one is left alone long enough")
 }
 
+/// Empty memory of files of so many pages.
+fn made_of(lens: &[u64]) -> GuestMemory {
+    let file = |pages: &u64| {
+        let file = File::from(memfd_create("part", MemfdFlags::CLOEXEC).unwrap());
+        file.set_len(pages * PAGE_SIZE).unwrap();
+        (file, pages * PAGE_SIZE)
+    };
+    GuestMemory::of_files(empty(PAGES).layout().clone(), lens.iter().map(file)).unwrap()
+}
+
 fn goes_on_wherever_it_was_killed() {
     let mut killed = 0;
-    for (in_place, shards, hybrid) in
-        [(false, 1, false), (false, 3, false), (true, 3, false), (true, 1, true), (true, 3, true)]
-    {
-        let memory = empty(PAGES);
+    for (in_place, shards, hybrid, lens) in [
+        (false, 1, false, &[PAGES][..]),
+        (false, 3, false, &[PAGES]),
+        (true, 3, false, &[PAGES]),
+        (true, 1, true, &[PAGES]),
+        (true, 3, true, &[PAGES]),
+        (false, 1, false, &[1000, 7, PAGES - 1007]),
+        (true, 3, true, &[1500, PAGES - 1500]),
+    ] {
+        let memory = made_of(lens);
+        let mut end = memory.guest().addresses().start;
+        let mapping = |(_, len)| {
+            end += len;
+            (end - len, len)
+        };
+        let places = Places::new(memory.guest().files().map(mapping)).unwrap();
         let ledger = memfd_create("ledger", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
         // They stay open here, so that the guest waits.
         let userfaultfds: Vec<_> = (0..shards).map(|_| userfaultfd()).collect();
-        let inherited = userfaultfds.iter().map(AsFd::as_fd).chain([memory.guest().file(), ledger.as_fd()]);
+        let files = || memory.guest().files().map(|(file, _)| file);
+        let inherited = userfaultfds.iter().map(AsFd::as_fd).chain(files()).chain([ledger.as_fd()]);
         inherited.for_each(|descriptor| fcntl_setfd(descriptor, FdFlags::empty()).unwrap());
         let given = Given {
             transport: "tcp".into(),
             in_place,
             hybrid,
             later: false,
-            base: memory.guest().base() as u64,
+            places,
             userfaultfds: userfaultfds.iter().map(AsRawFd::as_raw_fd).collect(),
-            memory: memory.guest().file().as_raw_fd(),
+            memory: files().map(|file| file.as_raw_fd()).collect(),
             ledger: ledger.as_raw_fd(),
         };
         std::thread::scope(|scope| {

@@ -407,7 +407,7 @@ fn a_guest_of_another_vmm_is_refused() {
     let port = free_port();
     let ours = postcopy_e2e::Pcvm::receive(&scratch, "b", port, &[]);
     let out = source.try_migrate(SocketAddr::new(LOOPBACK, port), "tcp");
-    assert_refused(&out, &["qemu/1", "postcopy-vmm/1", "the guest runs on here"]);
+    assert_refused(&out, &["qemu/2", "postcopy-vmm/1", "the guest runs on here"]);
     assert!(runs(&source));
     drop(ours);
 }

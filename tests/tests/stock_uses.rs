@@ -7,8 +7,8 @@ use std::os::unix::fs::FileExt;
 use postcopy_e2e::Scratch;
 use postcopy_e2e::qemu::{Plain, QemuGuest};
 use postcopy_e2e::system::kernel_is_since;
-use postcopy_engine::memory::PAGE_SIZE;
 use postcopy_engine::page_set::PageSet;
+use postcopy_engine::places::Places;
 use postcopy_engine::session::UseLog;
 use postcopy_engine::touched::TouchedThere;
 use serde_json::json;
@@ -27,7 +27,8 @@ fn mapping(guest: &QemuGuest, mib: u64) -> Range<u64> {
 
 fn watch(guest: &QemuGuest, mib: u64) -> std::io::Result<Option<TouchedThere>> {
     let at = mapping(guest, mib);
-    TouchedThere::of(guest.qemu(), at.start, (at.end - at.start) / PAGE_SIZE)
+    let places = Places::new([(at.start, at.end - at.start)]).unwrap();
+    TouchedThere::of(guest.qemu(), &places)
 }
 
 /// What QEMU reads at these physical addresses, by its own mapping.

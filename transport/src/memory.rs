@@ -1,11 +1,12 @@
 //! Host memory that a wire may read from or land in.
 //!
-//! A [`HostMemory`] is a shared mapping of a file (a memfd). It is memory that a peer, a device or
+//! A [`HostMemory`] is a shared mapping of a file (a memfd), or of several as if they were one. It is memory that a peer, a device or
 //! a guest can change at any moment, so no Rust reference into it is ever made but to atomics: only raw pointers
 //! and the accessors here.
 
 mod mapping;
 
+use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -22,11 +23,17 @@ const COLLAPSE: libc::c_int = 25;
 /// Bytes that are looked at together, a cache line.
 const LINE: usize = 64;
 
-/// A shared mapping of a whole file, and the file. Cloning is cheap and shares both.
+/// A shared mapping of a whole file, or of several one after the other, and the files. Cloning is cheap and shares all.
 #[derive(Clone)]
 pub struct HostMemory {
     mapping: Arc<Mapping>,
-    file: Arc<std::fs::File>,
+    files: Arc<[FilePart]>,
+}
+
+/// A file whose first `len` bytes are mapped.
+pub(crate) struct FilePart {
+    file: File,
+    len: usize,
 }
 
 impl std::fmt::Debug for HostMemory {
@@ -39,69 +46,80 @@ impl HostMemory {
     /// Maps the first `len` bytes of `file`, readable and writable.
     ///
     /// Errors: what mmap(2) reports.
-    pub fn map(file: Arc<std::fs::File>, len: usize) -> std::io::Result<Self> {
-        let mapping = Mapping::new(&*file, len, ProtFlags::READ | ProtFlags::WRITE)?;
-        Ok(Self { mapping: Arc::new(mapping), file })
+    pub fn map(file: File, len: usize) -> io::Result<Self> {
+        Self::map_all([(file, len)])
+    }
+
+    /// Maps the first bytes of each file, so many, one after the other, readable and writable.
+    ///
+    /// Errors: the length of one that others follow is no multiple of a page's, or what mmap(2) reports.
+    pub fn map_all(files: impl IntoIterator<Item = (File, usize)>) -> io::Result<Self> {
+        let parts = files.into_iter().map(|(file, len)| FilePart { file, len });
+        Self::of(parts.collect(), ProtFlags::READ | ProtFlags::WRITE)
+    }
+
+    fn of(files: Arc<[FilePart]>, protection: ProtFlags) -> io::Result<Self> {
+        let mapping = Mapping::new(&files, protection)?;
+        Ok(Self { mapping: Arc::new(mapping), files })
     }
 
     /// As [`HostMemory::map`], of a memfd of another process, of which no reads can fault.
     ///
     /// Errors: the file is shorter than `len` or not sealed against shrinking, or what mmap(2) reports.
-    pub fn map_sealed(file: std::fs::File, len: usize) -> std::io::Result<Self> {
+    pub fn map_sealed(file: File, len: usize) -> io::Result<Self> {
         refuse_unsealed(&file, len)?;
-        Self::map(Arc::new(file), len)
+        Self::map(file, len)
     }
 
     /// As [`HostMemory::map_sealed`], for reading only.
     ///
     /// Errors: as there.
-    pub(crate) fn map_peer(file: std::fs::File, len: usize) -> std::io::Result<Self> {
+    pub(crate) fn map_peer(file: File, len: usize) -> io::Result<Self> {
         refuse_unsealed(&file, len)?;
-        let mapping = Mapping::new(&file, len, ProtFlags::READ)?;
-        Ok(Self { mapping: Arc::new(mapping), file: Arc::new(file) })
+        Self::of([FilePart { file, len }].into(), ProtFlags::READ)
     }
 
     /// Makes an anonymous file of `len` bytes (a memfd named `name`, sealed in its length) and
     /// maps it.
     ///
     /// Errors: what memfd_create(2), ftruncate(2) or mmap(2) report.
-    pub fn anonymous(name: &str, len: usize) -> std::io::Result<Self> {
+    pub fn anonymous(name: &str, len: usize) -> io::Result<Self> {
         use rustix::fs::{MemfdFlags, SealFlags};
         let fd = rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
-        let file = std::fs::File::from(fd);
+        let file = File::from(fd);
         file.set_len(len as u64)?;
         rustix::fs::fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW)?;
-        Self::map(Arc::new(file), len)
+        Self::map(file, len)
     }
 
     /// As [`HostMemory::anonymous`], of huge pages of 2 MiB, which the system must have reserved: a
     /// registration of them takes a device fewer translations. `len` is rounded up to whole ones.
     ///
     /// Errors: as there; what to do if there are not enough.
-    pub fn huge(name: &str, len: usize) -> std::io::Result<Self> {
+    pub fn huge(name: &str, len: usize) -> io::Result<Self> {
         use rustix::fs::{MemfdFlags, SealFlags};
         let len = len.next_multiple_of(HUGE_PAGE);
         let flags =
             MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB;
-        let none = |error: std::io::Error| {
+        let none = |error: io::Error| {
             let needed = len / HUGE_PAGE;
             let said = format!(
                 "{error}; {needed} huge pages of 2 MiB are needed: reserve them (sysctl vm.nr_hugepages={needed} \
                  or more) or go without"
             );
-            std::io::Error::new(error.kind(), said)
+            io::Error::new(error.kind(), said)
         };
-        let file = std::fs::File::from(rustix::fs::memfd_create(name, flags).map_err(|e| none(e.into()))?);
+        let file = File::from(rustix::fs::memfd_create(name, flags).map_err(|e| none(e.into()))?);
         file.set_len(len as u64).map_err(none)?;
         rustix::fs::fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW)?;
-        Self::map(Arc::new(file), len).map_err(none)
+        Self::map(file, len).map_err(none)
     }
 
-    /// A second mapping of the same bytes of the same file.
+    /// A second mapping of the same bytes of the same files.
     ///
     /// Errors: what mmap(2) reports.
-    pub fn map_again(&self) -> std::io::Result<Self> {
-        Self::map(self.file.clone(), self.len())
+    pub fn map_again(&self) -> io::Result<Self> {
+        Self::of(self.files.clone(), ProtFlags::READ | ProtFlags::WRITE)
     }
 
     /// First address of the mapping in this process.
@@ -125,9 +143,9 @@ impl HostMemory {
         self.len() == 0
     }
 
-    /// The file behind the mapping.
-    pub fn file(&self) -> BorrowedFd<'_> {
-        self.file.as_fd()
+    /// The files behind the mapping in their order, and how many bytes of each it has.
+    pub fn files(&self) -> impl Iterator<Item = (BorrowedFd<'_>, u64)> {
+        self.files.iter().map(|part| (part.file.as_fd(), part.len as u64))
     }
 
     /// Whether nobody else holds this mapping any more.
@@ -135,18 +153,46 @@ impl HostMemory {
         Arc::strong_count(&self.mapping) == 1
     }
 
-    /// The next stretch of the file, from `offset` on, that has content, holes left out; `None` if
-    /// there is none.
+    /// The next stretch, from `offset` on, that has content in its file, holes left out; `None` if there is none.
     ///
     /// Errors: what lseek(2) reports.
     pub fn next_content(&self, offset: u64) -> io::Result<Option<Range<u64>>> {
         use rustix::fs::{SeekFrom, seek};
-        let start = match seek(&self.file, SeekFrom::Data(offset)) {
-            Ok(start) => start,
-            Err(rustix::io::Errno::NXIO) => return Ok(None),
-            Err(error) => return Err(error.into()),
-        };
-        Ok(Some(start..seek(&self.file, SeekFrom::Hole(start))?))
+        let mut begin = 0;
+        for (file, len) in self.files() {
+            let end = begin + len;
+            if offset < end {
+                match seek(file, SeekFrom::Data(offset.saturating_sub(begin))) {
+                    // The file may be longer than what is mapped of it.
+                    Ok(start) if start < len => {
+                        let hole = seek(file, SeekFrom::Hole(start))?.min(len);
+                        return Ok(Some(begin + start..begin + hole));
+                    }
+                    Ok(_) | Err(rustix::io::Errno::NXIO) => {}
+                    Err(error) => return Err(error.into()),
+                }
+            }
+            begin = end;
+        }
+        Ok(None)
+    }
+
+    /// Makes holes of these bytes in their files, which give the memory back. They are zero from then on, wherever the
+    /// files are mapped.
+    ///
+    /// Errors: what fallocate(2) reports.
+    pub fn discard(&self, bytes: Range<u64>) -> io::Result<()> {
+        use rustix::fs::{FallocateFlags, fallocate};
+        let mut begin = 0;
+        for (file, len) in self.files() {
+            let (from, to) = (bytes.start.max(begin), bytes.end.min(begin + len));
+            if from < to {
+                let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+                fallocate(file, hole, from - begin, to - from)?;
+            }
+            begin += len;
+        }
+        Ok(())
     }
 
     /// Has the bytes from `offset` on, a multiple of [`HUGE_PAGE`] and as many, backed by one huge page
@@ -237,7 +283,7 @@ impl HostMemory {
 }
 
 /// Refuses a memfd of another process that is shorter than `len` or could be made so: our reads could then fault.
-fn refuse_unsealed(file: &std::fs::File, len: usize) -> io::Result<()> {
+fn refuse_unsealed(file: &File, len: usize) -> io::Result<()> {
     let sealed = rustix::fs::fcntl_get_seals(file)?.contains(rustix::fs::SealFlags::SHRINK);
     if !sealed || file.metadata()?.len() < len as u64 {
         return Err(io::Error::other("the peer's memfd is short or not sealed"));
@@ -248,6 +294,38 @@ fn refuse_unsealed(file: &std::fs::File, len: usize) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn several_files_are_one_memory() {
+        let file = |pages: u64| {
+            let file = File::from(rustix::fs::memfd_create("part", rustix::fs::MemfdFlags::CLOEXEC).unwrap());
+            // Longer than what is mapped of it, and with content there.
+            file.set_len((pages + 1) << 12).unwrap();
+            std::os::unix::fs::FileExt::write_all_at(&file, b"behind", pages << 12).unwrap();
+            file
+        };
+        let lens = [3 << 12, HUGE_PAGE, 5 << 12];
+        let memory = HostMemory::map_all(lens.map(|len| (file(len as u64 >> 12), len))).unwrap();
+        let again = memory.map_again().unwrap();
+        let (first, last) = (lens[0] as u64, (lens[0] + lens[1]) as u64);
+        assert_eq!((memory.len(), again.len()), (lens.iter().sum(), memory.len()));
+        assert_eq!(memory.files().map(|(_, len)| len as usize).collect::<Vec<_>>(), lens);
+        assert_eq!(memory.next_content(0).unwrap(), None);
+        // Over a border, and to the end.
+        assert!(memory.write(first - 4, b"borders!") && memory.write(last + (4 << 12), b"end"));
+        let mut seen = [0; 8];
+        assert!(again.read(first - 4, &mut seen) && &seen == b"borders!");
+        let border = [first - 4096..first, first..first + 4096];
+        assert_eq!(memory.next_content(0).unwrap(), Some(border[0].clone()));
+        assert_eq!(memory.next_content(first).unwrap(), Some(border[1].clone()));
+        let end = last + (4 << 12)..last + (5 << 12);
+        assert_eq!(memory.next_content(first + 4096).unwrap(), Some(end.clone()));
+        memory.discard(border[0].start..border[1].end).unwrap();
+        assert_eq!(memory.next_content(0).unwrap(), Some(end));
+        assert!(again.read(first - 4, &mut seen) && seen == [0; 8]);
+        let odd = HostMemory::map_all([(file(1), 100), (file(1), 4096)]).unwrap_err();
+        assert_eq!(odd.kind(), io::ErrorKind::InvalidInput);
+    }
 
     #[test]
     fn a_single_byte_anywhere_is_not_zero_and_a_range_that_cannot_be_looked_at_is_refused() {

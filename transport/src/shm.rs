@@ -64,7 +64,7 @@ pub struct ShmExporter {
 impl ShmExporter {
     /// Offers read-only descriptors of `memories`.
     ///
-    /// Errors: more than 8 memories, or the system refuses a socket, a descriptor or a thread.
+    /// Errors: more than 8 memories, one of several files, or the system refuses a socket, a descriptor or a thread.
     pub fn new(memories: &[HostMemory]) -> Result<Self, SetupError> {
         let failed = SetupError::io("offering shared memory");
         Self::offer(memories, Grant::random()?).map_err(failed)
@@ -75,7 +75,11 @@ impl ShmExporter {
             return Err(io::Error::other("more memories than one message carries"));
         }
         let read_only = |memory: &HostMemory| {
-            let path = format!("/proc/self/fd/{}", memory.file().as_raw_fd());
+            let mut files = memory.files();
+            let (Some((file, _)), None) = (files.next(), files.next()) else {
+                return Err(io::Error::other("a memory of several files"));
+            };
+            let path = format!("/proc/self/fd/{}", file.as_raw_fd());
             std::fs::File::open(path).map(OwnedFd::from)
         };
         let files = memories.iter().map(read_only).collect::<io::Result<Vec<_>>>()?;

@@ -6,7 +6,7 @@
 //! of fault come here, so the guest never sees a page before it is whole.
 //!
 //! The guest mapping may be another process's: the descriptor then was made there, and the addresses
-//! are that process's. Such a guest may give pages back (a balloon, free-page reporting): the kernel
+//! are that process's; it may have the memory in several mappings ([`Places`]). Such a guest may give pages back (a balloon, free-page reporting): the kernel
 //! tells of it, and what it touches of them afterwards is zero.
 //!
 //! Fail closed: the descriptor lives as long as any clone of [`Trap`] does. While it lives, a guest
@@ -26,6 +26,7 @@ use super::ledger::Ledger;
 use super::shards::{MAX_SHARDS, Part, Shards};
 use crate::memory::{GuestMemory, PAGE_SIZE, PageIndex};
 use crate::pager::PagerError;
+use crate::places::Places;
 
 /// UFFD_FEATURE_MINOR_SHMEM of linux/userfaultfd.h (Linux 5.14); the binding has no name for it.
 const MINOR_SHMEM: FeatureFlags = FeatureFlags::from_bits_retain(1 << 10);
@@ -90,7 +91,8 @@ impl Trap {
             FaultsTo::Pager => (NEEDED, Whose::Pager),
             FaultsTo::Threads => (NEEDED | FeatureFlags::SIGBUS, Whose::Threads),
         };
-        let (base, pages) = (memory.guest().base() as u64, memory.layout().total_pages());
+        let pages = memory.layout().total_pages();
+        let place = Places::one(memory.guest().base() as u64, memory.layout().total_bytes());
         let ledger = ledger_of(pages)?;
         let parts = shards.cut(pages).map(|part| {
             let uffd = UffdBuilder::new()
@@ -100,31 +102,34 @@ impl Trap {
                 .require_features(features)
                 .create()
                 .map_err(refused)?;
-            PartTrap::over(uffd, (part, base), whose, &ledger)
+            PartTrap::over(uffd, (part, &place), whose, &ledger)
         });
         Ok(Self { parts: parts.collect::<Result<_, _>>()?, ledger })
     }
 
-    /// Registers the mapping of the guest's memory in another process, which starts at `base` there,
-    /// by userfaultfds that were made there and not set up, one for each shard. Nothing in the file is
+    /// Registers the mappings of the guest's memory in another process, which are at `places` there,
+    /// by userfaultfds that were made there and not set up, one for each shard. Nothing in the files is
     /// kept: what was there is given back first.
     ///
-    /// Errors: none or too many descriptors, one that is no userfaultfd, a mapping that cannot be
+    /// Errors: none or too many descriptors, one that is no userfaultfd, places that are not all of the memory or cannot be
     /// registered, or its pages are larger than the engine's (hugetlbfs).
-    pub fn adopt(descriptors: Vec<OwnedFd>, base: u64, memory: &GuestMemory) -> Result<Self, PagerError> {
-        refuse_hugetlbfs(memory.guest().file())?;
+    pub fn adopt(
+        descriptors: Vec<OwnedFd>,
+        places: &Places,
+        memory: &GuestMemory,
+    ) -> Result<Self, PagerError> {
+        memory.guest().files().try_for_each(|(file, _)| refuse_hugetlbfs(file))?;
         let failed = |source: io::Error| PagerError::System { operation: "taking guest memory over", source };
         let shards = shards_of(&descriptors)?;
-        let all = rustix::fs::FallocateFlags::PUNCH_HOLE | rustix::fs::FallocateFlags::KEEP_SIZE;
-        let emptied = rustix::fs::fallocate(memory.guest().file(), all, 0, memory.guest().len() as u64);
-        emptied.map_err(|errno| failed(errno.into()))?;
+        let (pages, bytes) = (memory.layout().total_pages(), memory.layout().total_bytes());
+        let all = (places.bytes() == bytes).then_some(()).ok_or_else(not_all);
+        all.and_then(|()| memory.guest().discard(0..bytes)).map_err(failed)?;
         // Memory may be too small for all of them.
-        let pages = memory.layout().total_pages();
         let (ledger, each) = (ledger_of(pages)?, shards.cut(pages).zip(descriptors));
         let parts = each.map(|(part, descriptor)| {
             set_up(&descriptor, NEEDED | FeatureFlags::EVENT_REMOVE)?;
             let uffd = owned(descriptor).map_err(not_made_nonblocking)?;
-            PartTrap::over(uffd, (part, base), Whose::Theirs, &ledger)
+            PartTrap::over(uffd, (part, places), Whose::Theirs, &ledger)
         });
         Ok(Self { parts: parts.collect::<Result<_, _>>()?, ledger })
     }
@@ -137,6 +142,7 @@ impl Trap {
     /// Errors: none or too many descriptors, one that is no userfaultfd, or a range that cannot be registered.
     pub fn adopt_anonymous(descriptors: Vec<OwnedFd>, base: u64, pages: u64) -> Result<Self, PagerError> {
         let (shards, ledger) = (shards_of(&descriptors)?, ledger_of(pages)?);
+        let place = Places::one(base, pages * PAGE_SIZE);
         let parts = shards.cut(pages).zip(descriptors).map(|(part, descriptor)| {
             match set_up(&descriptor, FeatureFlags::THREAD_ID | FeatureFlags::EVENT_REMOVE) {
                 // It is set up.
@@ -144,7 +150,7 @@ impl Trap {
                 other => other?,
             }
             let uffd = owned(descriptor).map_err(not_made_nonblocking)?;
-            PartTrap::over_anonymous(uffd, (part, base), &ledger)
+            PartTrap::over_anonymous(uffd, (part, &place), &ledger)
         });
         Ok(Self { parts: parts.collect::<Result<_, _>>()?, ledger })
     }
@@ -152,16 +158,18 @@ impl Trap {
     /// The trap that a process has [adopted](Trap::adopt) which has ended since: by the same userfaultfds, in their order, and what
     /// it has left in its ledger.
     ///
-    /// Errors: they are not as many as memory of so many pages was cut for, or one is no userfaultfd.
-    pub fn take_over(descriptors: Vec<OwnedFd>, base: u64, ledger: Ledger) -> Result<Self, PagerError> {
+    /// Errors: they are not as many as memory of so many pages was cut for, or one is no userfaultfd; or the places are for
+    /// memory of another size.
+    pub fn take_over(descriptors: Vec<OwnedFd>, places: &Places, ledger: Ledger) -> Result<Self, PagerError> {
+        let failed = |source| PagerError::System { operation: "taking guest memory over", source };
+        (places.pages() == ledger.pages()).then_some(()).ok_or_else(|| failed(not_all()))?;
         let (shards, count) = (shards_of(&descriptors)?, descriptors.len());
         let parts = shards.cut(ledger.pages()).zip(descriptors).map(|(part, descriptor)| {
             let uffd = owned(descriptor).map_err(not_made_nonblocking)?;
-            Ok(PartTrap::registered_before(uffd, (part, base), &ledger))
+            Ok(PartTrap::registered_before(uffd, (part, places), &ledger))
         });
         let parts = parts.collect::<Result<Vec<_>, PagerError>>()?;
         let few = || io::Error::other("there is less memory than it was cut for");
-        let failed = |source| PagerError::System { operation: "taking guest memory over", source };
         (parts.len() == count).then_some(Self { parts, ledger }).ok_or_else(|| failed(few()))
     }
 
@@ -227,6 +235,10 @@ impl Trap {
 fn ledger_of(pages: u64) -> Result<Ledger, PagerError> {
     let operation = "making room for what is known of pages";
     Ledger::of_this_process(pages).map_err(|source| PagerError::System { operation, source })
+}
+
+fn not_all() -> io::Error {
+    io::Error::other("it is not mapped where all of the guest's memory would be")
 }
 
 /// So many as there are descriptors.

@@ -14,6 +14,7 @@ use postcopy_transport::HostMemory;
 
 use crate::memory::PAGE_SIZE;
 use crate::page_set::PageSet;
+use crate::places::Places;
 
 pub(crate) use self::scan::{Which, scan};
 
@@ -38,24 +39,22 @@ impl Entry {
     }
 }
 
-/// Shows each of `pages` pages from address `base` on in the process of this folder in /proc.
-pub(crate) fn each(
-    process: &Path,
-    base: u64,
-    pages: u64,
-    mut show: impl FnMut(u64, Entry),
-) -> std::io::Result<()> {
+/// Shows each page of these places in the process of this folder in /proc.
+pub(crate) fn each(process: &Path, places: &Places, mut show: impl FnMut(u64, Entry)) -> std::io::Result<()> {
     let map = File::open(process.join("pagemap"))?;
-    let (first, mut buffer, mut at) = (base / PAGE_SIZE, vec![0u8; CHUNK], 0);
-    while at < pages {
-        let count = (pages - at).min(CHUNK as u64 / ENTRY);
-        let entries = &mut buffer[..(count * ENTRY) as usize];
-        map.read_exact_at(entries, (first + at) * ENTRY)?;
-        for (page, entry) in (at..).zip(entries.chunks_exact(ENTRY as usize)) {
-            let word = entry.try_into().map(u64::from_le_bytes).unwrap_or_default();
-            show(page, Entry(word));
+    let mut buffer = vec![0u8; CHUNK];
+    for place in places.each() {
+        let (to, pages, mut at) = (place.offset / PAGE_SIZE, place.len / PAGE_SIZE, 0);
+        while at < pages {
+            let count = (pages - at).min(CHUNK as u64 / ENTRY);
+            let entries = &mut buffer[..(count * ENTRY) as usize];
+            map.read_exact_at(entries, (place.address / PAGE_SIZE + at) * ENTRY)?;
+            for (page, entry) in (to + at..).zip(entries.chunks_exact(ENTRY as usize)) {
+                let word = entry.try_into().map(u64::from_le_bytes).unwrap_or_default();
+                show(page, Entry(word));
+            }
+            at += count;
         }
-        at += count;
     }
     Ok(())
 }
@@ -125,21 +124,25 @@ pub(crate) fn unmapped(memory: &HostMemory) -> std::io::Result<u64> {
 
 /// The pages of a mapping of this process that are mapped.
 pub(crate) fn mapped(memory: &HostMemory) -> std::io::Result<PageSet> {
-    mapped_in(Path::new("/proc/self"), memory.base() as u64, memory.len() as u64 / PAGE_SIZE)
+    mapped_in(Path::new("/proc/self"), &places_of(memory))
 }
 
-/// Those of the `pages` pages from address `base` on that are mapped in the process of this folder in /proc.
-pub(crate) fn mapped_in(process: &Path, base: u64, pages: u64) -> std::io::Result<PageSet> {
-    match scan(&File::open(process.join("pagemap"))?, base, pages, Which::Mapped) {
+fn places_of(memory: &HostMemory) -> Places {
+    Places::one(memory.base() as u64, memory.len() as u64)
+}
+
+/// Those pages of these places that are mapped in the process of this folder in /proc.
+pub(crate) fn mapped_in(process: &Path, places: &Places) -> std::io::Result<PageSet> {
+    match scan(&File::open(process.join("pagemap"))?, places, Which::Mapped) {
         // An older kernel.
-        Err(error) if error.raw_os_error() == Some(libc::ENOTTY) => mapped_by_entries(process, base, pages),
+        Err(error) if error.raw_os_error() == Some(libc::ENOTTY) => mapped_by_entries(process, places),
         mapped => mapped,
     }
 }
 
-fn mapped_by_entries(process: &Path, base: u64, pages: u64) -> std::io::Result<PageSet> {
-    let mut mapped = PageSet::new(pages, false);
-    each(process, base, pages, |page, entry| {
+fn mapped_by_entries(process: &Path, places: &Places) -> std::io::Result<PageSet> {
+    let mut mapped = PageSet::new(places.pages(), false);
+    each(process, places, |page, entry| {
         if entry.is_present() {
             mapped.put(page, page + 1, true);
         }
@@ -149,8 +152,6 @@ fn mapped_by_entries(process: &Path, base: u64, pages: u64) -> std::io::Result<P
 
 #[cfg(test)]
 mod tests {
-    use rustix::fs::{FallocateFlags, fallocate};
-
     use super::*;
 
     #[test]
@@ -161,11 +162,10 @@ mod tests {
             assert!(memory.write(page << 12, &[1]));
         }
         assert_eq!(unmapped(&memory).unwrap(), 0);
-        let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        fallocate(memory.file(), hole, 5 << 12, 2 << 12).unwrap();
+        memory.discard(5 << 12..7 << 12).unwrap();
         assert!(theirs.write(5 << 12, &[2]), "used again by another process");
         assert_eq!(unmapped(&memory).unwrap(), 2);
-        let by_entries = mapped_by_entries(Path::new("/proc/self"), memory.base() as u64, 64).unwrap();
+        let by_entries = mapped_by_entries(Path::new("/proc/self"), &places_of(&memory)).unwrap();
         let runs = |set: &PageSet| set.runs(64).map(|run| (run.first.0, run.count)).collect::<Vec<_>>();
         assert_eq!(runs(&by_entries), [(0, 5), (7, 57)]);
         assert_eq!(runs(&mapped(&memory).unwrap()), runs(&by_entries));

@@ -7,32 +7,36 @@ use std::os::fd::AsRawFd;
 
 use crate::memory::PAGE_SIZE;
 use crate::page_set::PageSet;
+use crate::places::Places;
 
 /// Regions that are asked for at once.
 const REGIONS: usize = 512;
 
-/// These of the `pages` pages from address `base` on, in the process whose pagemap this is.
+/// These of the pages of some places, in the process whose pagemap this is.
 ///
 /// Errors: ENOTTY, the kernel has no such request; EPERM, the pages are not registered for it; or what it refuses.
-pub(crate) fn scan(pagemap: &File, base: u64, pages: u64, which: Which) -> io::Result<PageSet> {
-    let mut found = PageSet::new(pages, false);
+pub(crate) fn scan(pagemap: &File, places: &Places, which: Which) -> io::Result<PageSet> {
+    let mut found = PageSet::new(places.pages(), false);
     let mut regions = [Region { start: 0, end: 0, categories: 0 }; REGIONS];
-    let (mut at, end) = (base, base + pages * PAGE_SIZE);
-    while at < end {
-        let mut scan = Scan { start: at, end, ..which.asked(&mut regions) };
-        // SAFETY: the request reads and writes its argument, and writes at most `vec_len` regions to `vec`, which are
-        // none or `regions`; both are borrowed here alone until it returns.
-        let count = unsafe { libc::ioctl(pagemap.as_raw_fd(), PAGEMAP_SCAN, &raw mut scan) };
-        if count < 0 {
-            return Err(io::Error::last_os_error());
+    for place in places.each() {
+        let page = |address: u64| (place.offset + (address - place.address)) / PAGE_SIZE;
+        let (mut at, end) = (place.address, place.address + place.len);
+        while at < end {
+            let mut scan = Scan { start: at, end, ..which.asked(&mut regions) };
+            // SAFETY: the request reads and writes its argument, and writes at most `vec_len` regions to `vec`, which are
+            // none or `regions`; both are borrowed here alone until it returns.
+            let count = unsafe { libc::ioctl(pagemap.as_raw_fd(), PAGEMAP_SCAN, &raw mut scan) };
+            if count < 0 {
+                return Err(io::Error::last_os_error());
+            }
+            for region in regions.iter().take(count as usize) {
+                found.put(page(region.start), page(region.end), true);
+            }
+            if scan.walk_end <= at {
+                return Err(io::Error::other("PAGEMAP_SCAN does not get on"));
+            }
+            at = scan.walk_end;
         }
-        for region in regions.iter().take(count as usize) {
-            found.put((region.start - base) / PAGE_SIZE, (region.end - base) / PAGE_SIZE, true);
-        }
-        if scan.walk_end <= at {
-            return Err(io::Error::other("PAGEMAP_SCAN does not get on"));
-        }
-        at = scan.walk_end;
     }
     Ok(found)
 }

@@ -25,7 +25,7 @@ use crate::import::Lanes;
 use crate::memory::GuestMemory;
 use crate::pager::{FaultServer, FaultsTo, Landing, Ledger, Pager, PagerConfig, Shards, Stage, Trap};
 use crate::planner::Bandwidth;
-use crate::room;
+use crate::room::{self, Lacking};
 
 /// Makes guests for what arrives. Called from a blocking thread.
 pub trait DestinationHost: Send + Sync + 'static {
@@ -366,9 +366,9 @@ fn too_much(bytes: u64, why: String) -> SessionError {
 /// `limited` by a person may be more than the machine has left.
 fn has_room(memory: &GuestMemory, limited: bool) -> Result<(), SessionError> {
     let bytes = memory.layout().total_bytes();
-    if let Some(room) = room::of_file(memory.guest().file()).filter(|room| *room < bytes) {
+    if let Some(Lacking { needed, room }) = room::lacking(memory.guest()) {
         return Err(too_much(
-            bytes,
+            needed,
             format!(
                 "the file system of its RAM has room for {room}; make that larger (mount -o remount,size=SIZE), or use a \
                  memory-backend-memfd"

@@ -1,15 +1,16 @@
-//! What another process touches of a mapping of its own.
+//! What another process touches of mappings of its own.
 
 use std::io;
 use std::path::PathBuf;
 
 use super::away::Away;
 use crate::page_set::PageSet;
+use crate::places::Places;
 use crate::proc_pages::mapped_in;
 use crate::session::{GuestError, UseLog};
 use crate::tracker::{Registered, Tracker, WP_ASYNC, WP_SHMEM};
 
-/// A mapping of another process that is watched until this is dropped. Costs it a minor fault for each page that is
+/// Mappings of another process that are watched until this is dropped. Costs it a minor fault for each page that is
 /// touched.
 #[derive(Debug)]
 pub struct TouchedThere {
@@ -20,16 +21,16 @@ pub struct TouchedThere {
 }
 
 impl TouchedThere {
-    /// Begins to watch the `pages` pages from address `base` on of process `pid`, which are one mapping. Nothing, if the
+    /// Begins to watch these places of process `pid`. Nothing, if the
     /// process has not what it takes (libpostcopy_handover.so, Linux 5.19).
     ///
-    /// Errors: this process may not look into that one, another userfaultfd has the mapping, or its memory is locked.
-    pub fn of(pid: i32, base: u64, pages: u64) -> io::Result<Option<Self>> {
+    /// Errors: this process may not look into that one, another userfaultfd has one of them, or its memory is locked.
+    pub fn of(pid: i32, places: &Places) -> io::Result<Option<Self>> {
         let process = PathBuf::from(format!("/proc/{pid}"));
         let Some(away) = Away::of(&process)? else { return Ok(None) };
         let made_for_it = |features| features & WP_ASYNC != 0 || features == WP_SHMEM;
         let Some(tracker) = Tracker::of(pid, made_for_it)? else { return Ok(None) };
-        let watch = Self { process, away, pages: tracker.register(base, pages)? };
+        let watch = Self { process, away, pages: tracker.register(places)? };
         watch.away.take_out()?;
         Ok(Some(watch))
     }
@@ -42,6 +43,6 @@ impl UseLog for TouchedThere {
     }
 
     fn since_mark(&mut self) -> Result<PageSet, GuestError> {
-        Ok(mapped_in(&self.process, self.pages.base, self.pages.pages)?)
+        Ok(mapped_in(&self.process, &self.pages.places)?)
     }
 }

@@ -17,6 +17,7 @@ use std::path::PathBuf;
 
 use self::protection::Protection;
 use crate::page_set::PageSet;
+use crate::places::Places;
 use crate::proc_pages::{Entry, each};
 use crate::tracker::Tracker;
 pub use crate::tracker::WP_ASYNC;
@@ -25,8 +26,7 @@ pub use crate::tracker::WP_ASYNC;
 #[derive(Debug)]
 pub struct WriteLog {
     process: PathBuf,
-    base: u64,
-    pages: u64,
+    places: Places,
     by: By,
 }
 
@@ -65,23 +65,23 @@ impl Way {
         Err(io::Error::new(io::ErrorKind::Unsupported, text))
     }
 
-    /// Begins to note what the process writes to the `pages` pages from address `base` on, which are one mapping.
+    /// Begins to note what the process writes to these places.
     ///
     /// A write of a device that took the address before is not seen: what is under way must end before anything
     /// relies on this.
     ///
-    /// Errors: there is no such mapping, or the process is gone.
-    pub fn begin(self, base: u64, pages: u64) -> io::Result<WriteLog> {
+    /// Errors: one of them is no mapping, or the process is gone.
+    pub fn begin(self, places: Places) -> io::Result<WriteLog> {
         let Self { process, tracker } = self;
         let by = match tracker {
-            Some(tracker) => By::Protection(Protection::begin(tracker, &process, base, pages)?),
+            Some(tracker) => By::Protection(Protection::begin(tracker, &process, &places)?),
             None => {
                 soft_dirty::clear(&process)?;
                 By::SoftDirty
             }
         };
         tracing::debug!(?process, ?by, "writes of a process are noted");
-        Ok(WriteLog { process, base, pages, by })
+        Ok(WriteLog { process, places, by })
     }
 }
 
@@ -128,8 +128,8 @@ impl WriteLog {
     }
 
     fn those(&self, wanted: impl Fn(Entry) -> bool) -> io::Result<PageSet> {
-        let mut pages = PageSet::new(self.pages, false);
-        each(&self.process, self.base, self.pages, |page, entry| {
+        let mut pages = PageSet::new(self.places.pages(), false);
+        each(&self.process, &self.places, |page, entry| {
             if wanted(entry) {
                 pages.put(page, page + 1, true);
             }

@@ -7,6 +7,7 @@ use std::io;
 use std::path::Path;
 
 use crate::page_set::PageSet;
+use crate::places::Places;
 use crate::proc_pages::{Which, scan};
 use crate::tracker::{Registered, Tracker};
 
@@ -18,12 +19,12 @@ pub(super) struct Protection {
 }
 
 impl Protection {
-    /// Protects `pages` pages from address `base` on in the process of this folder in /proc.
+    /// Protects the pages of these places in the process of this folder in /proc.
     ///
-    /// Errors: they are not one mapping, or another userfaultfd has it.
-    pub(super) fn begin(tracker: Tracker, process: &Path, base: u64, pages: u64) -> io::Result<Self> {
+    /// Errors: one of them is not one mapping, or another userfaultfd has it.
+    pub(super) fn begin(tracker: Tracker, process: &Path, places: &Places) -> io::Result<Self> {
         let pagemap = File::open(process.join("pagemap"))?;
-        let protection = Self { pagemap, pages: tracker.register(base, pages)? };
+        let protection = Self { pagemap, pages: tracker.register(places)? };
         protection.those(Which::ToProtect)?;
         Ok(protection)
     }
@@ -44,6 +45,6 @@ impl Protection {
     }
 
     fn those(&self, which: Which) -> io::Result<PageSet> {
-        scan(&self.pagemap, self.pages.base, self.pages.pages, which)
+        scan(&self.pagemap, &self.pages.places, which)
     }
 }

@@ -6,6 +6,7 @@ use std::path::Path;
 use postcopy_transport::HostMemory;
 
 use crate::memory::PAGE_SIZE;
+use crate::places::Places;
 use crate::proc_pages::each;
 
 /// Clears the bits of all pages of the process of this folder in /proc.
@@ -22,6 +23,7 @@ pub(super) fn is_noted() -> io::Result<bool> {
     let written = probe.write(0, &[1]);
     debug_assert!(written);
     let mut noted = false;
-    each(Path::new("/proc/self"), probe.base() as u64, 1, |_, entry| noted = entry.is_soft_dirty())?;
+    let place = Places::one(probe.base() as u64, PAGE_SIZE);
+    each(Path::new("/proc/self"), &place, |_, entry| noted = entry.is_soft_dirty())?;
     Ok(noted)
 }

@@ -2,7 +2,6 @@
 
 use std::process::Command;
 
-use rustix::fs::{FallocateFlags, fallocate};
 use userfaultfd::{FeatureFlags, UffdBuilder};
 
 use postcopy_transport::HostMemory;
@@ -20,6 +19,10 @@ fn memory(name: &str) -> HostMemory {
     let memory = HostMemory::anonymous(name, (PAGES * PAGE_SIZE) as usize).unwrap();
     (0..64).for_each(|page| assert!(memory.write(page << 12, &[1])));
     memory
+}
+
+fn place(memory: &HostMemory) -> Places {
+    Places::one(memory.base() as u64, memory.len() as u64)
 }
 
 fn listed(pages: &PageSet) -> Vec<u64> {
@@ -47,8 +50,7 @@ fn tells(memory: &HostMemory, mut log: WriteLog) {
     assert!(
         memory.write(100 << 12, &[3]) && log.dirty().unwrap().has(100) && log.written().unwrap().has(100)
     );
-    let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-    fallocate(memory.file(), hole, 20 << 12, 2 << 12).unwrap();
+    memory.discard(20 << 12..22 << 12).unwrap();
     assert_eq!(listed(&log.dirty().unwrap()), [8, 20, 21], "pages that were given back count as written");
     assert_eq!(listed(&log.written().unwrap()), [8], "and are not among those that were");
     // More than are told of at once.
@@ -68,7 +70,7 @@ fn soft_dirty_bits_tell_what_was_written() {
     let memory = memory("soft-dirty");
     if soft_dirty::is_noted().unwrap() {
         let way = Way { process: format!("/proc/{}", me()).into(), tracker: None };
-        tells(&memory, way.begin(memory.base() as u64, PAGES).unwrap());
+        tells(&memory, way.begin(place(&memory)).unwrap());
         return;
     }
     // In a process that has made none; the other test has one here.
@@ -85,12 +87,12 @@ fn write_protection_tells_what_was_written() {
     builder.close_on_exec(true).require_features(FeatureFlags::from_bits_retain(WP_ASYNC));
     let Ok(_made) = builder.create() else { return };
     let memory = memory("protected");
-    let log = Way::of(me()).unwrap().begin(memory.base() as u64, PAGES).unwrap();
+    let log = Way::of(me()).unwrap().begin(place(&memory)).unwrap();
     assert!(log.is_taken_at_once(), "{log:?}");
     tells(&memory, log);
     // Nothing is left: another may register it.
-    let log = Way::of(me()).unwrap().begin(memory.base() as u64, PAGES).unwrap();
+    let log = Way::of(me()).unwrap().begin(place(&memory)).unwrap();
     drop(log);
-    let elsewhere = Way::of(me()).unwrap().begin(1 << 12, PAGES).unwrap_err();
+    let elsewhere = Way::of(me()).unwrap().begin(Places::one(1 << 12, PAGES * PAGE_SIZE)).unwrap_err();
     assert!(elsewhere.raw_os_error().is_some(), "{elsewhere}");
 }

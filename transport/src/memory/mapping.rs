@@ -1,16 +1,17 @@
-//! A shared mapping of a file, where huge pages can be mapped.
+//! A shared mapping of files, where huge pages can be mapped.
 
 use std::io;
 use std::mem::ManuallyDrop;
-use std::os::fd::AsFd;
 use std::ptr::null_mut;
 
 use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
+use rustix::param::page_size;
 
-use super::HUGE_PAGE;
+use super::{FilePart, HUGE_PAGE};
 
-/// A shared mapping of the first bytes of a file. One that is as long as a huge page begins at a
-/// multiple of that, so that a huge page of the file is one of the mapping.
+/// A shared mapping of the first bytes of files, one after the other. One that is as long as a huge page begins at a
+/// multiple of that, so that a huge page of the first file is one of the mapping, and one of each that follows on such
+/// a multiple.
 pub(super) struct Mapping {
     base: *mut u8,
     len: usize,
@@ -23,11 +24,14 @@ unsafe impl Send for Mapping {}
 unsafe impl Sync for Mapping {}
 
 impl Mapping {
-    /// Maps the first `len` bytes of `file`.
+    /// Maps the files, one after the other.
     ///
-    /// Errors: what mmap(2) reports.
-    pub(super) fn new(file: impl AsFd, len: usize, protection: ProtFlags) -> io::Result<Self> {
-        if len < HUGE_PAGE {
+    /// Errors: the length of one that others follow is no multiple of a page's, or what mmap(2) reports.
+    pub(super) fn new(files: &[FilePart], protection: ProtFlags) -> io::Result<Self> {
+        let whole = |part: &FilePart| part.len.is_multiple_of(page_size());
+        let sum = files.iter().try_fold(0usize, |sum, part| sum.checked_add(part.len));
+        let len = sum.filter(|_| files.iter().rev().skip(1).all(whole)).ok_or(io::ErrorKind::InvalidInput)?;
+        if let ([FilePart { file, .. }], ..HUGE_PAGE) = (files, len) {
             // SAFETY: the kernel chooses the place, so nothing that is mapped is replaced.
             let base = unsafe { mmap(null_mut(), len, protection, MapFlags::SHARED, file, 0) }?;
             return Ok(Self { base: base.cast(), len });
@@ -36,20 +40,26 @@ impl Mapping {
         let none = MapFlags::PRIVATE | MapFlags::NORESERVE;
         // SAFETY: as above.
         let room_at = unsafe { mmap_anonymous(null_mut(), room, ProtFlags::empty(), none) }?;
-        // Never unmapped as a whole: where the file cannot be mapped, the kernel may have left a gap in
+        // Never unmapped as a whole: where a file cannot be mapped, the kernel may have left a gap in
         // it, which is somebody else's by then. What stays then are addresses, not memory.
         let room = ManuallyDrop::new(Self { base: room_at.cast(), len: room });
         let skipped = room.base.addr().wrapping_neg() % HUGE_PAGE;
         let base = room.base.wrapping_add(skipped);
         let fixed = MapFlags::SHARED | MapFlags::FIXED;
-        // SAFETY: the place lies in what was reserved just now, which nobody else knows; its length is
-        // a huge page more, and less than that is skipped.
-        unsafe { mmap(base.cast(), len, protection, fixed, file, 0) }?;
+        // Unmapped, should one of them fail.
+        let mut mapped = Self { base, len: 0 };
+        for FilePart { file, len } in files {
+            let at = base.wrapping_add(mapped.len);
+            // SAFETY: the place lies in what was reserved just now, which nobody else knows; all files together are a
+            // huge page shorter, and less than that is skipped.
+            unsafe { mmap(at.cast(), *len, protection, fixed, file, 0) }?;
+            mapped.len += len;
+        }
         // The kernel has mapped whole pages.
-        let end = skipped + len.next_multiple_of(rustix::param::page_size());
+        let end = skipped + len.next_multiple_of(page_size());
         drop(Self { base: room.base, len: skipped });
         drop(Self { base: room.base.wrapping_add(end), len: room.len - end });
-        Ok(Self { base, len })
+        Ok(mapped)
     }
 
     pub(super) fn base(&self) -> *mut u8 {

@@ -19,7 +19,8 @@
 //! Where `POSTCOPY_SHARDS` asks for several userfaultfds, 16 at most, one for each thread of the pager,
 //! all of them come before the memory's file; `userfaultfds` has their numbers here. The ledger is an empty memfd by the
 //! name of `postcopy-ledger`, for the pager to keep what it knows of the memory where it outlives it: it stays open here for
-//! ever, as the userfaultfds do.
+//! ever, as the userfaultfds do. All of these are made once: memory of several files (NUMA nodes) is handed over by a
+//! message for each, with the same descriptors in all of them.
 //!
 //! The pager answers with one byte. Without that answer this process ends: a guest whose faults
 //! nobody serves would read zeros in place of its memory. For the same reason the userfaultfd stays
@@ -30,9 +31,9 @@ mod away;
 use std::ffi::{c_int, c_void};
 use std::io::{IoSlice, Read};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
-use std::sync::Once;
+use std::sync::{Mutex, Once, PoisonError};
 use std::time::Duration;
 
 use rustix::fs::{MemfdFlags, memfd_create};
@@ -150,12 +151,13 @@ fn make_tracker() {
     }
 }
 
+/// What is made once and never closed: the userfaultfds and the ledger.
+static MADE: Mutex<Option<(Vec<RawFd>, RawFd)>> = Mutex::new(None);
+
 /// Hands the mapping to the pager, if there is to be one.
 fn hand_over(at: *mut c_void, length: usize, file: RawFd, offset: i64) {
     let Some(pager) = std::env::var_os("POSTCOPY_HANDOVER") else { return };
-    let userfaultfds =
-        shards().and_then(|count| (0..count).map(|_| userfaultfd()).collect::<Result<Vec<_>, _>>());
-    let handed = userfaultfds.and_then(|userfaultfds| {
+    let handed = made().and_then(|(userfaultfds, ledger)| {
         let mut pager = UnixStream::connect(&pager)?;
         pager.set_read_timeout(Some(PATIENCE))?;
         let layout = format!(
@@ -163,19 +165,14 @@ fn hand_over(at: *mut c_void, length: usize, file: RawFd, offset: i64) {
              \"userfaultfds\":{userfaultfds:?}}}]",
             at as u64
         );
-        let ledger = memfd_create("postcopy-ledger", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
-        // SAFETY: as above: the descriptor is open, and stays so until mmap returns to its caller.
-        let memory = unsafe { BorrowedFd::borrow_raw(file) };
-        // SAFETY: just opened, and never closed.
-        let faults = userfaultfds.iter().map(|fault| unsafe { BorrowedFd::borrow_raw(*fault) });
-        let all: Vec<_> = faults.chain([memory, ledger.as_fd()]).collect();
+        let all = userfaultfds.iter().chain([&file, &ledger]);
+        // SAFETY: the memory's is open and stays so until mmap returns to its caller; the others are never closed.
+        let all: Vec<_> = all.map(|open| unsafe { BorrowedFd::borrow_raw(*open) }).collect();
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST + 2))];
         let mut control = SendAncillaryBuffer::new(&mut space);
         control.push(SendAncillaryMessage::ScmRights(&all));
         sendmsg(&pager, &[IoSlice::new(layout.as_bytes())], &mut control, SendFlags::NOSIGNAL)?;
-        pager.read_exact(&mut [0])?;
-        let _open = ledger.into_raw_fd();
-        Ok(())
+        pager.read_exact(&mut [0])
     });
     if let Err(error) = handed {
         eprintln!(
@@ -186,6 +183,17 @@ fn hand_over(at: *mut c_void, length: usize, file: RawFd, offset: i64) {
         // SAFETY: ends the process at once; QEMU has no guest yet, and its exit handlers may expect one.
         unsafe { libc::_exit(1) };
     }
+}
+
+/// The userfaultfds and the ledger, made if they are not yet.
+fn made() -> std::io::Result<(Vec<RawFd>, RawFd)> {
+    let mut made = MADE.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(made) = &*made {
+        return Ok(made.clone());
+    }
+    let userfaultfds = (0..shards()?).map(|_| userfaultfd()).collect::<Result<Vec<_>, _>>()?;
+    let ledger = memfd_create("postcopy-ledger", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
+    Ok(made.insert((userfaultfds, ledger.into_raw_fd())).clone())
 }
 
 /// How many userfaultfds the pager wants.

@@ -5,7 +5,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::qmp::Qmp;
-use super::{QemuError, foreign};
+use super::{QemuError, backend, foreign};
+use crate::qemu::backend::Backend;
 use crate::touches;
 
 /// Which QEMU it is and what machine it has.
@@ -17,8 +18,8 @@ pub struct Facts {
     pub machine: String,
     /// Number of vCPUs.
     pub cpus: u32,
-    /// Bytes of RAM, all in one shared backend.
-    pub ram_bytes: u64,
+    /// What its RAM is made of, each a shared file, ordered by name.
+    pub ram: Vec<Backend>,
     /// Where in QEMU's tree its balloon is, by which it gives memory back, if it has one.
     pub balloon: Option<String>,
 }
@@ -43,17 +44,22 @@ pub(super) fn touched_pages(qmp: &mut Qmp) -> Option<u64> {
 impl Facts {
     /// Asks a QEMU, and refuses a guest that cannot be moved.
     ///
-    /// Errors: RAM that is not one shared file, devices or protection that bind it to this host.
+    /// Errors: RAM that is not of shared files, devices or protection that bind it to this host.
     pub(super) fn gather(qmp: &mut Qmp) -> Result<Self, QemuError> {
         let version = version(&qmp.execute("query-version", &json!({}))?)?;
         let machine = text(qmp, "/machine", "type")?.trim_end_matches("-machine").to_owned();
         let cpus = qmp.execute("query-cpus-fast", &json!({}))?.as_array().map_or(0, Vec::len) as u32;
-        let ram_bytes = ram(qmp, version)?;
+        let ram = backend::all(qmp, version)?;
         let parts = foreign::Parts::of(qmp)?;
         foreign::look(qmp, &parts)?;
         refuse_what_is_blocked(qmp)?;
         let balloon = parts.balloon();
-        Ok(Self { version, machine, cpus, ram_bytes, balloon })
+        Ok(Self { version, machine, cpus, ram, balloon })
+    }
+
+    /// Bytes of RAM.
+    pub fn ram_bytes(&self) -> u64 {
+        self.ram.iter().fold(0, |sum, backend| sum.saturating_add(backend.bytes))
     }
 
     /// Whether a guest of `self` can go on in `there`.
@@ -81,12 +87,18 @@ impl Facts {
                 self.cpus, there.cpus, self.cpus
             ));
         }
-        if self.ram_bytes != there.ram_bytes {
+        let [here, bytes] = [there, self].map(Self::ram_bytes);
+        if bytes != here {
             return unlike(format!(
-                "it has {} bytes of RAM, the machine here {}; use -m {}M",
-                self.ram_bytes,
-                there.ram_bytes,
-                self.ram_bytes >> 20
+                "it has {bytes} bytes of RAM, the machine here {here}; use -m {}M",
+                bytes >> 20
+            ));
+        }
+        let [ours, theirs] = [self, there].map(|facts| backend::named(&facts.ram));
+        if ours != theirs {
+            return unlike(format!(
+                "its RAM is made of {ours}, that of the machine here of {theirs}; use the same backends \
+                 (-object …,id=NAME,size=SIZE)"
             ));
         }
         Ok(())
@@ -106,46 +118,13 @@ fn version(answer: &Value) -> Result<[u32; 3], QemuError> {
 }
 
 /// A property that is text.
-fn text(qmp: &mut Qmp, path: &str, property: &str) -> Result<String, QemuError> {
+pub(super) fn text(qmp: &mut Qmp, path: &str, property: &str) -> Result<String, QemuError> {
     let answer = qmp.execute("qom-get", &json!({"path": path, "property": property}))?;
     let text = answer.as_str().map(str::to_owned);
     text.ok_or_else(|| QemuError::Answer {
         command: format!("qom-get {property}"),
         answer: answer.to_string(),
     })
-}
-
-const REMEDY: &str = "start it with -object memory-backend-file,id=ram0,mem-path=/dev/shm/NAME,share=on,size=SIZE \
-                      -machine memory-backend=ram0";
-
-/// The size of the guest's RAM, which must all be in one backend that is a shared file.
-fn ram(qmp: &mut Qmp, version: [u32; 3]) -> Result<u64, QemuError> {
-    let unfit = |text: String| Err(QemuError::Unfit(text));
-    let size = qmp.execute("query-memory-size-summary", &json!({}))?;
-    let bytes = size["base-memory"].as_u64().unwrap_or_default();
-    if size["plugged-memory"].as_u64().unwrap_or_default() > 0 {
-        return unfit("it has memory that was plugged in; unplug it first".into());
-    }
-    let backends = qmp.execute("query-memdev", &json!({}))?;
-    let backend = match backends.as_array().map(Vec::as_slice) {
-        Some([one]) if one["size"].as_u64() == Some(bytes) => one,
-        Some([]) | None => return unfit(format!("its RAM is no file that others can map; {REMEDY}")),
-        Some(_) => return unfit(format!("its RAM is not all in one backend; {REMEDY}")),
-    };
-    if backend["share"] != true {
-        return unfit(format!("its RAM is not shared; {REMEDY}"));
-    }
-    let id = backend["id"].as_str().unwrap_or_default();
-    let kind = text(qmp, &format!("/objects/{id}"), "type")?;
-    match kind.as_str() {
-        "memory-backend-file" => Ok(bytes),
-        "memory-backend-memfd" if (version[0], version[1]) < (8, 1) => Ok(bytes),
-        "memory-backend-memfd" => unfit(format!(
-            "its RAM is a memfd, which QEMU from 8.1 on copies by itself whatever it is told (x-ignore-shared is for \
-             named files); {REMEDY}"
-        )),
-        other => unfit(format!("its RAM is a {other}; {REMEDY}")),
-    }
 }
 
 /// What QEMU calls a migration that has begun and is not over.
@@ -191,12 +170,16 @@ fn refuse_what_is_blocked(qmp: &mut Qmp) -> Result<(), QemuError> {
 mod tests {
     use super::*;
 
+    fn part(id: &str, mib: u64) -> Backend {
+        Backend { id: id.into(), bytes: mib << 20, path: None }
+    }
+
     fn facts() -> Facts {
         Facts {
             version: [7, 2, 22],
             machine: "pc-q35-7.2".into(),
             cpus: 2,
-            ram_bytes: 256 << 20,
+            ram: vec![part("ram0", 128), part("ram1", 128)],
             balloon: None,
         }
     }
@@ -211,7 +194,14 @@ mod tests {
         assert!(refused(|there| there.machine = "pc-q35-7.1".into()).contains("-machine pc-q35-7.2"));
         assert!(refused(|there| there.version = [7, 1, 0]).contains("older"));
         assert!(refused(|there| there.cpus = 1).contains("-smp 2"));
-        assert!(refused(|there| there.ram_bytes = 1 << 20).contains("-m 256M"));
+        assert!(refused(|there| there.ram[0].bytes = 1 << 20).contains("-m 256M"));
+        let other = refused(|there| there.ram = vec![part("ram0", 192), part("ram1", 64)]);
+        assert!(
+            other.contains("ram0 (128 MiB), ram1 (128 MiB)") && other.contains("ram0 (192 MiB), ram1"),
+            "{other}"
+        );
+        assert!(refused(|there| there.ram = vec![part("ram0", 256)]).contains("the same backends"));
+        assert!(refused(|there| there.ram[1].id = "ram2".into()).contains("ram2 (128 MiB)"));
         let newer = Facts { version: [10, 0, 2], ..facts() };
         assert!(facts().fits(&facts()).is_ok() && facts().fits(&newer).is_ok());
     }

@@ -13,6 +13,7 @@ use postcopy_engine::memory::GuestMemory;
 use postcopy_engine::session::{DestinationGuest, DirtyLog, GuestError, SourceGuest, UseLog};
 use serde_json::{Value, json};
 
+use super::backend::Backend;
 use super::balloon::{self, Inflated};
 use super::host::{Described, VMM, layout};
 use super::process::{Ended, Process};
@@ -74,10 +75,10 @@ impl QemuGuest {
     pub fn attach(monitor: &Path) -> Result<Self, QemuError> {
         let mut qmp = Qmp::connect(monitor)?;
         let facts = Facts::gather(&mut qmp)?;
-        let file = ram::open(qmp.peer()?, facts.ram_bytes)?;
-        let layout = layout(facts.ram_bytes).map_err(|error| QemuError::Unfit(error.to_string()))?;
+        let files = ram::open(qmp.peer()?, &facts.ram)?;
+        let layout = layout(facts.ram_bytes()).map_err(|error| QemuError::Unfit(error.to_string()))?;
         let memory =
-            GuestMemory::of_file(layout, file).map_err(QemuError::system("mapping the guest's RAM"))?;
+            GuestMemory::of_files(layout, files).map_err(QemuError::system("mapping the guest's RAM"))?;
         Ok(Self::new(facts, memory, qmp, None, None))
     }
 
@@ -150,8 +151,8 @@ impl QemuGuest {
         }
     }
 
-    fn ram_bytes(&self) -> u64 {
-        locked(&self.facts).ram_bytes
+    fn ram(&self) -> Vec<Backend> {
+        locked(&self.facts).ram.clone()
     }
 
     /// How its QEMU ended, if it was started to take it in and has.
@@ -272,7 +273,7 @@ impl SourceGuest for QemuGuest {
         refuse_a_stopped_one(&mut self.qmp())?;
         // Since it was asked a guest that has arrived here may have got what binds it to this host, or a balloon.
         let facts = Facts::gather(&mut self.qmp())?;
-        if facts.ram_bytes != self.ram_bytes() {
+        if facts.ram != self.ram() {
             return Err("its RAM is another than it was".into());
         }
         let deflate_to = *locked(&self.deflate_to);
@@ -290,11 +291,11 @@ impl SourceGuest for QemuGuest {
     }
 
     fn log_dirty(&self) -> Result<Box<dyn DirtyLog>, GuestError> {
-        uses::log_dirty(&self.qmp, self.ram_bytes()).map_err(|error| self.explain(error))
+        uses::log_dirty(&self.qmp, &self.ram()).map_err(|error| self.explain(error))
     }
 
     fn watch_uses(&self) -> Result<Option<Box<dyn UseLog>>, GuestError> {
-        uses::watch(&self.qmp, self.ram_bytes()).map_err(|error| self.explain(error))
+        uses::watch(&self.qmp, &self.ram()).map_err(|error| self.explain(error))
     }
 
     fn keep_name(&self, session: &str) -> Result<(), GuestError> {

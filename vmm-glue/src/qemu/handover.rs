@@ -3,15 +3,17 @@
 use std::fs::File;
 use std::io::{IoSliceMut, Write};
 use std::mem::MaybeUninit;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::Duration;
 
 use postcopy_engine::pager::MAX_SHARDS;
+use postcopy_engine::places::Places;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use serde::Deserialize;
 
 use super::QemuError;
+use super::backend::Backend;
 
 /// The longest layout that is read.
 const LONGEST: usize = 4096;
@@ -28,6 +30,60 @@ pub(super) struct Handover {
     /// Address there.
     pub(super) base: u64,
     pub(super) bytes: u64,
+}
+
+/// All of a guest's RAM.
+pub(super) struct HandedOver {
+    /// One for each shard.
+    pub(super) userfaultfds: Vec<OwnedFd>,
+    /// Their numbers there.
+    pub(super) numbers: Vec<i32>,
+    /// Empty, for what is known of the pages: it is held open there.
+    pub(super) ledger: File,
+    /// In the order of the backends, and how long each is.
+    pub(super) files: Vec<(File, u64)>,
+    /// Where they are mapped there.
+    pub(super) places: Places,
+}
+
+impl HandedOver {
+    /// That of these backends, of all that a QEMU has handed over.
+    ///
+    /// Errors: one is missing, or cannot be told from others, or has not the descriptors of the others.
+    pub(super) fn of(handed: Vec<Handover>, backends: &[Backend]) -> Result<Self, QemuError> {
+        let link = |handover: &Handover| {
+            let link = std::fs::read_link(format!("/proc/self/fd/{}", handover.file.as_raw_fd()));
+            link.map(|link| link.to_string_lossy().into_owned()).unwrap_or_default()
+        };
+        let mut handed: Vec<(String, Handover)> =
+            handed.into_iter().map(|each| (link(&each), each)).collect();
+        if handed.is_empty() {
+            let none = "QEMU did not hand its RAM over: it must be a file on tmpfs (/dev/shm), not on a disk or of huge pages, \
+                        and QEMU must not be a static program";
+            return Err(QemuError::Unfit(none.into()));
+        }
+        let mut ram = Vec::new();
+        for backend in backends {
+            let told: Vec<_> = handed.iter().map(|(name, each)| (each.bytes, name.as_str())).collect();
+            let at = backend.pick(&told)?;
+            ram.push(handed.swap_remove(at).1);
+        }
+        let places = Places::new(ram.iter().map(|each| (each.base, each.bytes)));
+        let places = places.map_err(|error| QemuError::Unfit(error.to_string()))?;
+        let mut files = Vec::new();
+        let mut first = None;
+        for Handover { userfaultfds, numbers, file, ledger, bytes, .. } in ram {
+            files.push((file, bytes));
+            let (_, known, _) = first.get_or_insert((userfaultfds, numbers.clone(), ledger));
+            if *known != numbers {
+                let text = "its libpostcopy_handover.so is of an earlier version, which knows memory of one file only";
+                return Err(QemuError::Unfit(text.into()));
+            }
+        }
+        let none = || QemuError::Unfit("it has no RAM".into());
+        let (userfaultfds, numbers, ledger) = first.ok_or_else(none)?;
+        Ok(Self { userfaultfds, numbers, ledger, files, places })
+    }
 }
 
 /// A mapping as Firecracker describes it.

@@ -12,7 +12,7 @@ use serde_json::json;
 
 use super::facts::vcpu_threads;
 use super::guest::{QemuGuest, Started};
-use super::handover::Handover;
+use super::handover::HandedOver;
 use super::process::Process;
 use super::qmp::Qmp;
 use super::settings::{Settings, Side};
@@ -20,7 +20,7 @@ use super::taken_over::{Noted, Trapped};
 use super::{Facts, QemuError};
 
 /// Kind of VMM that the state belongs to.
-pub(super) const VMM: &str = "qemu/1";
+pub(super) const VMM: &str = "qemu/2";
 /// Longest description of a QEMU that a peer may send.
 const MAX_FACTS: usize = 4096;
 
@@ -43,7 +43,7 @@ struct Waiting {
     process: Process,
     qmp: Qmp,
     before: Settings,
-    handover: Option<Handover>,
+    handover: Option<HandedOver>,
     /// What is noted for a process that takes this one's place, once the RAM is taken over.
     noted: Option<(Ledger, Trapped)>,
 }
@@ -69,10 +69,7 @@ impl QemuHost {
         }
         let (process, mut qmp, handed) = Process::start(command)?;
         let ready = Facts::gather(&mut qmp).and_then(|facts| {
-            let ours = handed.try_iter().find(|handover| handover.bytes == facts.ram_bytes);
-            let none = "QEMU did not hand its RAM over: it must be a file on tmpfs (/dev/shm), not on a disk or of huge \
-                        pages, and QEMU must not be a static program";
-            let handover = ours.ok_or_else(|| QemuError::Unfit(none.into()))?;
+            let handover = HandedOver::of(handed.try_iter().collect(), &facts.ram)?;
             // Disks are left to the source until the guest runs here.
             let before = Settings::now(&mut qmp, Side::Destination)?;
             before.for_a_move(&mut qmp)?;
@@ -104,7 +101,7 @@ impl Drop for QemuHost {
     }
 }
 
-/// QEMU's RAM as the engine sees it: one region, by place in the file. Where the machine maps it is
+/// QEMU's RAM as the engine sees it: one region, by place in the files of its backends, one after the other. Where the machine maps it is
 /// QEMU's business.
 pub(super) fn layout(bytes: u64) -> Result<MemoryLayout, GuestError> {
     Ok(MemoryLayout::new(vec![MemoryRegion { gpa: Gpa(0), len: bytes, offset: 0 }])?)
@@ -126,7 +123,7 @@ fn described(description: &GuestDescription) -> Result<Described, GuestError> {
         return Err("the description of the guest is longer than 4 KiB".into());
     }
     let described: Described = postcard::from_bytes(&description.config)?;
-    if layout(described.facts.ram_bytes)? != description.layout {
+    if layout(described.facts.ram_bytes())? != description.layout {
         return Err("the guest's memory does not fit its description".into());
     }
     Ok(described)
@@ -146,13 +143,13 @@ impl DestinationHost for QemuHost {
         let waiting = waiting.as_mut().ok_or("QEMU has its guest already")?;
         facts.fits(&waiting.facts)?;
         let handover = waiting.handover.take().ok_or("a guest was let in before, and did not come")?;
-        let Handover { userfaultfds, numbers, file, ledger, base, .. } = handover;
-        let memory = GuestMemory::of_file(description.layout.clone(), file)?;
+        let HandedOver { userfaultfds, numbers, ledger, files, places } = handover;
+        let memory = GuestMemory::of_files(description.layout.clone(), files)?;
         let ledger = Ledger::begin(&ledger, description.layout.total_pages())?;
-        let trap = Trap::adopt(userfaultfds, base, &memory)?.noted_in(ledger.clone())?;
+        let trap = Trap::adopt(userfaultfds, &places, &memory)?.noted_in(ledger.clone())?;
         // Memory that is too small for all of them is trapped by the first.
         let userfaultfds = numbers.into_iter().take(trap.shards()).collect();
-        waiting.noted = Some((ledger, Trapped { base, userfaultfds }));
+        waiting.noted = Some((ledger, Trapped { places, userfaultfds }));
         Ok((memory, trap))
     }
 

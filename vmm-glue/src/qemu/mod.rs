@@ -14,9 +14,10 @@
 //! ```
 //!
 //! `facts.rs` says what a QEMU is, and refuses before anything stops what could not be moved;
-//! `foreign.rs`, who else would reach its memory. `settings.rs` has what QEMU is set to meanwhile, `uses.rs`
+//! `backend.rs`, what its RAM is made of; `foreign.rs`, who else would reach its memory. `settings.rs` has what QEMU is set to meanwhile, `uses.rs`
 //! what it writes and touches. `taken_over.rs` is how a process goes on with what another has taken in that was killed. `balloon.rs` takes what is free out of the guest before, `self_balloon.rs` all the time.
 
+mod backend;
 mod balloon;
 mod facts;
 mod foreign;

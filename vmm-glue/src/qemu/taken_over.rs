@@ -11,6 +11,7 @@ use std::sync::Arc;
 
 use postcopy_engine::memory::GuestMemory;
 use postcopy_engine::pager::{Ledger, Stage, Trap};
+use postcopy_engine::places::Places;
 use postcopy_engine::proc_pages::memfd;
 use postcopy_engine::session::GuestError;
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
@@ -44,7 +45,7 @@ pub(super) struct Noted {
 #[derive(Serialize, Deserialize)]
 pub(super) struct Trapped {
     /// Where it is mapped.
-    pub(super) base: u64,
+    pub(super) places: Places,
     /// Numbers of its userfaultfds, one for each shard.
     pub(super) userfaultfds: Vec<i32>,
 }
@@ -86,10 +87,11 @@ impl TakenOver {
             )));
         }
         let Noted { facts, trapped, folder, threads, before, deflate_to } = noted;
-        let layout = layout(facts.ram_bytes).map_err(|error| QemuError::Unfit(error.to_string()))?;
-        let file = ram::open_at(pid, trapped.base)?;
+        let layout = layout(facts.ram_bytes()).map_err(|error| QemuError::Unfit(error.to_string()))?;
+        let files = trapped.places.each().map(|place| Ok((ram::open_at(pid, place.address)?, place.len)));
+        let files = files.collect::<Result<Vec<_>, QemuError>>()?;
         let memory =
-            GuestMemory::of_file(layout, file).map_err(QemuError::system("mapping the guest's RAM"))?;
+            GuestMemory::of_files(layout, files).map_err(QemuError::system("mapping the guest's RAM"))?;
         if memory.layout().total_pages() != ledger.pages() {
             return Err(QemuError::Unfit("what is known of its pages is of other memory".into()));
         }
@@ -112,9 +114,9 @@ fn kept_by(pid: i32) -> Result<File, QemuError> {
 }
 
 fn trap_of(pidfd: &OwnedFd, pid: i32, trapped: Trapped, ledger: Ledger) -> Result<Trap, QemuError> {
-    let Trapped { base, userfaultfds } = trapped;
+    let Trapped { places, userfaultfds } = trapped;
     let each = userfaultfds.into_iter().map(|number| pidfd_getfd(pidfd, number, PidfdGetfdFlags::empty()));
     let descriptors = each.collect::<Result<Vec<_>, _>>();
     let descriptors = descriptors.map_err(|errno| ram::looking(pid, "its userfaultfds")(errno.into()))?;
-    Trap::take_over(descriptors, base, ledger).map_err(|error| QemuError::Unfit(error.to_string()))
+    Trap::take_over(descriptors, &places, ledger).map_err(|error| QemuError::Unfit(error.to_string()))
 }

@@ -2,13 +2,13 @@
 
 use std::sync::{Arc, Mutex};
 
-use postcopy_engine::memory::PAGE_SIZE;
 use postcopy_engine::page_set::PageSet;
 use postcopy_engine::session::{DirtyLog, GuestError, UseLog};
 use postcopy_engine::touched::TouchedThere;
 use postcopy_engine::written::{Way, WriteLog};
 use serde_json::json;
 
+use super::backend::Backend;
 use super::qmp::Qmp;
 use super::{QemuError, locked, ram};
 
@@ -16,14 +16,14 @@ use super::{QemuError, locked, ram};
 const NOT_NOTED: &str =
     "use --mode postcopy, or start QEMU with libpostcopy_handover.so preloaded (Linux 6.7)";
 
-/// Begins to note what QEMU writes to its guest's RAM of so many bytes. The guest is stopped for a moment then: a device
+/// Begins to note what QEMU writes to its guest's RAM. The guest is stopped for a moment then: a device
 /// that had taken an address before, and writes to it unseen, has written when QEMU says that it stands still.
 ///
 /// Errors: that cannot be told here, with the reason.
-pub(super) fn log_dirty(qmp: &Arc<Mutex<Qmp>>, bytes: u64) -> Result<Box<dyn DirtyLog>, QemuError> {
+pub(super) fn log_dirty(qmp: &Arc<Mutex<Qmp>>, ram: &[Backend]) -> Result<Box<dyn DirtyLog>, QemuError> {
     let pid = locked(qmp).peer()?;
     let way = Way::of(pid).map_err(|error| QemuError::Unfit(format!("{error}; {NOT_NOTED}")))?;
-    let log = writes(pid, bytes, way)?;
+    let log = writes(pid, ram, way)?;
     while_stopped(&mut locked(qmp), || Ok(()))?;
     let stopped_by = (!log.is_taken_at_once()).then(|| qmp.clone());
     Ok(Box::new(QemuDirtyLog { log, earlier: PageSet::default(), stopped_by }))
@@ -33,9 +33,9 @@ pub(super) fn log_dirty(qmp: &Arc<Mutex<Qmp>>, bytes: u64) -> Result<Box<dyn Dir
 /// had; else nothing. The guest is not stopped, so that of a write that is under way nothing may be seen: it is a hint.
 ///
 /// Errors: it can be had, and was not.
-pub(super) fn watch(qmp: &Arc<Mutex<Qmp>>, bytes: u64) -> Result<Option<Box<dyn UseLog>>, QemuError> {
+pub(super) fn watch(qmp: &Arc<Mutex<Qmp>>, ram: &[Backend]) -> Result<Option<Box<dyn UseLog>>, QemuError> {
     let pid = locked(qmp).peer()?;
-    match TouchedThere::of(pid, ram::address(pid, bytes)?, bytes / PAGE_SIZE) {
+    match TouchedThere::of(pid, &ram::places(pid, ram)?) {
         Ok(Some(touched)) => return Ok(Some(Box::new(touched))),
         Ok(None) => {}
         Err(error) => tracing::debug!(%error, "what the guest touches cannot be seen"),
@@ -47,13 +47,12 @@ pub(super) fn watch(qmp: &Arc<Mutex<Qmp>>, bytes: u64) -> Result<Option<Box<dyn 
             return Ok(None);
         }
     };
-    let log = writes(pid, bytes, way)?;
+    let log = writes(pid, ram, way)?;
     Ok(Some(Box::new(QemuDirtyLog { log, earlier: PageSet::default(), stopped_by: None })))
 }
 
-fn writes(pid: i32, bytes: u64, way: Way) -> Result<WriteLog, QemuError> {
-    let base = ram::address(pid, bytes)?;
-    way.begin(base, bytes / PAGE_SIZE).map_err(ram::looking(pid, "what it writes"))
+fn writes(pid: i32, ram: &[Backend], way: Way) -> Result<WriteLog, QemuError> {
+    way.begin(ram::places(pid, ram)?).map_err(ram::looking(pid, "what it writes"))
 }
 
 /// Does something while the guest stands still with no device at work.

@@ -14,6 +14,7 @@ use crate::memory::{PAGE_SIZE, PageIndex};
 use crate::pager::ledger::Ledger;
 use crate::pager::shards::Part;
 use crate::pager::{PagerError, locked};
+use crate::places::Places;
 use crate::planner::Run;
 
 /// A registered part of the guest mapping. Clones share one descriptor.
@@ -21,8 +22,8 @@ use crate::planner::Run;
 pub(in crate::pager) struct PartTrap {
     uffd: Arc<Uffd>,
     part: Part,
-    /// Address of the part's first byte in the process that has the guest mapping.
-    base: u64,
+    /// Where the part is in the process that has the guest mapping.
+    places: Places,
     whose: Whose,
     /// No file is behind it: pages can only be copied in.
     anonymous: bool,
@@ -35,11 +36,11 @@ pub(in crate::pager) struct PartTrap {
 }
 
 impl PartTrap {
-    /// Registers `part` of the guest mapping, which starts at `guest`, with a userfaultfd that is set
+    /// Registers `part` of the guest mapping, which is at `guest`, with a userfaultfd that is set
     /// up and has nothing registered.
     pub(super) fn over(
         uffd: Uffd,
-        (part, guest): (Part, u64),
+        (part, guest): (Part, &Places),
         whose: Whose,
         ledger: &Ledger,
     ) -> Result<Self, PagerError> {
@@ -50,7 +51,7 @@ impl PartTrap {
     /// As [`PartTrap::over`], for a mapping of another process that has no file behind it.
     pub(super) fn over_anonymous(
         uffd: Uffd,
-        (part, guest): (Part, u64),
+        (part, guest): (Part, &Places),
         ledger: &Ledger,
     ) -> Result<Self, PagerError> {
         let trap = Self::new(uffd, (part, guest), Whose::Theirs, ledger);
@@ -58,15 +59,15 @@ impl PartTrap {
     }
 
     /// As [`PartTrap::over`], which another process has done that has ended since.
-    pub(super) fn registered_before(uffd: Uffd, (part, guest): (Part, u64), ledger: &Ledger) -> Self {
+    pub(super) fn registered_before(uffd: Uffd, (part, guest): (Part, &Places), ledger: &Ledger) -> Self {
         Self::new(uffd, (part, guest), Whose::Theirs, ledger)
     }
 
-    fn new(uffd: Uffd, (part, guest): (Part, u64), whose: Whose, ledger: &Ledger) -> Self {
+    fn new(uffd: Uffd, (part, guest): (Part, &Places), whose: Whose, ledger: &Ledger) -> Self {
         Self {
             uffd: Arc::new(uffd),
             part,
-            base: guest.wrapping_add(part.offset()),
+            places: guest.part(part.offset(), part.bytes()),
             whose,
             anonymous: false,
             early: Arc::default(),
@@ -76,9 +77,10 @@ impl PartTrap {
     }
 
     fn registered(self, mode: RegisterMode) -> Result<Self, PagerError> {
-        let registered = self.uffd.register_with_mode(self.address(0), self.part.bytes() as usize, mode);
-        registered
-            .map_err(|error| PagerError::Userfault { operation: "UFFDIO_REGISTER", source: errno(error) })?;
+        for place in self.places.each() {
+            let (at, len) = (place.address as *mut libc::c_void, place.len as usize);
+            self.uffd.register_with_mode(at, len, mode).map_err(not_done("UFFDIO_REGISTER"))?;
+        }
         Ok(self)
     }
 
@@ -93,7 +95,7 @@ impl PartTrap {
 
     /// Address of its first byte in the process that has the guest mapping.
     pub(in crate::pager) fn base(&self) -> u64 {
-        self.base
+        self.at(0).0 as u64
     }
 
     /// Whether touches are told to who touched, and not to the pager.
@@ -122,14 +124,18 @@ impl PartTrap {
             Ok(events) => events,
             Err(error) => return wait_or(error),
         };
-        let page = |address: u64| PageIndex::containing(address.wrapping_sub(self.base));
+        // Nothing else is registered.
+        let page = |address: u64| self.places.offset_of(address).map(PageIndex::containing);
         for event in events {
             match event {
                 Ok(Event::Pagefault { addr, thread_id, .. }) => {
-                    seen.push(TrapEvent::Fault { page: page(addr as u64), thread: thread_id.as_raw() });
+                    let fault = |page| TrapEvent::Fault { page, thread: thread_id.as_raw() };
+                    seen.extend(page(addr as u64).map(fault));
                 }
                 Ok(Event::Remove { start, end }) => {
-                    let [first, end] = [start, end].map(|at| page(at as u64).0.min(self.part.pages));
+                    let Some(PageIndex(first)) = page(start as u64) else { continue };
+                    let pages = (end as u64).saturating_sub(start as u64) / PAGE_SIZE;
+                    let end = first.saturating_add(pages).min(self.part.pages);
                     if self.whose == Whose::Theirs {
                         self.ledger.give_back(self.part, first, end);
                     }
@@ -157,7 +163,8 @@ impl PartTrap {
     pub(in crate::pager) fn publish(&self, run: Run) -> Result<(), PagerError> {
         let (mut at, end) = (run.first.offset(), run.first.offset() + u64::from(run.count) * PAGE_SIZE);
         while at < end {
-            match self.uffd.r#continue(self.address(at), (end - at) as usize, true) {
+            let (address, here) = self.at(at);
+            match self.uffd.r#continue(address, here.min(end - at) as usize, true) {
                 Ok(mapped) => at += mapped,
                 Err(error) => match errno(error).raw_os_error() {
                     // Another thread mapped it first, or the address space is being changed.
@@ -190,7 +197,8 @@ impl PartTrap {
         let mut done = 0;
         while done < len {
             let at = run.first.offset() + done;
-            let rest = self.not_given_back(PageIndex::containing(at), len - done);
+            let (address, here) = self.at(at);
+            let rest = self.not_given_back(PageIndex::containing(at), here.min(len - done));
             if rest == 0 {
                 self.publish_zero(PageIndex::containing(at), false)?;
                 done += PAGE_SIZE;
@@ -199,7 +207,7 @@ impl PartTrap {
             let source = from.wrapping_add(done as usize);
             // SAFETY: `rest` bytes from `source` lie in the pool, which is borrowed, and the run lies in the
             // registered guest mapping; the kernel fills only pages that are not there (EEXIST otherwise).
-            let copied = unsafe { self.uffd.copy(source.cast(), self.address(at), rest as usize, true) };
+            let copied = unsafe { self.uffd.copy(source.cast(), address, rest as usize, true) };
             match copied {
                 Ok(copied) => done += copied as u64,
                 Err(UffdError::PartiallyCopied(copied)) if (1..rest as usize).contains(&copied) => {
@@ -240,7 +248,7 @@ impl PartTrap {
         loop {
             // SAFETY: the page lies in the registered guest mapping, and the planner publishes a
             // page once, so no content is overwritten (the kernel answers EEXIST otherwise).
-            let zeroed = unsafe { self.uffd.zeropage(self.address(page.offset()), PAGE_SIZE as usize, true) };
+            let zeroed = unsafe { self.uffd.zeropage(self.at(page.offset()).0, PAGE_SIZE as usize, true) };
             match zeroed {
                 Ok(_) => return Ok(()),
                 Err(error) => match errno(error).raw_os_error() {
@@ -265,25 +273,25 @@ impl PartTrap {
 
     /// Wakes who waits for a page that is mapped.
     pub(in crate::pager) fn wake(&self, page: PageIndex) -> Result<(), PagerError> {
-        self.wake_bytes(page.offset(), PAGE_SIZE)
+        self.wake_bytes(self.at(page.offset()).0, PAGE_SIZE)
     }
 
     /// Wakes whoever waits, for whichever page: what is not there they ask for again.
     pub(in crate::pager) fn wake_all(&self) -> Result<(), PagerError> {
-        self.wake_bytes(0, self.part.bytes())
+        self.places.each().try_for_each(|place| self.wake_bytes(place.address as *mut _, place.len))
     }
 
-    fn wake_bytes(&self, offset: u64, len: u64) -> Result<(), PagerError> {
-        let woken = self.uffd.wake(self.address(offset), len as usize);
-        woken.map_err(|error| PagerError::Userfault { operation: "UFFDIO_WAKE", source: errno(error) })
+    fn wake_bytes(&self, address: *mut libc::c_void, len: u64) -> Result<(), PagerError> {
+        self.uffd.wake(address, len as usize).map_err(not_done("UFFDIO_WAKE"))
     }
 
     /// Ends the trapping: every page is published or zero. What was never touched reads as zeros
     /// from now on, which is what it is.
     pub(in crate::pager) fn release(&self) -> Result<(), PagerError> {
-        let (base, len) = (self.address(0), self.part.bytes() as usize);
-        let done = self.uffd.unregister(base, len);
-        done.map_err(|error| PagerError::Userfault { operation: "UFFDIO_UNREGISTER", source: errno(error) })?;
+        for place in self.places.each() {
+            let (at, len) = (place.address as *mut libc::c_void, place.len as usize);
+            self.uffd.unregister(at, len).map_err(not_done("UFFDIO_UNREGISTER"))?;
+        }
         // Unregistering wakes who waits before it changes the mapping. Where faults take only the
         // lock of their mapping (Linux 6.7), one may begin to wait in between and sleep for ever;
         // none can after it.
@@ -298,7 +306,7 @@ impl PartTrap {
             return Ok(());
         }
         // Publishing is refused for this reason before any other.
-        let changing = || match self.uffd.r#continue(self.address(0), PAGE_SIZE as usize, false) {
+        let changing = || match self.uffd.r#continue(self.at(0).0, PAGE_SIZE as usize, false) {
             Ok(_) => false,
             Err(error) => errno(error).raw_os_error() == Some(libc::EAGAIN),
         };
@@ -309,8 +317,11 @@ impl PartTrap {
         Ok(())
     }
 
-    fn address(&self, offset: u64) -> *mut libc::c_void {
-        self.base.wrapping_add(offset) as *mut libc::c_void
+    /// Address of a byte of the part, and how many follow in the same mapping. The kernel refuses what lies past the end
+    /// (EINVAL): it is not registered.
+    fn at(&self, offset: u64) -> (*mut libc::c_void, u64) {
+        let (address, here) = self.places.at(offset).unwrap_or((0, PAGE_SIZE));
+        (address as *mut libc::c_void, here)
     }
 }
 
@@ -329,6 +340,10 @@ fn not_filled(operation: &'static str, code: Option<i32>) -> PagerError {
         }
         code => failed(operation, code),
     }
+}
+
+fn not_done(operation: &'static str) -> impl Fn(UffdError) -> PagerError {
+    move |error| PagerError::Userfault { operation, source: errno(error) }
 }
 
 fn wait_or(error: UffdError) -> Result<(), PagerError> {
