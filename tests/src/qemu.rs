@@ -4,6 +4,7 @@
 //! [`Machine`] has two vCPUs, a disk and a network, and needs root, KVM, a bzImage in `LAB_KERNEL`,
 //! and what `scripts/guest-image --modules` printed in `POSTCOPY_INITRD`. [`Plain`] runs anywhere.
 
+mod huge_pages;
 mod network;
 mod plain;
 mod storage;
@@ -20,6 +21,7 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
+pub use huge_pages::HugePages;
 pub use network::{Chatter, Connection, Network};
 pub use plain::{Plain, library};
 pub use storage::Storage;

@@ -34,7 +34,7 @@ fn moves(transport: &str, address: IpAddr) {
     let machine = of_nodes(Plain::linux(load), FILES, [128, 128]);
     let mut guest = machine.start_preloaded(&scratch, "q0");
     guest.wait_for_reports(2);
-    let mut modes = vec![("postcopy", "1"), ("postcopy", "3")];
+    let mut modes = vec![("postcopy", "3")];
     modes.extend(Way::of(guest.qemu()).is_ok().then_some(("hybrid", "2")));
     for (at, (mode, shards)) in modes.into_iter().enumerate() {
         let (next, to) = machine.receive(&scratch, &format!("q{}", at + 1), address, &["--shards", shards]);

@@ -37,7 +37,7 @@ pub use endpoint::{
 };
 pub use error::{LaneError, ReadError, SetupError};
 pub use lane::{Completion, Lane, LaneClass, Read, Token};
-pub use memory::{HUGE_PAGE, HostMemory};
+pub use memory::{HUGE_PAGE, HostMemory, hugetlbfs_page};
 pub use region::{LocalRegion, LocalSlice, MAX_READ, RemoteRegion, RemoteSlice};
 pub use sched::{go_first, is_crowded};
 pub use striped::Striped;

@@ -59,7 +59,11 @@ impl HostMemory {
     }
 
     fn of(files: Arc<[FilePart]>, protection: ProtFlags) -> io::Result<Self> {
-        let mapping = Mapping::new(&files, protection)?;
+        let huge = files.iter().find_map(|part| hugetlbfs_page(part.file.as_fd()));
+        let mapping = Mapping::new(&files, protection).map_err(|error| match huge {
+            Some(page) => not_enough(error, files.iter().map(|part| part.len as u64).sum(), page),
+            None => error,
+        })?;
         Ok(Self { mapping: Arc::new(mapping), files })
     }
 
@@ -101,18 +105,11 @@ impl HostMemory {
         let len = len.next_multiple_of(HUGE_PAGE);
         let flags =
             MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB;
-        let none = |error: io::Error| {
-            let needed = len / HUGE_PAGE;
-            let said = format!(
-                "{error}; {needed} huge pages of 2 MiB are needed: reserve them (sysctl vm.nr_hugepages={needed} \
-                 or more) or go without"
-            );
-            io::Error::new(error.kind(), said)
-        };
+        let none = |error| not_enough(error, len as u64, HUGE_PAGE as u64);
         let file = File::from(rustix::fs::memfd_create(name, flags).map_err(|e| none(e.into()))?);
         file.set_len(len as u64).map_err(none)?;
         rustix::fs::fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW)?;
-        Self::map(file, len).map_err(none)
+        Self::map(file, len)
     }
 
     /// A second mapping of the same bytes of the same files.
@@ -280,6 +277,24 @@ impl HostMemory {
         });
         Some(zero)
     }
+}
+
+/// Bytes of the file's pages, if it is of hugetlbfs.
+pub fn hugetlbfs_page(file: BorrowedFd<'_>) -> Option<u64> {
+    const MAGIC: u64 = 0x9584_58f6;
+    let system = rustix::fs::fstatfs(file).ok()?;
+    (system.f_type as u64 == MAGIC).then(|| u64::try_from(system.f_bsize).ok()).flatten()
+}
+
+/// With what to do about it: `error` has come of taking `len` bytes of huge pages of `page` bytes.
+fn not_enough(error: io::Error, len: u64, page: u64) -> io::Error {
+    let (needed, mib) = (len.div_ceil(page), page >> 20);
+    let said = format!(
+        "{error}; {needed} huge pages of {mib} MiB are needed: reserve them \
+         (/sys/kernel/mm/hugepages/hugepages-{}kB/nr_hugepages) or go without",
+        page >> 10
+    );
+    io::Error::new(error.kind(), said)
 }
 
 /// Refuses a memfd of another process that is shorter than `len` or could be made so: our reads could then fault.

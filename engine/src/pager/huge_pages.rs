@@ -10,7 +10,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::Instant;
 
-use postcopy_transport::{HUGE_PAGE, HostMemory};
+use postcopy_transport::{HUGE_PAGE, HostMemory, hugetlbfs_page};
 use serde::{Deserialize, Serialize};
 
 use super::board::Board;
@@ -51,10 +51,13 @@ pub struct Collapsed {
     pub refused_bytes: u64,
 }
 
-/// Whether most of the memory that is mapped here is in huge pages.
+/// Whether the memory is hugetlbfs, or most of what is mapped of it here is in huge pages.
 ///
 /// Errors: /proc does not say.
 pub(crate) fn is_huge(memory: &HostMemory) -> io::Result<bool> {
+    if memory.files().any(|(file, _)| hugetlbfs_page(file).is_some()) {
+        return Ok(true);
+    }
     let (mut resident, mut huge) = (0, 0);
     each_field(std::process::id() as i32, memory.addresses(), |name, mut values| {
         let mut kib = || values.next().and_then(|value| value.parse::<u64>().ok()).unwrap_or_default();

@@ -19,6 +19,7 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 
 pub(super) use part::PartTrap;
 pub(crate) use part::errno;
+use postcopy_transport::hugetlbfs_page;
 use userfaultfd::{Error as UffdError, FeatureFlags, Uffd, UffdBuilder};
 
 use super::claims::Claims;
@@ -275,16 +276,16 @@ struct Api {
 ///
 /// Errors: the file is of that kind.
 fn refuse_hugetlbfs(file: BorrowedFd<'_>) -> Result<(), PagerError> {
-    const MAGIC: u64 = 0x9584_58f6;
-    let failed = |source| PagerError::System { operation: "trapping guest memory", source };
-    let found = rustix::fs::fstatfs(file).map_err(|errno| failed(errno.into()))?;
-    if found.f_type as u64 != MAGIC {
-        return Ok(());
-    }
-    Err(failed(io::Error::other(
-        "it is hugetlbfs, and a guest arrives in pages of 4 KiB; give it memory without hugetlb=on or a mem-path \
+    let refused = || {
+        io::Error::other(
+            "it is hugetlbfs, and a guest arrives in pages of 4 KiB; give it memory without hugetlb=on or a mem-path \
          on hugetlbfs",
-    )))
+        )
+    };
+    match hugetlbfs_page(file) {
+        None => Ok(()),
+        Some(_) => Err(PagerError::System { operation: "trapping guest memory", source: refused() }),
+    }
 }
 
 /// Asks for features of a userfaultfd that nobody has asked yet.

@@ -86,6 +86,20 @@ pub fn is_trapped(pid: i32, addresses: Range<u64>) -> std::io::Result<bool> {
     Ok(trapped)
 }
 
+/// Whether some of these places of process `pid` are of huge pages of hugetlbfs.
+///
+/// Errors: this process may not look into that one.
+pub(crate) fn is_hugetlbfs(pid: i32, places: &Places) -> std::io::Result<bool> {
+    let mut huge = false;
+    for place in places.each() {
+        each_field(pid, place.address..place.address + place.len, |name, mut values| {
+            let kib = values.next().and_then(|value| value.parse::<u64>().ok());
+            huge |= name == "KernelPageSize:" && kib.is_some_and(|kib| kib << 10 > PAGE_SIZE);
+        })?;
+    }
+    Ok(huge)
+}
+
 /// Shows each field of /proc/PID/smaps, and its values, of the mappings that have some of these addresses.
 pub(crate) fn each_field(
     pid: i32,

@@ -5,7 +5,7 @@
 //! | | needs | looked at and begun anew |
 //! |---|---|---|
 //! | `protection.rs`: pages are write-protected, the first write takes that away | Linux 6.7, a userfaultfd that the process has made | at once: the process may run |
-//! | `soft_dirty.rs`: a bit for each page | CONFIG_MEM_SOFT_DIRTY | one after the other: the process must not write meanwhile |
+//! | `soft_dirty.rs`: a bit for each page | CONFIG_MEM_SOFT_DIRTY, and no hugetlbfs | one after the other: the process must not write meanwhile |
 
 mod protection;
 mod soft_dirty;
@@ -18,7 +18,7 @@ use std::path::PathBuf;
 use self::protection::Protection;
 use crate::page_set::PageSet;
 use crate::places::Places;
-use crate::proc_pages::{Entry, each};
+use crate::proc_pages::{Entry, each, is_hugetlbfs};
 use crate::tracker::Tracker;
 pub use crate::tracker::WP_ASYNC;
 
@@ -33,7 +33,7 @@ pub struct WriteLog {
 /// How writes of a process can be noted.
 #[derive(Debug)]
 pub struct Way {
-    process: PathBuf,
+    pid: i32,
     /// What its pages are to be protected by; none: soft-dirty bits.
     tracker: Option<Tracker>,
 }
@@ -49,14 +49,13 @@ impl Way {
     ///
     /// Errors: they cannot, with the reason; or this process may not look into that one.
     pub fn of(pid: i32) -> io::Result<Self> {
-        let process = PathBuf::from(format!("/proc/{pid}"));
         let without = match Tracker::of(pid, |features| features & WP_ASYNC != 0) {
-            Ok(Some(tracker)) => return Ok(Self { process, tracker: Some(tracker) }),
+            Ok(Some(tracker)) => return Ok(Self { pid, tracker: Some(tracker) }),
             Ok(None) => "the process has made no userfaultfd to protect its pages by".to_owned(),
             Err(error) => format!("its userfaultfd cannot be had ({error})"),
         };
         if soft_dirty::is_noted()? {
-            return Ok(Self { process, tracker: None });
+            return Ok(Self { pid, tracker: None });
         }
         let text = format!(
             "which pages the process writes cannot be seen: this kernel has no bits for it (CONFIG_MEM_SOFT_DIRTY is \
@@ -70,11 +69,17 @@ impl Way {
     /// A write of a device that took the address before is not seen: what is under way must end before anything
     /// relies on this.
     ///
-    /// Errors: one of them is no mapping, or the process is gone.
+    /// Errors: one of them is no mapping, or of pages whose writes are not noted in this way; or the process is gone.
     pub fn begin(self, places: Places) -> io::Result<WriteLog> {
-        let Self { process, tracker } = self;
+        let Self { pid, tracker } = self;
+        let process = PathBuf::from(format!("/proc/{pid}"));
         let by = match tracker {
             Some(tracker) => By::Protection(Protection::begin(tracker, &process, &places)?),
+            None if is_hugetlbfs(pid, &places)? => {
+                let text = "which pages the process writes cannot be seen: they are of hugetlbfs, for which the kernel keeps no \
+                            soft-dirty bits, and the process has made no userfaultfd to protect them by";
+                return Err(io::Error::new(io::ErrorKind::Unsupported, text));
+            }
             None => {
                 soft_dirty::clear(&process)?;
                 By::SoftDirty

@@ -69,7 +69,7 @@ fn tells(memory: &HostMemory, mut log: WriteLog) {
 fn soft_dirty_bits_tell_what_was_written() {
     let memory = memory("soft-dirty");
     if soft_dirty::is_noted().unwrap() {
-        let way = Way { process: format!("/proc/{}", me()).into(), tracker: None };
+        let way = Way { pid: me(), tracker: None };
         tells(&memory, way.begin(place(&memory)).unwrap());
         return;
     }
@@ -95,4 +95,25 @@ fn write_protection_tells_what_was_written() {
     drop(log);
     let elsewhere = Way::of(me()).unwrap().begin(Places::one(1 << 12, PAGES * PAGE_SIZE)).unwrap_err();
     assert!(elsewhere.raw_os_error().is_some(), "{elsewhere}");
+}
+
+/// Huge pages, where the system has some to give.
+#[test]
+fn writes_to_hugetlbfs_are_noted_by_protection_or_not_at_all() {
+    let Ok(memory) = HostMemory::huge("huge", 4 << 20) else { return };
+    let refused = Way { pid: me(), tracker: None }.begin(place(&memory)).unwrap_err();
+    assert_eq!(refused.kind(), io::ErrorKind::Unsupported, "{refused}");
+    assert!(refused.to_string().contains("no soft-dirty bits"), "{refused}");
+    let mut builder = UffdBuilder::new();
+    builder.close_on_exec(true).require_features(FeatureFlags::from_bits_retain(WP_ASYNC));
+    let Ok(_made) = builder.create() else { return };
+    assert!(memory.write(0, &[1]) && memory.write(2 << 20, &[1]));
+    let mut log = Way::of(me()).unwrap().begin(place(&memory)).unwrap();
+    assert!(log.written().unwrap().is_empty());
+    assert!(memory.write((3 << 20) + 5, &[2]));
+    let written = log.take().unwrap();
+    assert!(written.has(768) && !written.has(511), "the page of it, which is a large one: {written:?}");
+    assert!(log.written().unwrap().is_empty());
+    assert!(memory.write(7, &[3]));
+    assert!(log.dirty().unwrap().has(0) && !log.dirty().unwrap().has(768));
 }

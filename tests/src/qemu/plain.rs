@@ -77,7 +77,8 @@ impl Plain {
             pairs.extend(["-kernel", "-initrd", "-append"].into_iter().zip(kernel.iter().cloned()));
         }
         let pairs = pairs.into_iter().flat_map(|(name, value)| [name.to_owned(), value]);
-        let here = std::iter::once(self.qemu.clone()).chain(place.args());
+        // A guest that panics is not to begin anew, as if nothing had been.
+        let here = std::iter::once(self.qemu.clone()).chain(place.args()).chain(["-no-reboot".to_owned()]);
         here.chain(pairs).chain(self.more.iter().cloned()).collect()
     }
 

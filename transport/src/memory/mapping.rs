@@ -2,16 +2,17 @@
 
 use std::io;
 use std::mem::ManuallyDrop;
+use std::os::fd::AsFd;
 use std::ptr::null_mut;
 
 use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
 use rustix::param::page_size;
 
-use super::{FilePart, HUGE_PAGE};
+use super::{FilePart, HUGE_PAGE, hugetlbfs_page};
 
 /// A shared mapping of the first bytes of files, one after the other. One that is as long as a huge page begins at a
 /// multiple of that, so that a huge page of the first file is one of the mapping, and one of each that follows on such
-/// a multiple.
+/// a multiple; larger ones of hugetlbfs likewise.
 pub(super) struct Mapping {
     base: *mut u8,
     len: usize,
@@ -36,22 +37,25 @@ impl Mapping {
             let base = unsafe { mmap(null_mut(), len, protection, MapFlags::SHARED, file, 0) }?;
             return Ok(Self { base: base.cast(), len });
         }
-        let room = len.checked_add(HUGE_PAGE).ok_or(io::ErrorKind::InvalidInput)?;
+        let aligned =
+            |part: &FilePart| hugetlbfs_page(part.file.as_fd()).and_then(|page| page.try_into().ok());
+        let align = files.iter().filter_map(aligned).fold(HUGE_PAGE, usize::max);
+        let room = len.checked_add(align).ok_or(io::ErrorKind::InvalidInput)?;
         let none = MapFlags::PRIVATE | MapFlags::NORESERVE;
         // SAFETY: as above.
         let room_at = unsafe { mmap_anonymous(null_mut(), room, ProtFlags::empty(), none) }?;
         // Never unmapped as a whole: where a file cannot be mapped, the kernel may have left a gap in
         // it, which is somebody else's by then. What stays then are addresses, not memory.
         let room = ManuallyDrop::new(Self { base: room_at.cast(), len: room });
-        let skipped = room.base.addr().wrapping_neg() % HUGE_PAGE;
+        let skipped = room.base.addr().wrapping_neg() % align;
         let base = room.base.wrapping_add(skipped);
         let fixed = MapFlags::SHARED | MapFlags::FIXED;
         // Unmapped, should one of them fail.
         let mut mapped = Self { base, len: 0 };
         for FilePart { file, len } in files {
             let at = base.wrapping_add(mapped.len);
-            // SAFETY: the place lies in what was reserved just now, which nobody else knows; all files together are a
-            // huge page shorter, and less than that is skipped.
+            // SAFETY: the place lies in what was reserved just now, which nobody else knows; all files together are
+            // shorter by what it is aligned to, and less than that is skipped.
             unsafe { mmap(at.cast(), *len, protection, fixed, file, 0) }?;
             mapped.len += len;
         }

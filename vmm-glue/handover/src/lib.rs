@@ -2,7 +2,8 @@
 //! userfaultfds that only QEMU's own process can make.
 //!
 //! It stands in front of mmap(2) and munmap(2) and does nothing but pass them on, unless the mapping is a guest's memory
-//! by all signs: shared, writable, of 1 MiB or more, of a file in memory (a memfd, or one on tmpfs).
+//! by all signs: shared, writable, of 1 MiB or more, of a file in memory (a memfd, or one on tmpfs; of hugetlbfs at a
+//! source only, to see what QEMU writes).
 //!
 //! **At a source** one userfaultfd for write protection is left open, asynchronous where the kernel has that (Linux 6.7):
 //! by it `pcvm migrate` sees what QEMU writes (`engine/src/written/`). Nothing is registered with it here. And a thread
@@ -78,8 +79,11 @@ pub unsafe extern "C" fn mmap(
         return mapped;
     }
     let addresses = mapped as usize..(mapped as usize).saturating_add(length);
-    if is_guest_memory(length, protection, flags, file) {
+    let memory = guest_memory(length, protection, flags, file);
+    if memory.is_some() {
         TRACKER.call_once(make_tracker);
+    }
+    if memory == Some(Pages::Small) {
         hand_over(mapped, length, file, offset);
         away::note(addresses);
     } else if flags & libc::MAP_FIXED != 0 {
@@ -118,15 +122,27 @@ pub unsafe extern "C" fn mmap64(
     unsafe { mmap(address, length, protection, flags, file, offset) }
 }
 
-fn is_guest_memory(length: usize, protection: c_int, flags: c_int, file: c_int) -> bool {
+/// Kinds of guest memory, by their pages.
+#[derive(PartialEq, Eq)]
+enum Pages {
+    Small,
+    /// Of hugetlbfs.
+    Huge,
+}
+
+fn guest_memory(length: usize, protection: c_int, flags: c_int, file: c_int) -> Option<Pages> {
     let shared =
         flags & libc::MAP_TYPE == libc::MAP_SHARED || flags & libc::MAP_TYPE == libc::MAP_SHARED_VALIDATE;
     if !shared || protection & libc::PROT_WRITE == 0 || file < 0 || length < LEAST {
-        return false;
+        return None;
     }
     // SAFETY: a mapping of this descriptor has just succeeded, so it is open; the borrow ends here.
     let file = unsafe { BorrowedFd::borrow_raw(file) };
-    rustix::fs::fstatfs(file).is_ok_and(|of| of.f_type == libc::TMPFS_MAGIC)
+    match rustix::fs::fstatfs(file).ok()?.f_type {
+        libc::TMPFS_MAGIC => Some(Pages::Small),
+        libc::HUGETLBFS_MAGIC => Some(Pages::Huge),
+        _ => None,
+    }
 }
 
 /// Makes the userfaultfd for write protection, and leaves it open for ever. Does without where the kernel has no such
