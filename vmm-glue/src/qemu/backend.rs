@@ -23,6 +23,12 @@ pub struct Backend {
 }
 
 impl Backend {
+    /// Whether two guests' RAM is made of the same: names and sizes, and whatever files.
+    pub(super) fn are_alike(one: &[Self], other: &[Self]) -> bool {
+        let alike = |(one, other): (&Self, &Self)| (&one.id, one.bytes) == (&other.id, other.bytes);
+        one.len() == other.len() && one.iter().zip(other).all(alike)
+    }
+
     /// Whether its file may have this name, as the kernel tells that.
     fn is_called(&self, name: &str) -> bool {
         let Some(path) = &self.path else { return false };
@@ -65,7 +71,11 @@ impl Backend {
 
 /// Backends and their sizes in words.
 pub(super) fn named(backends: &[Backend]) -> String {
-    let named = |Backend { id, bytes, .. }: &Backend| format!("{id} ({} MiB)", bytes >> 20);
+    let size = |bytes: u64| match bytes.is_multiple_of(1 << 20) {
+        true => format!("{} MiB", bytes >> 20),
+        false => format!("{bytes} bytes"),
+    };
+    let named = |Backend { id, bytes, .. }: &Backend| format!("{id} ({})", size(*bytes));
     backends.iter().map(named).collect::<Vec<_>>().join(", ")
 }
 

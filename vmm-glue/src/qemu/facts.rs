@@ -94,8 +94,8 @@ impl Facts {
                 bytes >> 20
             ));
         }
-        let [ours, theirs] = [self, there].map(|facts| backend::named(&facts.ram));
-        if ours != theirs {
+        if !Backend::are_alike(&self.ram, &there.ram) {
+            let [ours, theirs] = [self, there].map(|facts| backend::named(&facts.ram));
             return unlike(format!(
                 "its RAM is made of {ours}, that of the machine here of {theirs}; use the same backends \
                  (-object …,id=NAME,size=SIZE)"
@@ -202,6 +202,11 @@ mod tests {
         );
         assert!(refused(|there| there.ram = vec![part("ram0", 256)]).contains("the same backends"));
         assert!(refused(|there| there.ram[1].id = "ram2".into()).contains("ram2 (128 MiB)"));
+        let by_a_page = refused(|there| {
+            there.ram[0].bytes += 4096;
+            there.ram[1].bytes -= 4096;
+        });
+        assert!(by_a_page.contains("134221824 bytes"), "{by_a_page}");
         let newer = Facts { version: [10, 0, 2], ..facts() };
         assert!(facts().fits(&facts()).is_ok() && facts().fits(&newer).is_ok());
     }
