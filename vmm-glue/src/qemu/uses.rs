@@ -23,7 +23,10 @@ const NOT_NOTED: &str =
 pub(super) fn log_dirty(qmp: &Arc<Mutex<Qmp>>, ram: &[Backend]) -> Result<Box<dyn DirtyLog>, QemuError> {
     let pid = locked(qmp).peer()?;
     let way = Way::of(pid).map_err(|error| QemuError::Unfit(format!("{error}; {NOT_NOTED}")))?;
-    let log = writes(pid, ram, way)?;
+    let log = way.begin(ram::places(pid, ram)?).map_err(|error| match error.kind() {
+        std::io::ErrorKind::Unsupported => QemuError::Unfit(format!("{error}; {NOT_NOTED}")),
+        _ => ram::looking(pid, "what it writes")(error),
+    })?;
     while_stopped(&mut locked(qmp), || Ok(()))?;
     let stopped_by = (!log.is_taken_at_once()).then(|| qmp.clone());
     Ok(Box::new(QemuDirtyLog { log, earlier: PageSet::default(), stopped_by }))
@@ -40,19 +43,16 @@ pub(super) fn watch(qmp: &Arc<Mutex<Qmp>>, ram: &[Backend]) -> Result<Option<Box
         Ok(None) => {}
         Err(error) => tracing::debug!(%error, "what the guest touches cannot be seen"),
     }
-    let way = match Way::of(pid) {
-        Ok(way) => way,
-        Err(error) => {
-            tracing::debug!(%error, "what the guest uses last is not known");
-            return Ok(None);
+    let unknown = |error: &std::io::Error| tracing::debug!(%error, "what the guest uses last is not known");
+    let Ok(way) = Way::of(pid).inspect_err(unknown) else { return Ok(None) };
+    match way.begin(ram::places(pid, ram)?) {
+        Ok(log) => Ok(Some(Box::new(QemuDirtyLog { log, earlier: PageSet::default(), stopped_by: None }))),
+        Err(error) if error.kind() == std::io::ErrorKind::Unsupported => {
+            unknown(&error);
+            Ok(None)
         }
-    };
-    let log = writes(pid, ram, way)?;
-    Ok(Some(Box::new(QemuDirtyLog { log, earlier: PageSet::default(), stopped_by: None })))
-}
-
-fn writes(pid: i32, ram: &[Backend], way: Way) -> Result<WriteLog, QemuError> {
-    way.begin(ram::places(pid, ram)?).map_err(ram::looking(pid, "what it writes"))
+        Err(error) => Err(ram::looking(pid, "what it writes")(error)),
+    }
 }
 
 /// Does something while the guest stands still with no device at work.
