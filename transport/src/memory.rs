@@ -289,10 +289,13 @@ pub fn hugetlbfs_page(file: BorrowedFd<'_>) -> Option<u64> {
 /// With what to do about it: `error` has come of taking `len` bytes of huge pages of `page` bytes.
 fn not_enough(error: io::Error, len: u64, page: u64) -> io::Error {
     let (needed, mib) = (len.div_ceil(page), page >> 20);
+    // The default size, on x86-64.
+    let how = match page == HUGE_PAGE as u64 {
+        true => format!("sysctl vm.nr_hugepages={needed}"),
+        false => format!("/sys/kernel/mm/hugepages/hugepages-{}kB/nr_hugepages", page >> 10),
+    };
     let said = format!(
-        "{error}; {needed} huge pages of {mib} MiB are needed: reserve them \
-         (/sys/kernel/mm/hugepages/hugepages-{}kB/nr_hugepages) or go without",
-        page >> 10
+        "{error}; {needed} huge pages of {mib} MiB are needed: reserve them ({how} or more) or go without"
     );
     io::Error::new(error.kind(), said)
 }
