@@ -35,6 +35,10 @@ fn leaves(transport: &str, address: IpAddr, [page, mib]: [u64; 2], mode: &str) {
     assert_eq!(kept > 0, mode == "hybrid", "{report}");
     next.wait_for_reports(2);
     next.verify();
+    // Debian 12's refuses to (EINVAL): its memory stays in small pages.
+    if !kernel_is_since(6, 7) {
+        return;
+    }
     let put_together = || next.status_of_pcvm()["arrival"]["huge_pages"]["bytes"].as_u64() > Some(0);
     next.wait_until("some of its pages are huge again", put_together);
 }
