@@ -59,11 +59,14 @@ impl HostMemory {
     }
 
     fn of(files: Arc<[FilePart]>, protection: ProtFlags) -> io::Result<Self> {
-        let huge = files.iter().find_map(|part| hugetlbfs_page(part.file.as_fd()));
-        let mapping = Mapping::new(&files, protection).map_err(|error| match huge {
-            Some(page) => not_enough(error, files.iter().map(|part| part.len as u64).sum(), page),
-            None => error,
-        })?;
+        let explained = |error| {
+            let huge = files.iter().find_map(|part| hugetlbfs_page(part.file.as_fd()).ok().flatten());
+            match huge {
+                Some(page) => not_enough(error, files.iter().map(|part| part.len as u64).sum(), page),
+                None => error,
+            }
+        };
+        let mapping = Mapping::new(&files, protection).map_err(explained)?;
         Ok(Self { mapping: Arc::new(mapping), files })
     }
 
@@ -280,10 +283,12 @@ impl HostMemory {
 }
 
 /// Bytes of the file's pages, if it is of hugetlbfs.
-pub fn hugetlbfs_page(file: BorrowedFd<'_>) -> Option<u64> {
+///
+/// Errors: what fstatfs(2) reports.
+pub fn hugetlbfs_page(file: BorrowedFd<'_>) -> io::Result<Option<u64>> {
     const MAGIC: u64 = 0x9584_58f6;
-    let system = rustix::fs::fstatfs(file).ok()?;
-    (system.f_type as u64 == MAGIC).then(|| u64::try_from(system.f_bsize).ok()).flatten()
+    let system = rustix::fs::fstatfs(file)?;
+    Ok((system.f_type as u64 == MAGIC).then_some(system.f_bsize as u64))
 }
 
 /// With what to do about it: `error` has come of taking `len` bytes of huge pages of `page` bytes.

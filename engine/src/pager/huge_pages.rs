@@ -55,8 +55,10 @@ pub struct Collapsed {
 ///
 /// Errors: /proc does not say.
 pub(crate) fn is_huge(memory: &HostMemory) -> io::Result<bool> {
-    if memory.files().any(|(file, _)| hugetlbfs_page(file).is_some()) {
-        return Ok(true);
+    for (file, _) in memory.files() {
+        if hugetlbfs_page(file)?.is_some() {
+            return Ok(true);
+        }
     }
     let (mut resident, mut huge) = (0, 0);
     each_field(std::process::id() as i32, memory.addresses(), |name, mut values| {

@@ -276,15 +276,13 @@ struct Api {
 ///
 /// Errors: the file is of that kind.
 fn refuse_hugetlbfs(file: BorrowedFd<'_>) -> Result<(), PagerError> {
-    let refused = || {
-        io::Error::other(
-            "it is hugetlbfs, and a guest arrives in pages of 4 KiB; give it memory without hugetlb=on or a mem-path \
-         on hugetlbfs",
-        )
-    };
-    match hugetlbfs_page(file) {
+    let failed = |source| PagerError::System { operation: "trapping guest memory", source };
+    match hugetlbfs_page(file).map_err(failed)? {
         None => Ok(()),
-        Some(_) => Err(PagerError::System { operation: "trapping guest memory", source: refused() }),
+        Some(_) => Err(failed(io::Error::other(
+            "it is hugetlbfs, and a guest arrives in pages of 4 KiB; give it memory without hugetlb=on or a mem-path \
+             on hugetlbfs",
+        ))),
     }
 }
 

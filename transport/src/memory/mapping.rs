@@ -37,9 +37,10 @@ impl Mapping {
             let base = unsafe { mmap(null_mut(), len, protection, MapFlags::SHARED, file, 0) }?;
             return Ok(Self { base: base.cast(), len });
         }
-        let aligned =
-            |part: &FilePart| hugetlbfs_page(part.file.as_fd()).and_then(|page| page.try_into().ok());
-        let align = files.iter().filter_map(aligned).fold(HUGE_PAGE, usize::max);
+        let mut align = HUGE_PAGE;
+        for FilePart { file, .. } in files {
+            align = align.max(hugetlbfs_page(file.as_fd())?.map_or(0, |page| page as usize));
+        }
         let room = len.checked_add(align).ok_or(io::ErrorKind::InvalidInput)?;
         let none = MapFlags::PRIVATE | MapFlags::NORESERVE;
         // SAFETY: as above.

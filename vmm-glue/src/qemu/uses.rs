@@ -38,14 +38,15 @@ pub(super) fn log_dirty(qmp: &Arc<Mutex<Qmp>>, ram: &[Backend]) -> Result<Box<dy
 /// Errors: it can be had, and was not.
 pub(super) fn watch(qmp: &Arc<Mutex<Qmp>>, ram: &[Backend]) -> Result<Option<Box<dyn UseLog>>, QemuError> {
     let pid = locked(qmp).peer()?;
-    match TouchedThere::of(pid, &ram::places(pid, ram)?) {
+    let places = ram::places(pid, ram)?;
+    match TouchedThere::of(pid, &places) {
         Ok(Some(touched)) => return Ok(Some(Box::new(touched))),
         Ok(None) => {}
         Err(error) => tracing::debug!(%error, "what the guest touches cannot be seen"),
     }
     let unknown = |error: &std::io::Error| tracing::debug!(%error, "what the guest uses last is not known");
     let Ok(way) = Way::of(pid).inspect_err(unknown) else { return Ok(None) };
-    match way.begin(ram::places(pid, ram)?) {
+    match way.begin(places) {
         Ok(log) => Ok(Some(Box::new(QemuDirtyLog { log, earlier: PageSet::default(), stopped_by: None }))),
         Err(error) if error.kind() == std::io::ErrorKind::Unsupported => {
             unknown(&error);
