@@ -8,19 +8,12 @@ use postcopy_e2e::qemu::{HugePages, LOOPBACK, Plain, address};
 use postcopy_e2e::system::kernel_is_since;
 use postcopy_e2e::{Scratch, assert_refused};
 
-/// The same machine with its RAM in `pages`.
-fn within(machine: &Plain, pages: &HugePages) -> Plain {
-    let folder = pages.folder().display();
-    let backend = format!("memory-backend-file,id=ram0,size=MIBM,mem-path={folder},share=on");
-    Plain { backend: Some(backend), ..machine.clone() }
-}
-
 /// Moves a guest that has them, and looks at it when the destination has put its pages together.
 fn leaves(transport: &str, address: IpAddr, [page, mib]: [u64; 2], mode: &str) {
     let scratch = Scratch::new(&format!("stock-huge-{transport}-{page}-{mode}"));
     let Some(pages) = HugePages::reserve(&scratch, page, mib) else { return };
     let machine = Plain { mib, ..Plain::linux("pcguest.mb=64 pcguest.access=write pcguest.pace_us=100") };
-    let source = within(&machine, &pages).start_preloaded(&scratch, "q0");
+    let source = machine.within(pages.folder()).start_preloaded(&scratch, "q0");
     source.wait_for_reports(2);
     let (next, to) = machine.receive(&scratch, "q1", address, &["--shards", "2"]);
     if mode == "hybrid" && !kernel_is_since(6, 7) {
@@ -67,6 +60,6 @@ fn a_guest_leaves_huge_pages_in_hybrid_where_its_writes_are_seen() {
 fn a_destination_of_huge_pages_is_refused() {
     let scratch = Scratch::new("stock-huge-there");
     let Some(pages) = HugePages::reserve(&scratch, 2, 256) else { return };
-    let out = within(&Plain::firmware(), &pages).receive_to_the_end(&scratch, "q1");
+    let out = Plain::firmware().within(pages.folder()).receive_to_the_end(&scratch, "q1");
     assert_refused(&out, &["this guest cannot be moved", "not on a disk or of huge pages"]);
 }

@@ -7,20 +7,13 @@ use postcopy_e2e::cutter::Line;
 use postcopy_e2e::qemu::{LOOPBACK, Plain, Tmpfs};
 use postcopy_e2e::{Scratch, assert_refused, stderr, wait_until};
 
-/// The same machine with its RAM in `small`.
-fn within(machine: &Plain, small: &Tmpfs) -> Plain {
-    let file = small.file("ram");
-    let backend = format!("memory-backend-file,id=ram0,size=MIBM,mem-path={},share=on", file.display());
-    Plain { backend: Some(backend), ..machine.clone() }
-}
-
 #[test]
 fn a_guest_that_is_larger_than_the_file_system_of_its_ram() {
     let scratch = Scratch::new("stock-room");
     let small = Tmpfs::new(&scratch, 200);
     let machine = Plain::firmware();
     let source = machine.start(&scratch, "a");
-    let (_destination, to) = within(&machine, &small).receive(&scratch, "b", LOOPBACK, &[]);
+    let (_destination, to) = machine.within(&small.file("ram")).receive(&scratch, "b", LOOPBACK, &[]);
     let refused = source.try_migrate(to, "tcp");
     assert_refused(&refused, &["the file system of its RAM has room for", "remount,size=", "runs on here"]);
     assert_eq!(source.status(), "running");
@@ -34,7 +27,7 @@ fn a_guest_for_which_room_runs_out_waits_and_goes_on_when_there_is_some() {
     let machine = Plain::linux("pcguest.mb=64 pcguest.access=write");
     let source = machine.start(&scratch, "q0");
     source.wait_for_reports(2);
-    let (next, to) = within(&machine, &small).receive(&scratch, "q1", LOOPBACK, &[]);
+    let (next, to) = machine.within(&small.file("ram")).receive(&scratch, "q1", LOOPBACK, &[]);
     let line = Line::to(to, 8 << 20);
     let report = std::thread::scope(|scope| {
         let moving = scope.spawn(|| source.try_migrate(line.address(), "tcp"));

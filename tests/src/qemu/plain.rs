@@ -1,7 +1,7 @@
 //! A machine of processors and memory only, which differs from test to test.
 
 use std::net::{IpAddr, SocketAddr};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use super::{Place, QEMU, QemuGuest};
@@ -46,6 +46,12 @@ impl Plain {
     pub fn in_a_memfd() -> Self {
         let backend = Some("memory-backend-memfd,id=ram0,size=MIBM,share=on".to_owned());
         Self { backend, ..Self::firmware() }
+    }
+
+    /// The same machine with its RAM in a file of this path, or one that QEMU makes in a folder of it.
+    pub fn within(&self, path: &Path) -> Self {
+        let backend = format!("memory-backend-file,id=ram0,size=MIBM,mem-path={},share=on", path.display());
+        Self { backend: Some(backend), ..self.clone() }
     }
 
     /// Firmware with the test guest, as POSTCOPY_KERNEL and POSTCOPY_INITRD say.
